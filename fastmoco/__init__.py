@@ -1,0 +1,1 @@
+"""Momentum Contrast (MoCo) pretraining as fast as the hardware allows."""
