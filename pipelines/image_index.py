@@ -1,0 +1,128 @@
+"""What a data set is to every backend: N upright images, their sizes, their labels, and where their bytes are.
+
+N images · H, W height and width in pixels of the whole, upright image
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.decode import decode, printable
+from pipelines.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """N images, either files (`paths`) or an array in memory (`pixels`), never both.
+
+    name         what people call it, in tables and logs
+    sizes        (N, 2) int32, height and width after EXIF orientation
+    labels       (N,) int64, or None when nothing is known about the images
+    class_names  names of the labels 0, 1, ...; empty without labels
+    paths        N absolute paths; undecodable bytes of a name are kept as surrogate escapes, so that `open` finds them
+    pixels       (N, H, W, 3) uint8 RGB
+    """
+
+    name: str
+    sizes: np.ndarray
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
+    pixels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.paths is None) != (self.pixels is None), "images are either files or an array"
+        count = len(self.paths) if self.paths is not None else len(self.pixels)  # pyright: ignore[reportArgumentType]
+        assert self.sizes.shape == (count, 2)
+        assert self.sizes.dtype == np.int32
+        assert self.pixels is None or (self.pixels.dtype == np.uint8 and self.pixels.shape[3:] == (3,))
+        assert self.labels is None or (self.labels.shape == (count,) and self.labels.dtype == np.int64)
+
+    @classmethod
+    def from_pixels(
+        cls, name: str, pixels: np.ndarray, labels: np.ndarray | None = None, class_names: tuple[str, ...] = ()
+    ) -> ImageIndex:
+        """An index of images already in memory: pixels (N, H, W, 3) uint8, labels (N,) of any integer type."""
+        sizes = np.full((len(pixels), 2), pixels.shape[1:3], dtype=np.int32)
+        labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        return cls(name, sizes, labels, class_names, pixels=pixels)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def read(self, i: int) -> np.ndarray:
+        """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed."""
+        if self.pixels is not None:
+            return self.pixels[i]
+        image = decode(self.read_bytes(i), self.display_name(i))
+        height, width = (int(side) for side in self.sizes[i])
+        if image.shape[:2] != (height, width):
+            raise DataError(
+                f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
+                f"data set was indexed; start again, and leave the files alone while training"
+            )
+        return image
+
+    def read_bytes(self, i: int) -> bytes:
+        """The encoded bytes of image i; only for images in files."""
+        assert self.paths is not None, "images in memory have no encoded bytes"
+        try:
+            return Path(self.paths[i]).read_bytes()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(
+                f"cannot read {self.display_name(i)} ({reason}); check that the file is still there and readable"
+            ) from error
+
+    def display_name(self, i: int) -> str:
+        """How messages name image i: its path with control, bidi and undecodable characters escaped."""
+        return printable(self.paths[i]) if self.paths is not None else f"image {i} of {self.name}"
+
+    def select(self, positions: np.ndarray) -> ImageIndex:
+        """The images at `positions` (M,) integers, in that order; pixels are copied, class names stay whole."""
+        positions = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            sizes=self.sizes[positions],
+            labels=None if self.labels is None else self.labels[positions],
+            paths=None if self.paths is None else tuple(self.paths[i] for i in positions.tolist()),
+            pixels=None if self.pixels is None else self.pixels[positions],
+        )
+
+    @cached_property
+    def uniform_size(self) -> tuple[int, int] | None:
+        """(height, width) if all images share it, else None."""
+        if len(self) == 0 or (self.sizes != self.sizes[0]).any():
+            return None
+        return int(self.sizes[0, 0]), int(self.sizes[0, 1])
+
+    def describe(self) -> str:
+        """One line for people: `cifar10: 50,000 images of 32×32 (width×height), 10 classes, in memory`."""
+        if self.uniform_size is not None:
+            sides = f"of {self.uniform_size[1]}×{self.uniform_size[0]}"
+        elif len(self):
+            (low_h, low_w), (high_h, high_w) = self.sizes.min(axis=0), self.sizes.max(axis=0)
+            sides = f"of {low_w}–{high_w}×{low_h}–{high_h}"
+        else:
+            sides = "of no size"
+        classes = "no labels" if self.labels is None else f"{len(self.class_names)} classes"
+        place = "in memory" if self.pixels is not None else "in files"
+        return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {place}"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The images to pretrain on and, where there are any, the images to evaluate on.
+
+    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was asked for
+    skipped     how many files were passed over because their names are not those of images
+    """
+
+    train: ImageIndex
+    test: ImageIndex | None = None
+    quarantine: tuple[tuple[str, str], ...] = field(default=())
+    skipped: int = 0
