@@ -31,7 +31,7 @@ class DataConfig:
     pipeline: Literal["auto", "resident", "torch", "dataloader"] = "auto"
     """How images are decoded and augmented; auto says what it chose and why."""
     workers: int | None = None
-    """Threads or processes that decode (default: from the number of cores)."""
+    """Threads or processes that decode (None: from the number of cores)."""
     bad_images: Literal["error", "quarantine"] = "error"
     """What an image that cannot be read means: stop, or leave it out and list it."""
 
@@ -47,13 +47,13 @@ class AugmentConfig:
     """How one image becomes two views."""
 
     crop_size: int | None = None
-    """Side of a view in pixels (default: the images' own if small and uniform, else 224)."""
+    """Side of a view in pixels (None: the images' own if small and uniform, else 224)."""
     aug: Literal["v1", "v2", "cifar"] | None = None
-    """Augmentation of MoCo v1, of v2, or of the authors' CIFAR demo (default: from the data)."""
+    """Augmentation of MoCo v1, of v2, or of the authors' CIFAR demo (None: from the data)."""
     aug_plus: bool = False
     """The same as --aug v2."""
     crop_scale_min: float | None = None
-    """Smallest area of a random crop, as a fraction of the image (default: 0.2)."""
+    """Smallest area of a random crop, as a fraction of the image (None: of the augmentation, 0.2)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,7 +68,7 @@ class ModelConfig:
     """The encoders, the queue and the loss."""
 
     arch: Arch | None = None
-    """Backbone (default: from the size of the images)."""
+    """Backbone (None: from the size of the images)."""
     width: float = 1.0
     """Factor on every channel count of the backbone."""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
@@ -80,13 +80,13 @@ class ModelConfig:
     moco_dim: int = 128
     """Length of an embedding."""
     moco_k: int | None = None
-    """Number of keys in the queue (default: from the data)."""
+    """Number of keys in the queue (None: from the data)."""
     moco_m: float | None = None
-    """EMA momentum of the key encoder (default: from the data)."""
+    """EMA momentum of the key encoder (None: from the data)."""
     moco_m_cos: bool = False
     """Raise the EMA momentum to 1 along a half cosine."""
     moco_t: float | None = None
-    """Softmax temperature (default: from the data)."""
+    """Softmax temperature (None: from the data)."""
     symmetric: bool = False
     """Use each view once as query and once as key; two queries an image."""
     bn_splits: int | None = None
@@ -110,15 +110,15 @@ class OptimConfig:
     """SGD, its schedule and its length."""
 
     batch_size: int | None = None
-    """Images a step, over all devices together (default: from the data)."""
+    """Images a step, over all devices together (None: from the data)."""
     lr: float | None = None
-    """Learning rate at the start (default: from the data and the batch)."""
+    """Learning rate at the start (None: from the data and the batch)."""
     wd: float | None = None
-    """Weight decay (default: from the data)."""
+    """Weight decay (None: from the data)."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
     epochs: int | None = None
-    """Passes over the data (default: from the data)."""
+    """Passes over the data (None: from the data)."""
     cos: bool = False
     """Lower the learning rate to 0 along a half cosine."""
     schedule: tuple[int, ...] | None = None
@@ -153,7 +153,7 @@ class RunOptions:
     seed: int = 0
     """The same seed gives the same images, crops, colours and weights."""
     out: str | None = None
-    """Folder of the run (default: runs/NAME)."""
+    """Folder of the run (None: runs/NAME)."""
     overwrite: bool = False
     """Delete an earlier run in that folder."""
     resume: bool = False
@@ -169,11 +169,11 @@ class RunOptions:
     log_every: int = 50
     """Steps between two readings of the loss."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints (default: the end of every epoch)."""
+    """Steps between two checkpoints (None: the end of every epoch)."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     knn_every: int | None = None
-    """Epochs between two kNN evaluations, 0 for none (default: from the data)."""
+    """Epochs between two kNN evaluations, 0 for none (None: from the data)."""
     knn_k: int = 200
     """Neighbours that vote in the kNN evaluation."""
     knn_t: float = 0.1

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import tyro
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
@@ -113,6 +113,7 @@ def test_a_damaged_or_hostile_file_is_refused_in_one_line(text: str, words: list
     assert all(word in message for word in words), message
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
