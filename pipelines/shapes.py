@@ -15,10 +15,10 @@ CLASS_NAMES = ("disc", "ring", "square", "frame", "triangle", "cross", "bar", "t
 TRAIN_COUNT = 4_000
 TEST_COUNT = 1_000
 
-RADIUS = (0.5, 0.85)  # of half the side: the circle that bounds a shape
+RADIUS = (0.74, 0.95)  # of half the side: the circle that bounds a shape
 CONTRAST = (0.22, 0.45)  # of the full range, between shape and background
 BACKGROUND = (0.45, 0.55)
-NOISE = 0.35  # peak to peak, uniform, independent in every pixel
+NOISE = 0.2  # peak to peak, uniform, independent in every pixel
 CHUNK = 512  # images drawn at a time: bounds the temporaries to some 20 MB at side 32
 
 
