@@ -1,0 +1,112 @@
+"""All parameters of a module in one buffer, so that one kernel updates them all.
+
+P floats of parameters with padding · Q floats of batch norm statistics
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_ALIGN = 32  # floats, 128 bytes: every tensor starts where a fresh allocation could, so kernels keep their wide loads
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one named tensor lies in a flat buffer, in floats; a 4-d tensor lies there in channels-last order."""
+
+    name: str
+    shape: torch.Size
+    offset: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The tensor of this name inside `flat`, sharing its memory."""
+        part = flat[self.offset : self.offset + self.shape.numel()]
+        if len(self.shape) != 4:
+            return part.view(self.shape)
+        outputs, inputs, height, width = self.shape
+        return part.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+
+
+class FlatParameters:
+    """Moves the parameters, gradients and batch norm statistics of a module into flat float32 buffers.
+
+    values   (P,) the parameters; those that decay come first, in `values[:num_decayed]`
+    grads    (P,) their gradients, or None for a frozen module; zeroing is one operation
+    buffers  (Q,) the floating buffers: running means and variances
+
+    Every parameter, gradient and buffer of the module becomes a view into these, so names, values and shapes of its
+    state_dict stay, and load_state_dict copies into them. Padding between tensors is zero and stays zero. Two modules
+    of one architecture have the same layout.
+
+    With `decay_norm_and_bias` False, the parameters of normalisation layers and all biases are left out of weight
+    decay; MoCo decays everything.
+
+    The module must be float32, on its device, with parameters that are all trained or all frozen. Copy or move it
+    before; `is_intact` says whether something has torn the views off since (`.to(device)`, `zero_grad()`).
+    """
+
+    def __init__(self, module: nn.Module, *, decay_norm_and_bias: bool = True) -> None:
+        named = dict(module.named_parameters())
+        skip = set() if decay_norm_and_bias else set(_norms_and_biases(module))
+        decayed = {name: p for name, p in named.items() if name not in skip}
+        rest = {name: p for name, p in named.items() if name in skip}
+        statistics = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        for name, tensor in (*named.items(), *statistics.items()):
+            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}, not float32"
+        trained = {p.requires_grad for p in named.values()}
+        assert len(trained) == 1, "parameters must be all trained or all frozen"
+
+        slots, self.num_decayed = _lay_out(decayed, 0)
+        more_slots, size = _lay_out(rest, self.num_decayed)
+        self.slots = (*slots, *more_slots)
+        self.buffer_slots, buffer_size = _lay_out(statistics, 0)
+
+        device = next(iter(named.values())).device
+        self.values = torch.zeros(size, device=device)
+        self.grads = torch.zeros(size, device=device) if trained.pop() else None
+        self.buffers = torch.zeros(buffer_size, device=device)
+        self._parameters = [named[slot.name] for slot in self.slots]
+        self._statistics = [statistics[slot.name] for slot in self.buffer_slots]
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+            parameter.data = slot.view(self.values).copy_(parameter.data)
+            parameter.grad = None if self.grads is None else slot.view(self.grads)
+        for slot, buffer in zip(self.buffer_slots, self._statistics, strict=True):
+            buffer.data = slot.view(self.buffers).copy_(buffer.data)
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """A (P,) buffer in this layout as views by parameter name: what a checkpoint holds."""
+        assert flat.shape == self.values.shape, (flat.shape, self.values.shape)
+        return {slot.name: slot.view(flat) for slot in self.slots}
+
+    def is_intact(self) -> bool:
+        """Whether every parameter, gradient and buffer of the module still lies in the flat buffers."""
+        pairs: list[tuple[Slot, Tensor | None, Tensor]] = []
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+            pairs.append((slot, parameter, self.values))
+            if self.grads is not None:
+                pairs.append((slot, parameter.grad, self.grads))
+        pairs += [(s, b, self.buffers) for s, b in zip(self.buffer_slots, self._statistics, strict=True)]
+        return all(t is not None and t.data_ptr() == slot.view(flat).data_ptr() for slot, t, flat in pairs)
+
+
+def _lay_out(tensors: dict[str, Tensor] | dict[str, nn.Parameter], offset: int) -> tuple[tuple[Slot, ...], int]:
+    """Slots for the tensors in their order from `offset` on, and the aligned end."""
+    slots = []
+    for name, tensor in tensors.items():
+        slots.append(Slot(name, tensor.shape, offset))
+        offset += -(-tensor.numel() // _ALIGN) * _ALIGN
+    return tuple(slots), offset
+
+
+def _norms_and_biases(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters of normalisation layers, and of the biases of all layers."""
+    for prefix, layer in module.named_modules():
+        for name, _ in layer.named_parameters(recurse=False):
+            if isinstance(layer, _NORMS) or name == "bias":
+                yield f"{prefix}.{name}" if prefix else name

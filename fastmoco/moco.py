@@ -1,0 +1,60 @@
+"""The two encoders: views in, aligned queries and keys out.
+
+B batch · C embedding · S side of a view
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.encoder import Encoder
+from pipelines.views import Views
+
+
+class MoCo(nn.Module):
+    """A query encoder that learns, and a key encoder that starts as its copy and follows it (`fastmoco.momentum`).
+
+    Both stay in training mode: the key encoder normalises with the statistics of its batch too.
+    """
+
+    def __init__(self, query: Encoder) -> None:
+        super().__init__()
+        self.query = query
+        self.key = copy.deepcopy(query).requires_grad_(False)
+
+    def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (q, k), each (B, C) float32 of unit norm with row i of both from the same image; k has no gradient.
+
+        Asymmetric, one pair in the order of `views.query`:
+
+            q = f_q(views.query),  k[key_order] = f_k(views.key)
+
+        Symmetric, also the exchanged views, in the order of `views.key`:
+
+            q′ = f_q(views.key),  k′ = f_k(views.query)[key_order]
+
+        In each pair one side went through its encoder in the shuffled order, so that split batch norm groups a query
+        and its key with different images (He et al. 2020, section 3.3, "Shuffling BN").
+        """
+        pairs = [(_embed(self.query, views.query), _unshuffle(self._keys(views.key), views.key_order))]
+        if symmetric:
+            pairs.append((_embed(self.query, views.key), self._keys(views.query)[views.key_order]))
+        return pairs
+
+    @torch.no_grad()
+    def _keys(self, x: Tensor) -> Tensor:
+        return _embed(self.key, x)
+
+
+def _embed(encoder: Encoder, x: Tensor) -> Tensor:
+    """(B, 3, S, S) → (B, C) float32 of unit norm."""
+    return F.normalize(encoder(x).float(), dim=1)
+
+
+def _unshuffle(shuffled: Tensor, key_order: Tensor) -> Tensor:
+    """k with k[key_order[r]] = shuffled[r]."""
+    return torch.empty_like(shuffled).index_copy_(0, key_order, shuffled)

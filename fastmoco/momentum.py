@@ -1,0 +1,77 @@
+"""The update: SGD of the query encoder and the moving average into the key encoder.
+
+P floats of parameters with padding
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmoco.flat import FlatParameters
+
+
+@torch.no_grad()
+def momentum_update(
+    query: Tensor,
+    key: Tensor,
+    grads: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    lr: Tensor,
+    ema_momentum: Tensor,
+    sgd_momentum: float,
+    weight_decay: float,
+    num_decayed: int,
+    ok: Tensor,
+) -> None:
+    """In place, with θ the query parameters, φ the key parameters, g the gradients and u the momentum buffer:
+
+        g[:num_decayed] += weight_decay · θ[:num_decayed]
+        u = sgd_momentum · u + g
+        θ = θ − lr · u
+        φ = ema_momentum · φ + (1 − ema_momentum) · θ
+
+    The first three lines are `torch.optim.SGD` (its first step, u = g, is u starting at zero). The last has θ after its
+    update: the φ of the next step's keys, as in the authors' code, which averages when that step begins.
+
+    query, key, grads, momentum_buffer (P,) float32; lr, ema_momentum 0-d floating, ok 0-d bool, on the same device.
+    Where ok is False, query, key and momentum_buffer stay bit for bit as they were, whatever the gradients hold.
+    `grads` is not changed. He et al. 2020, equation 2 and algorithm 1.
+    """
+    new_buffer = sgd_momentum * momentum_buffer + grads
+    if weight_decay:
+        new_buffer[:num_decayed].add_(query[:num_decayed], alpha=weight_decay)
+    new_query = query - lr * new_buffer
+    # 1 − m in the precision of the caller: in float32, 1 − 0.999 is wrong in the fifth digit.
+    new_key = torch.lerp(key, new_query, (1.0 - ema_momentum).to(key.dtype))
+    for old, new in ((momentum_buffer, new_buffer), (query, new_query), (key, new_key)):
+        old.copy_(torch.where(ok, new, old))
+
+
+class MomentumUpdate:
+    """`momentum_update` of two modules of one layout, and the SGD momentum buffer (P,) that belongs to it."""
+
+    def __init__(self, query: FlatParameters, key: FlatParameters, *, sgd_momentum: float, weight_decay: float) -> None:
+        assert query.slots == key.slots, "the encoders differ in layout"
+        assert query.num_decayed == key.num_decayed, "the encoders differ in what decays"
+        self.query = query
+        self.key = key
+        self.sgd_momentum = sgd_momentum
+        self.weight_decay = weight_decay
+        self.momentum_buffer = torch.zeros_like(query.values)
+
+    def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor) -> None:
+        assert self.query.grads is not None
+        momentum_update(
+            self.query.values,
+            self.key.values,
+            self.query.grads,
+            self.momentum_buffer,
+            lr=lr,
+            ema_momentum=ema_momentum,
+            sgd_momentum=self.sgd_momentum,
+            weight_decay=self.weight_decay,
+            num_decayed=self.query.num_decayed,
+            ok=ok,
+        )

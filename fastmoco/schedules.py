@@ -1,0 +1,66 @@
+"""Learning rate and EMA momentum of a step: pure functions of its number, so that a resumed run needs no state.
+
+A step is counted from 0; an epoch is `step // steps_per_epoch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastmoco.errors import ConfigError
+
+LR_SCHEDULES = ("cosine", "step", "constant")
+EMA_SCHEDULES = ("constant", "cosine")
+
+
+def lr_at(
+    step: int,
+    *,
+    schedule: str,
+    base_lr: float,
+    epochs: int,
+    steps_per_epoch: int,
+    milestones: Sequence[int] = (),
+    warmup_epochs: int = 0,
+    per_step: bool = False,
+) -> float:
+    """The learning rate of a step.
+
+        cosine    base_lr · ½ (1 + cos(π (e − w) / (E − w)))         Loshchilov and Hutter 2017, without restarts
+        step      base_lr · 0.1 ^ (number of milestones ≤ e)
+        constant  base_lr
+
+    e is the epoch, a whole number as in the authors' code, or with `per_step` the fraction step / steps_per_epoch;
+    E = epochs, w = warmup_epochs. In the first w epochs the rate is base_lr · (step + 1) / (w · steps_per_epoch), which
+    rises every step and reaches base_lr at their last (Goyal et al. 2017, section 2.2).
+    """
+    warmup_steps = warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return base_lr * (step + 1) / warmup_steps
+    epoch = step / steps_per_epoch if per_step else step // steps_per_epoch
+    if schedule == "cosine":
+        return base_lr * _half_cosine((epoch - warmup_epochs) / (epochs - warmup_epochs))
+    if schedule == "step":
+        return base_lr * 0.1 ** sum(milestone <= epoch for milestone in milestones)
+    if schedule == "constant":
+        return base_lr
+    raise ConfigError(f"unknown learning rate schedule {schedule!r}; expected one of {', '.join(LR_SCHEDULES)}")
+
+
+def ema_momentum_at(step: int, *, schedule: str, base: float, total_steps: int) -> float:
+    """The momentum m of the key encoder, θ_k ← m θ_k + (1 − m) θ_q, at the end of a step.
+
+    constant  base
+    cosine    1 − (1 − base) · ½ (1 + cos(π step / total_steps)), from base to 1       Grill et al. 2020, section 3.3
+    """
+    if schedule == "constant":
+        return base
+    if schedule == "cosine":
+        return 1.0 - (1.0 - base) * _half_cosine(step / total_steps)
+    raise ConfigError(f"unknown EMA schedule {schedule!r}; expected one of {', '.join(EMA_SCHEDULES)}")
+
+
+def _half_cosine(progress: float) -> float:
+    """½ (1 + cos(π progress)): 1 at progress 0, 0 at progress 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,198 @@
+"""One training step, from views to the next parameters, without a host read.
+
+B batch · C embedding · K queue · N keys of a step (B, or 2B when symmetric)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.flat import FlatParameters
+from fastmoco.info_nce import info_nce
+from fastmoco.key_queue import KeyQueue
+from fastmoco.moco import MoCo
+from fastmoco.momentum import MomentumUpdate
+from pipelines.views import Views
+
+# max-autotune's own CUDA graphs refuse buffers that a step changes, which batch norm's are.
+_COMPILE_MODES = {"off": None, "default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+class LossScaler:
+    """Dynamic loss scaling for float16, kept on the device (Micikevicius et al. 2018, section 3.2).
+
+    scale is halved where a step overflows, and doubled after 2,000 in a row that do not.
+    """
+
+    GROWTH_INTERVAL = 2000
+    RANGE = (1.0, 2.0**24)
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, ok: Tensor) -> None:
+        good_steps = torch.where(ok, self.good_steps + 1, 0)
+        grow = good_steps == self.GROWTH_INTERVAL
+        scale = torch.where(ok, torch.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)
+        self.scale.copy_(scale.clamp(*self.RANGE))
+        self.good_steps.copy_(torch.where(grow, 0, good_steps))
+
+
+class TrainStep:
+    """`step(views, lr, ema_momentum)`: forward, InfoNCE, backward, update, enqueue.
+
+    temperature          τ of InfoNCE
+    symmetric            exchange the views too; the losses add up, both sets of keys enter the queue
+    sgd_momentum         momentum of SGD
+    weight_decay         L2 penalty of SGD
+    decay_norm_and_bias  whether it reaches normalisation layers and biases, as in the authors' code
+    dtype                float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
+    compile              "off", "default" or "max-autotune": how the encoders' forward is compiled
+
+    A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics,
+    queue and pointer stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
+    the host learns of it from `read_metrics`.
+
+    The model and the queue must be on their device. The model's parameters move into flat buffers here: load weights
+    into it before or after, but do not move it again.
+    """
+
+    def __init__(
+        self,
+        model: MoCo,
+        queue: KeyQueue,
+        *,
+        temperature: float,
+        symmetric: bool,
+        sgd_momentum: float,
+        weight_decay: float,
+        decay_norm_and_bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        compile: str = "off",
+    ) -> None:
+        if compile not in _COMPILE_MODES:
+            raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
+        if temperature <= 0:
+            raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
+        self.model = model.train()
+        self.queue = queue
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.dtype = dtype
+        self.device = queue.keys.device
+        self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
+        self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
+        assert self.query.values.device == self.device, (self.query.values.device, self.device)
+        self.update = MomentumUpdate(self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay)
+        self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
+        # Counts are float64, exact to 2^53, so that one stacked tensor brings them all to the host.
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in _SUMS}
+        if (mode := _COMPILE_MODES[compile]) is not None:
+            model.query.compile(mode=mode, dynamic=False)
+            model.key.compile(mode=mode, dynamic=False)
+
+    def __call__(self, views: Views, lr: float, ema_momentum: float) -> None:
+        """Trains on one batch. lr and ema_momentum (from `fastmoco.schedules`) reach the device without waiting."""
+        self.lr.fill_(lr)
+        self.ema_momentum.fill_(ema_momentum)
+        self.run(views)
+
+    def run(self, views: Views) -> None:
+        """The step itself, with the lr and ema_momentum that lie on the device: kernels only, always the same ones."""
+        assert self.query.grads is not None
+        self.query.grads.zero_()
+        statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
+
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            pairs = self.model(views, self.symmetric)
+        loss = torch.stack([info_nce(q, k, self.queue.keys, self.temperature) for q, k in pairs]).sum()
+        if self.scaler is None:
+            loss.backward()
+        else:
+            (loss * self.scaler.scale).backward()
+            self.query.grads.div_(self.scaler.scale)
+        loss = loss.detach()
+        # The largest magnitude, one pass without a temporary: NaN and infinity both come through.
+        ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
+
+        self.update(self.lr, self.ema_momentum, ok)
+        for flat, before in zip((self.query, self.key), statistics, strict=True):
+            flat.buffers.copy_(torch.where(ok, flat.buffers, before))
+        # As in the authors' symmetric code, the keys of view 0 enter before those of view 1.
+        self.queue.enqueue(torch.cat([k for _, k in reversed(pairs)]), ok)
+        if self.scaler is not None:
+            self.scaler.update(ok)
+        self._count(loss, ok)
+
+    def _count(self, loss: Tensor, ok: Tensor) -> None:
+        sums = self._sums
+        sums["loss_sum"].add_(torch.where(ok, loss, 0.0))
+        sums["steps"].add_(1.0)
+        sums["skipped_steps"].add_(~ok)
+        sums["consecutive_skipped"].add_(1.0).mul_(~ok)
+
+    def read_metrics(self) -> dict[str, float]:
+        """What happened since the last call, with one host read; call it every N steps.
+
+        loss                 mean over the steps that were not skipped; NaN where there is none
+        steps                how many, skipped ones included
+        skipped_steps        how many were skipped
+        consecutive_skipped  length of the run of skipped steps that ends now; it may reach back past the last call
+        """
+        values = torch.stack([self._sums[name] for name in _SUMS]).tolist()
+        read = dict(zip(_SUMS, values, strict=True))
+        for name in ("loss_sum", "steps", "skipped_steps"):
+            self._sums[name].zero_()
+        trained = read["steps"] - read["skipped_steps"]
+        return {
+            "loss": read["loss_sum"] / trained if trained else float("nan"),
+            **{name: int(read[name]) for name in ("steps", "skipped_steps", "consecutive_skipped")},
+        }
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The step's own state, live tensors: momentum buffer by parameter name, loss scaler, sums.
+
+        Model and queue are saved by who owns them.
+        """
+        state = {"momentum_buffer": self.query.named(self.update.momentum_buffer), "sums": dict(self._sums)}
+        if self.scaler is not None:
+            state["scaler"] = {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Copies a `state_dict` into this step. Raises CheckpointError where names, shapes or types differ."""
+        own = self.state_dict()
+        _compare("the training step", state, own)
+        for group, tensors in own.items():
+            _compare(group, state[group], tensors)
+            for name, tensor in tensors.items():
+                found = state[group][name]
+                if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                    raise CheckpointError(
+                        f"{group} of {name} is {tuple(found.shape)} {found.dtype} in the checkpoint, expected "
+                        f"{tuple(tensor.shape)} {tensor.dtype}; resume with the configuration it was saved with"
+                    )
+        for group, tensors in own.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[group][name])
+
+
+_SUMS = ("loss_sum", "steps", "skipped_steps", "consecutive_skipped")
+
+
+def _compare(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or surplus:
+        raise CheckpointError(
+            f"the checkpoint's state of {what} lacks {missing[:3]} and has {surplus[:3]} beside what this run needs; "
+            "resume with the configuration it was saved with"
+        )
