@@ -1,24 +1,140 @@
-"""What an image is: the one definition of encoded bytes → pixels, which every backend must agree with."""
+"""What an image is: the one definition of encoded bytes → upright RGB pixels, which every backend must agree with.
+
+H, W height and width in pixels of the upright image
+
+    what the bytes hold            what becomes of it
+    JPEG, grey or colour           libjpeg-turbo through torchvision: the slow integer IDCT, fancy upsampling
+    JPEG, CMYK or YCCK             Pillow's conversion, with Adobe's inverted values turned over
+    palette, 1 bit, grey           the colours they stand for; grey three times
+    alpha                          dropped, not composited: the colours stored under transparent pixels show
+    16 bits a channel              the high byte, value >> 8 (as Pillow, DALI and torchvision reduce colour);
+                                   PPM and PGM, which state their own maximum, are scaled by it first
+    32-bit integers or floats      refused: nothing says which value is white
+    EXIF orientation               applied (EXIF only: the copy some editors leave in XMP is not read)
+    several frames                 the first
+    colour profiles, PNG gamma     ignored, as every training pipeline does
+
+A damaged file is refused where the damage can be known: truncated data, failing checksums, a header that no decoder
+understands. A flipped bit inside JPEG data decodes to wrong pixels in every library; libjpeg only remarks on it.
+"""
 
 from __future__ import annotations
 
 import io
+from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.errors import DataError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # by content, whatever the file is called
+MAX_PIXELS = 89_000_000  # more is refused by the header; just under the size at which Pillow starts to warn
+
+_ORIENTATION_TAG = 0x0112
+_SIDES_SWAPPED = (5, 6, 7, 8)
+
 
 def decode(data: bytes, name: str) -> np.ndarray:
-    """Encoded bytes → (H, W, 3) uint8 RGB, upright. Raises DataError that gives `name` and the reason."""
+    """Encoded bytes → (H, W, 3) uint8 RGB, upright, contiguous. Raises DataError giving `name` and the reason."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name} cannot be decoded as an image ({error}); replace or remove it") from error
+        with open_image(io.BytesIO(data)) as image:
+            orientation = exif_orientation(image)
+            plain_jpeg = is_jpeg(image) and image.mode in ("L", "RGB")
+            pixels = _decode_jpeg(data) if plain_jpeg else _rgb(image)
+    except Exception as error:  # foreign bytes: a decoder may raise anything, and all of it means a bad file
+        raise bad_image(name, error) from error
+    return np.ascontiguousarray(upright(pixels, orientation))
+
+
+def open_image(stream: IO[bytes], formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The image in `stream` with only its header read. Raises what Pillow raises, and ValueError on a bomb."""
+    start = stream.read(32)
+    stream.seek(0)
+    if not start:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(stream, formats=formats)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"it begins with {start[:16]!r}, which is none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"its header claims more than {MAX_PIXELS:,} pixels, the limit") from error
+    if image.width * image.height > MAX_PIXELS:
+        claim = f"{image.width}×{image.height} pixels"
+        image.close()
+        raise ValueError(f"its header claims {claim}, more than the limit of {MAX_PIXELS:,}")
+    return image
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with further pictures behind the first
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 to 8, how the stored rows lie; 1 (upright) where nothing, or nothing sensible, is said.
+
+    TIFF is always 1: Pillow turns it while loading.
+    """
+    data = image.info.get("exif")
+    if not data or image.format == "TIFF":
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(data)
+        orientation = exif.get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make a bad image: viewers show it as it is stored
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of what `decode` returns, from the header alone. Not for TIFF, which Pillow turns on loading."""
+    swapped = exif_orientation(image) in _SIDES_SWAPPED
+    return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(h, w, 3) as stored → (H, W, 3) upright, a view. EXIF 2.3, tag 0x0112: where row 0 and column 0 belong."""
+    if orientation in _SIDES_SWAPPED:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def bad_image(name: str, error: Exception) -> DataError:
+    """One line naming the file and why it is no image, from whatever a decoder raised."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "incomplete or truncated" in reason:
+        reason = "the JPEG data is incomplete or truncated"  # without torchvision's source file and line
+    return DataError(f"{printable(name)} is not a usable image: {printable(reason)}; replace or remove it")
 
 
 def printable(text: str) -> str:
     """`text` with control, bidi, undecodable and other unprintable characters as \\-escapes, safe in a terminal."""
     return "".join(c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() for c in text)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch objects to read-only memory
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """The first frame of anything Pillow reads, as (h, w, 3) uint8."""
+    image.load()
+    if image.format == "TIFF":
+        image = ImageOps.exif_transpose(image)  # nothing left to do where Pillow has turned it already
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "32-bit floats"
+        raise ValueError(f"it holds {kind}, which have no agreed white; convert it to 8 or 16 bits")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns when some palette entries are transparent
+    return np.asarray(image.convert("RGB"))
