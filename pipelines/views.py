@@ -17,10 +17,13 @@ from torch import Tensor
 class BatchPlan:
     """Which images a step sees, where they are cropped and how they are coloured: a pure function of (seed, step).
 
+    There are V = 2 views in training, and V = 1 in evaluation.
+
     step       global step, from 0
     epoch      epoch of that step, from 0
     indices    (B,) int64, positions in the ImageIndex
-    boxes      (2, B, 4) int32, top, left, height, width in pixels of the whole, upright image
+    boxes      (2, B, 4) int32, top, left, height, width in pixels of
+                the whole, upright image
     params     (2, B, P) float32, one row of `augment.COLUMNS` for every view
     key_order  (B,) int64, row r of the key batch is the key view of image `indices[key_order[r]]`
     """
@@ -35,14 +38,17 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """The resized regions of a plan, before colour and flip: (2, B, S, S, 3) uint8, both views in the plan's order."""
+    """The resized regions of a plan, before colour and flip: (V, B, S, S, 3) uint8, all views in the plan's order."""
 
     images: Tensor
     plan: BatchPlan
 
 
 class CropSource(Protocol):
-    """The seam between backends: plans in, uint8 crops out on the device, in the same order, none skipped."""
+    """The seam between backends: plans in, uint8 crops out on the device, in the same order, none skipped.
+
+    `crops` may be called again while an earlier iterator is still in use. Raises DataError for a bad image.
+    """
 
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]: ...
 

@@ -1,0 +1,68 @@
+"""Which images a step sees and what happens to them, worked out on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from pipelines.augment import Augmentation, sample_params
+from pipelines.boxes import sample_boxes
+from pipelines.order import epoch_order, steps_per_epoch
+from pipelines.randomness import Domain, permutation
+from pipelines.views import BatchPlan
+
+
+class Planner:
+    """Plans of a run: `plan(step)` is a pure function of (seed, step), the sizes of the images and the settings.
+
+    sizes         (N, 2) int32 height and width of every image, upright
+    batch_size    B images a step; N must be at least B
+    shuffle_keys  whether the key batch gets an order of its own (needed where batch norm looks at groups)
+    """
+
+    def __init__(
+        self, sizes: np.ndarray, *, seed: int, batch_size: int, augmentation: Augmentation, shuffle_keys: bool
+    ) -> None:
+        assert len(sizes) >= batch_size, "fewer images than a batch"
+        self.sizes, self.seed, self.batch_size = sizes, seed, batch_size
+        self.augmentation, self.shuffle_keys = augmentation, shuffle_keys
+        self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(sizes)))
+
+    def plan(self, step: int) -> BatchPlan:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        indices = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        if self.shuffle_keys:
+            key_order = permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=place, epoch=epoch)
+        else:
+            key_order = np.arange(self.batch_size)
+        a = self.augmentation
+        return BatchPlan(
+            step=step,
+            epoch=epoch,
+            indices=indices,
+            boxes=sample_boxes(self.seed, epoch, indices, self.sizes[indices], a.scale, a.ratio),
+            params=sample_params(self.seed, epoch, indices, a),
+            key_order=key_order,
+        )
+
+    def plans(self, start: int, stop: int) -> Iterator[BatchPlan]:
+        return (self.plan(step) for step in range(start, stop))
+
+
+def eval_plans(sizes: np.ndarray, positions: np.ndarray, batch_size: int, side: int) -> Iterator[BatchPlan]:
+    """Every image of `positions` exactly once, one centred view each, in order; the last plan may be smaller.
+
+    Crops of up to 64 pixels take the largest centred square; larger ones 224/256 of it, as the resize to 256 and
+    centre crop to 224 pixels of ImageNet evaluation. Plans have boxes (1, B, 4) and no colour.
+    """
+    fraction = 1.0 if side <= 64 else 224 / 256
+    square = np.maximum(1, np.rint(sizes.min(axis=1) * fraction)).astype(np.int32)
+    corner = (sizes - square[:, None]) // 2
+    boxes = np.concatenate([corner, square[:, None], square[:, None]], axis=1).astype(np.int32)
+    for number, start in enumerate(range(0, len(positions), batch_size)):
+        chosen = positions[start : start + batch_size]
+        empty = np.empty((1, len(chosen), 0), dtype=np.float32)
+        yield BatchPlan(number, 0, chosen, boxes[chosen][None], empty, np.arange(len(chosen)))

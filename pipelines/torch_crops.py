@@ -1,0 +1,116 @@
+"""Worker processes that decode, crop and resize, and hand over uint8 crops in shared memory.
+
+The device only ever receives crops of S×S bytes a channel: an eighth to a hundredth of what float views would take.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.errors import DataError
+from pipelines.image_index import ImageIndex
+from pipelines.resident_crops import resize_box
+from pipelines.views import BatchPlan, Crops
+
+# Images a worker takes at a time: small enough for all workers to share a batch, large enough to hide the hand-over.
+CHUNK = 32
+Task = tuple[ImageIndex, np.ndarray]
+
+
+class TorchCrops:
+    """A crop source on torch's own DataLoader. `workers` processes, or none (0) to decode in this process."""
+
+    def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
+        self._index, self._side, self._device, self._workers = index, side, device, workers
+
+    def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
+        """Raises DataError for an image that cannot be read, and for a worker that died."""
+        issued: deque[BatchPlan] = deque()
+        loader = DataLoader(
+            _Decoder(self._side),
+            batch_size=None,
+            sampler=_Tasks(self._index, plans, issued),
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_start_worker,
+            multiprocessing_context="forkserver" if self._workers else None,
+            prefetch_factor=4 if self._workers else None,
+        )
+        parts = iter(loader)
+        while True:
+            first = self._next(parts)
+            if first is None:
+                return
+            plan = issued.popleft()
+            views, count = plan.boxes.shape[:2]
+            images = torch.empty((views, count, self._side, self._side, 3), dtype=torch.uint8, device=self._device)
+            part, done = first, 0
+            while True:
+                images[:, done : done + part.shape[1]].copy_(part, non_blocking=True)
+                done += part.shape[1]
+                if done == count:
+                    break
+                part = self._next(parts)
+                assert part is not None, "the loader ended inside a batch"
+            yield Crops(images, plan)
+
+    @staticmethod
+    def _next(parts: Iterator[Tensor | DataError]) -> Tensor | None:
+        try:
+            part = next(parts, None)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise DataError(f"{str(error).splitlines()[0]}; see whether memory ran out, then --resume") from error
+            raise
+        if isinstance(part, DataError):
+            raise part
+        return part
+
+    def close(self) -> None:
+        """Nothing to give back: the workers belong to the iterators."""
+
+
+class _Decoder(Dataset):
+    """Decodes the images of a task once each, and crops every view: (views, b, S, S, 3) uint8."""
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+
+    def __getitem__(self, task: Task) -> Tensor | DataError:
+        images, boxes = task
+        out = torch.empty((*boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8)
+        try:
+            for row in range(len(images)):
+                pixels = torch.from_numpy(images.read(row))
+                for view in range(len(boxes)):
+                    out[view, row] = resize_box(pixels, boxes[view, row].tolist(), self._side)
+        except DataError as error:  # as a value, because the loader would wrap its one line in a traceback
+            return error
+        return out
+
+
+class _Tasks:
+    """What the workers are to do, in order. Tasks carry their own small index, so that workers hold no data set."""
+
+    def __init__(self, index: ImageIndex, plans: Iterable[BatchPlan], issued: deque[BatchPlan]) -> None:
+        self._index, self._plans, self._issued = index, plans, issued
+
+    def __iter__(self) -> Iterator[Task]:
+        for plan in self._plans:
+            self._issued.append(plan)
+            for start in range(0, len(plan.indices), CHUNK):
+                part = slice(start, start + CHUNK)
+                yield self._index.select(plan.indices[part]), plan.boxes[:, part]
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C is for the trainer to handle: it stops the workers once its state is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
