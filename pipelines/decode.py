@@ -121,7 +121,9 @@ def printable(text: str) -> str:
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch objects to read-only memory
-    return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    planes = decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    assert isinstance(planes, torch.Tensor)  # a list comes of a list
+    return planes.permute(1, 2, 0).numpy()
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -5,7 +5,7 @@ N images · H, W height and width in pixels of the whole, upright image
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -116,13 +116,22 @@ class ImageIndex:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The images to pretrain on and, where there are any, the images to evaluate on.
+    """The images to pretrain on and, where there are any, the images to evaluate with.
 
+    train       what pretraining sees
+    test        what is classified in an evaluation, or None
+    bank        the labelled images an evaluation compares `test` with or fits on: `train` itself if it has labels,
+                another part of the data set if that has (STL-10), else None
     quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was asked for
     skipped     how many files were passed over because their names are not those of images
     """
 
     train: ImageIndex
     test: ImageIndex | None = None
-    quarantine: tuple[tuple[str, str], ...] = field(default=())
+    bank: ImageIndex | None = None
+    quarantine: tuple[tuple[str, str], ...] = ()
     skipped: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bank is None and self.train.labels is not None:
+            object.__setattr__(self, "bank", self.train)

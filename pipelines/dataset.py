@@ -1,0 +1,143 @@
+"""Any input → what to pretrain on and what to evaluate on: a folder, a list of paths, or the name of a data set."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipelines.decode import printable
+from pipelines.errors import DataError
+from pipelines.headers import read_headers
+from pipelines.image_files import ImageFiles, find_splits, list_folder, read_list
+from pipelines.image_index import Dataset, ImageIndex
+from pipelines.named import ARRAYS, NAMES, array_dataset, imagenette_folders, shapes
+
+__all__ = ["NAMES", "BadImages", "Dataset", "ImageIndex", "load_dataset"]
+
+BadImages = Literal["error", "quarantine"]
+MAX_BAD_FRACTION = 0.1  # more than this is no longer a few bad files but the wrong folder, or a broken disk
+
+
+def load_dataset(
+    data: str, *, data_root: str | Path, limit: int | None = None, bad_images: BadImages = "error"
+) -> Dataset:
+    """The data set that `data` names.
+
+    data        a name of `NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
+                a folder, with `train` and `val` in it, of class folders, or of images at any depth (`image_files`);
+                or a text file of paths
+    data_root   where named data sets are downloaded to
+    limit       at most so many images of each part, for a trial: spread over the classes, or evenly over the order
+    bad_images  what an unusable file does: stop with an error, or leave it out and write it into the ledger
+
+    Raises DataError with what was found, expected, and what to do.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"the limit is {limit} images; expected 1 or more, or none")
+    root = Path(data_root).expanduser()
+    if data == "shapes":
+        return _limited(shapes(), limit)
+    if data in ARRAYS:
+        return _limited(array_dataset(data, root), limit)
+    if data == "imagenette":
+        folder, class_names = imagenette_folders(root)
+        found = _from_folder(str(folder), "imagenette", limit, bad_images)
+        assert found.test is not None
+        train, test = (replace(index, class_names=class_names) for index in (found.train, found.test))
+        return replace(found, train=train, test=test, bank=train)
+    path = os.path.abspath(os.path.expanduser(data))
+    if os.path.isdir(path):
+        return _from_folder(path, os.path.basename(path) or path, limit, bad_images)
+    if os.path.isfile(path):
+        train, ledger = _index(read_list(path), os.path.basename(path), limit, bad_images)
+        return Dataset(train, quarantine=ledger)
+    close = difflib.get_close_matches(data.lower(), NAMES, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"names are {', '.join(NAMES)}"
+    raise DataError(f"{printable(data)} does not exist; expected a folder, a list of paths or a name: {hint}")
+
+
+def _from_folder(root: str, name: str, limit: int | None, bad_images: BadImages) -> Dataset:
+    train_folder, test_folder = find_splits(root)
+    train_files = list_folder(train_folder)
+    test_files = None if test_folder is None else list_folder(test_folder)
+    if test_files is not None and test_folder is not None:
+        _check_same_classes(train_files, train_folder, test_files, test_folder)
+    split = "" if train_folder == root else f"/{os.path.basename(train_folder)}"
+    train, ledger = _index(train_files, name + split, limit, bad_images)
+    if test_files is None or test_folder is None:
+        return Dataset(train, quarantine=ledger, skipped=train_files.skipped)
+    test, test_ledger = _index(test_files, f"{name}/{os.path.basename(test_folder)}", limit, bad_images)
+    return Dataset(train, test, quarantine=ledger + test_ledger, skipped=train_files.skipped + test_files.skipped)
+
+
+def _check_same_classes(train: ImageFiles, train_folder: str, test: ImageFiles, test_folder: str) -> None:
+    if train.classes is None or test.classes is None:
+        return  # one of them is a heap: nothing can disagree, and an evaluation that needs labels says so
+    here, there = set(train.classes), set(test.classes)
+    if here != there:
+        odd = min(here ^ there)
+        has, lacks = (train_folder, test_folder) if odd in here else (test_folder, train_folder)
+        raise DataError(
+            f"the class '{printable(odd)}' is in {printable(has)} and not in {printable(lacks)} "
+            f"({len(here)} and {len(there)} classes, {len(here ^ there)} not shared); expected the same class folders"
+        )
+
+
+def _index(
+    files: ImageFiles, name: str, limit: int | None, bad_images: BadImages
+) -> tuple[ImageIndex, tuple[tuple[str, str], ...]]:
+    """The index of these files and the ledger of those left out; only the files within `limit` are opened."""
+    labels = files.labels()
+    positions = limit_positions(len(files.paths), labels, limit)
+    paths = [files.paths[i] for i in positions]
+    sizes, bad = read_headers(paths)
+    allowed = MAX_BAD_FRACTION * len(paths) if bad_images == "quarantine" else 0
+    if len(bad) > allowed:
+        remedy = (
+            f"at most {MAX_BAD_FRACTION:.0%} may be left out"
+            if bad_images == "quarantine"
+            else "mend or remove them, or ask for bad images to be quarantined"
+        )
+        raise DataError(f"{len(bad):,} of {len(paths):,} images of {printable(name)} are bad; {remedy}. {bad[0][1]}")
+    whole = ImageIndex(
+        name, sizes, None if labels is None else labels[positions], files.class_names(), paths=tuple(paths)
+    )
+    if not bad:
+        return whole, ()
+    good = np.delete(np.arange(len(paths)), [i for i, _ in bad])
+    return whole.select(good), tuple((paths[i], reason) for i, reason in bad)
+
+
+def limit_positions(count: int, labels: np.ndarray | None, limit: int | None) -> np.ndarray:
+    """Which of `count` images a limit keeps, in order: (min(count, limit),) int64.
+
+    With labels, the first of every class, then the second of every class, and so on until `limit` are taken; without,
+    evenly spaced ones. The images of a smaller limit need not be among those of a larger one without labels.
+    """
+    if limit is None or limit >= count:
+        return np.arange(count)
+    if labels is None:
+        return np.arange(limit) * count // limit
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    rank = np.empty(count, dtype=np.int64)  # 0 for the first image of its class, 1 for the second
+    rank[by_class] = np.arange(count) - starts
+    return np.sort(np.lexsort((labels, rank))[:limit])
+
+
+def _limited(dataset: Dataset, limit: int | None) -> Dataset:
+    """A data set in memory, cut to `limit` images a part."""
+
+    def part(index: ImageIndex | None) -> ImageIndex | None:
+        if index is None or limit is None or limit >= len(index):
+            return index
+        return index.select(limit_positions(len(index), index.labels, limit))
+
+    train = part(dataset.train)
+    assert train is not None
+    return Dataset(train, part(dataset.test), bank=train if dataset.bank is dataset.train else part(dataset.bank))
