@@ -31,21 +31,27 @@ class Planner:
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(sizes)))
 
-    def plan(self, step: int) -> BatchPlan:
+    def indices(self, step: int) -> np.ndarray:
+        """(B,) int64: the images of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        indices = self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        if self.shuffle_keys:
-            key_order = permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=place, epoch=epoch)
-        else:
-            key_order = np.arange(self.batch_size)
-        a = self.augmentation
+        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def key_order(self, step: int) -> np.ndarray:
+        """(B,) int64: the order of a step's key batch."""
+        if not self.shuffle_keys:
+            return np.arange(self.batch_size)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=place, epoch=epoch)
+
+    def plan(self, step: int) -> BatchPlan:
+        epoch, indices, a = step // self.steps_per_epoch, self.indices(step), self.augmentation
         return BatchPlan(
             step=step,
             epoch=epoch,
             indices=indices,
             boxes=sample_boxes(self.seed, epoch, indices, self.sizes[indices], a.scale, a.ratio),
             params=sample_params(self.seed, epoch, indices, a),
-            key_order=key_order,
+            key_order=self.key_order(step),
         )
 
     def plans(self, start: int, stop: int) -> Iterator[BatchPlan]:

@@ -47,14 +47,14 @@ class ResidentCrops:
         if index.uniform_size is not None:
             height, width = index.uniform_size
             planes = flat.view(len(index), height, width, 3).permute(0, 1, 3, 2).contiguous()
-            self._images: Tensor | None = planes.to(device)
+            self._pixels, self._uniform = planes.to(device), True
         else:
-            self._images, self._flat = None, flat.to(device)
+            self._pixels, self._uniform = flat.to(device), False
 
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         for plan in plans:
-            if self._images is not None:
-                chosen = self._images[to_device(plan.indices, self._device)]
+            if self._uniform:
+                chosen = self._pixels[to_device(plan.indices, self._device)]
                 yield Crops(crop_resize(chosen, to_device(plan.boxes, self._device), self._side), plan)
             else:
                 yield Crops(self._one_by_one(plan), plan)
@@ -66,13 +66,14 @@ class ResidentCrops:
         for row, image in enumerate(plan.indices.tolist()):
             height, width = self._sizes[image].tolist()
             start = int(self._offsets[image])
-            pixels = self._flat[start : start + 3 * height * width].view(height, width, 3)
+            pixels = self._pixels[start : start + 3 * height * width].view(height, width, 3)
             for view in range(views):
                 out[view, row] = resize_box(pixels, plan.boxes[view, row].tolist(), side)
         return out
 
     def close(self) -> None:
-        self._images = self._flat = None
+        """Frees the memory."""
+        self._pixels = torch.empty(0, dtype=torch.uint8)
 
 
 def resize_box(pixels: Tensor, box: list[int], side: int) -> Tensor:

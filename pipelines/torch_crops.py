@@ -5,7 +5,6 @@ The device only ever receives crops of S×S bytes a channel: an eighth to a hund
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +17,7 @@ from pipelines.errors import DataError
 from pipelines.image_index import ImageIndex
 from pipelines.resident_crops import resize_box
 from pipelines.views import BatchPlan, Crops
+from pipelines.workers import checked, worker_options
 
 # Images a worker takes at a time: small enough for all workers to share a batch, large enough to hide the hand-over.
 CHUNK = 32
@@ -33,45 +33,20 @@ class TorchCrops:
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         """Raises DataError for an image that cannot be read, and for a worker that died."""
         issued: deque[BatchPlan] = deque()
-        loader = DataLoader(
-            _Decoder(self._side),
-            batch_size=None,
-            sampler=_Tasks(self._index, plans, issued),
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=_start_worker,
-            multiprocessing_context="forkserver" if self._workers else None,
-            prefetch_factor=4 if self._workers else None,
-        )
-        parts = iter(loader)
-        while True:
-            first = self._next(parts)
-            if first is None:
-                return
+        tasks = _Tasks(self._index, plans, issued)
+        options = worker_options(self._workers, self._device)
+        parts = checked(DataLoader(_Decoder(self._side), batch_size=None, sampler=tasks, **options))
+        for part in parts:
             plan = issued.popleft()
             views, count = plan.boxes.shape[:2]
             images = torch.empty((views, count, self._side, self._side, 3), dtype=torch.uint8, device=self._device)
-            part, done = first, 0
-            while True:
+            done = part.shape[1]
+            images[:, :done].copy_(part, non_blocking=True)
+            while done < count:
+                part = next(parts)
                 images[:, done : done + part.shape[1]].copy_(part, non_blocking=True)
                 done += part.shape[1]
-                if done == count:
-                    break
-                part = self._next(parts)
-                assert part is not None, "the loader ended inside a batch"
             yield Crops(images, plan)
-
-    @staticmethod
-    def _next(parts: Iterator[Tensor | DataError]) -> Tensor | None:
-        try:
-            part = next(parts, None)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise DataError(f"{str(error).splitlines()[0]}; see whether memory ran out, then --resume") from error
-            raise
-        if isinstance(part, DataError):
-            raise part
-        return part
 
     def close(self) -> None:
         """Nothing to give back: the workers belong to the iterators."""
@@ -108,9 +83,3 @@ class _Tasks:
             for start in range(0, len(plan.indices), CHUNK):
                 part = slice(start, start + CHUNK)
                 yield self._index.select(plan.indices[part]), plan.boxes[:, part]
-
-
-def _start_worker(_: int) -> None:
-    """Ctrl-C is for the trainer to handle: it stops the workers once its state is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

@@ -1,0 +1,45 @@
+"""Which device, in which number format, and how strictly repeatable."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastmoco.errors import DeviceError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device. Raises DeviceError where CUDA was asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        built = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device or driver"
+        raise DeviceError(f"--device cuda, and {built}: see nvidia-smi, or use --device cpu")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def pick_amp(name: str, device: torch.device) -> str:
+    """`auto` to bf16 where the device multiplies it in hardware, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: its name, memory or cores."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def make_deterministic() -> None:
+    """Bit-identical results on the same kind of device. To be called before CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,49 @@
+"""Images → features: every image of an index exactly once, through one centred view.
+
+N images · D features · S side of a view
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.image_index import ImageIndex
+from pipelines.plans import eval_plans
+from pipelines.views import CropSource
+
+BATCH = 256
+
+
+def normalised(crops: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(B, S, S, 3) uint8 to (B, 3, S, S) float32, channels-last in memory."""
+    scale = torch.tensor(std, device=crops.device).mul_(255)
+    shift = torch.tensor(mean, device=crops.device).div_(torch.tensor(std, device=crops.device))
+    return (crops.float() / scale - shift).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def extract(
+    function: Callable[[Tensor], Tensor],
+    source: CropSource,
+    index: ImageIndex,
+    side: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    """`function` of (B, 3, S, S) normalised images, for every image in the order of the index.
+
+    Returns (N, D) float32 on the device of the source. A last, smaller batch is padded by repeating its last image, so
+    that a compiled function sees one shape, and the padding is cut off again.
+    """
+    batch = min(BATCH, len(index))
+    positions = np.arange(len(index))
+    padded = np.concatenate([positions, np.full(-len(index) % batch, len(index) - 1)])
+    parts = [
+        function(normalised(crops.images[0], mean, std)).float()
+        for crops in source.crops(eval_plans(index.sizes, padded, batch, side))
+    ]
+    return torch.cat(parts)[: len(index)]
