@@ -18,10 +18,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from test_checkpoint import assert_same, tensors_of
 
 from fastmoco.checkpoint import load, newest, prune, save, step_of, sweep, verify
 from fastmoco.errors import CheckpointError
-from tests.test_checkpoint import assert_same, tensors_of
 
 
 def in_subprocess(script: str, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:

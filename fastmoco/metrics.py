@@ -1,0 +1,118 @@
+"""What a run measured: one JSON object a line in metrics.jsonl, and the same numbers in TensorBoard files under tb/.
+
+A line holds step, epoch and any of loss, lr, images_per_s, data_wait_percent, device_memory_bytes, knn_top1_percent, …
+with the unit in the name. A number that is not finite is written as null: NaN is not JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmoco.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FILE_NAME = "metrics.jsonl"
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends to the metrics of a run. A full disk does not end the run: lines wait and are tried again."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
+        self.path = run_dir / FILE_NAME
+        self._tb_dir = run_dir / "tb" if tensorboard else None
+        self._tb: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._file: int | None = None
+        self._pending = b""
+
+    def write(self, step: int, epoch: int, **values: float | None) -> str | None:
+        """Append one line, and hand it to the system at once; returns a warning line while the disk refuses."""
+        record = {"step": step, "epoch": epoch} | {name: _json_number(value) for name, value in values.items()}
+        self._pending += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            self._flush()
+            self._write_tensorboard(step, record)
+        except OSError as error:
+            return f"{self.path} cannot be written now ({error.strerror or error}): will try again"
+        return None
+
+    def truncate_after(self, step: int) -> None:
+        """Remove the lines of later steps, and torn or damaged ones, so that a resumed run goes on seamlessly."""
+        self.close()
+        self._purge_step = step + 1  # TensorBoard hides the events of that step and later ones
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+            if kept != lines:
+                write_atomically(self.path, b"".join(kept).decode())
+
+    def close(self) -> None:
+        """Write what still waits. Raises OSError if the disk refuses to the end."""
+        try:
+            if self._pending:
+                self._flush()
+        finally:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+            if self._tb is not None:
+                self._tb.close()
+                self._tb = None
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        while self._pending:  # bytes by bytes, because a disk that fills up takes part of a line
+            self._pending = self._pending[os.write(self._file, self._pending) :]
+
+    def _write_tensorboard(self, step: int, record: Record) -> None:
+        if self._tb_dir is None:
+            return
+        if self._tb is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._tb = SummaryWriter(str(self._tb_dir), purge_step=self._purge_step)
+        for name, value in record.items():
+            if value is not None and name != "step":
+                self._tb.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of metrics.jsonl, oldest first; null becomes NaN.
+
+    A torn last line, of a run that is being written or was killed, is left out. Raises OSError where the file cannot
+    be read and ValueError, naming the line, where it is damaged.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append({name: math.nan if value is None else value for name, value in record.items()})
+        elif number < len(lines) or line.endswith(b"\n"):
+            raise ValueError(f"{path} line {number} is not a line of metrics: delete that line to read the others")
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    """A whole line as a record, or None."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _json_number(value: float | None) -> float | None:
+    if value is None or isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
