@@ -1,0 +1,78 @@
+"""Weighted kNN on frozen features, the evaluation of MoCo's CIFAR demo.
+
+N images in the bank · M queries · D length of a feature · k neighbours. After Wu et al. 2018 (instance discrimination),
+section 3.4: every one of the k nearest neighbours votes for its class with the weight exp(cosine similarity / T).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CHUNK_BYTES = 256 * 2**20  # for the (chunk, N) similarities
+
+
+@torch.no_grad()
+def knn_classify(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1, num_classes: int
+) -> Tensor:
+    """The class with most votes for every query.
+
+        similarity = normalize(queries) @ normalize(bank).T
+        values, neighbours = similarity.topk(min(k, N))
+        votes = zeros(M, num_classes).scatter_add(1, bank_labels[neighbours], exp((values - values.max) / temperature))
+        predictions = votes.argmax(1)
+
+    Subtracting the largest similarity scales all votes of a query alike, and lets any temperature do without overflow.
+    Similarities and votes are computed in float32, or float64 for float64 features, whatever autocast says. Of classes
+    with equal votes the lowest wins; which of several neighbours at the distance of the kth vote is left open.
+
+    bank (N, D) and queries (M, D) float, bank_labels (N,) int64 in [0, num_classes), all on one device
+    → (M,) int64. A feature of zeros has similarity 0 to every other. Raises ValueError on other shapes and labels.
+    """
+    _check(bank, bank_labels, queries, k, temperature, num_classes)
+    dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
+    bank = F.normalize(bank.to(dtype), dim=1)
+    chunk = max(1, _CHUNK_BYTES // (len(bank) * bank.element_size()))
+    predictions = [
+        _classify(bank, bank_labels, part.to(dtype), k, temperature, num_classes) for part in queries.split(chunk)
+    ]
+    return torch.cat(predictions)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int,
+) -> float:
+    """Percent of the queries that `knn_classify` gives their own label: labels (M,) int64. NaN without queries."""
+    found = knn_classify(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=num_classes)
+    return 100 * (found == labels).double().mean().item()
+
+
+def _classify(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
+    with torch.autocast(bank.device.type, enabled=False):
+        similarity = F.normalize(queries, dim=1) @ bank.T
+    values, neighbours = similarity.topk(min(k, len(bank)), dim=1)
+    weights = ((values - values[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[neighbours], weights)
+    return votes.argmax(1)
+
+
+def _check(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> None:
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1] or labels.shape != bank.shape[:1]:
+        raise ValueError(
+            f"kNN expects a bank (N, D), labels (N,) and queries (M, D); found {tuple(bank.shape)}, "
+            f"{tuple(labels.shape)} and {tuple(queries.shape)}"
+        )
+    if len(bank) == 0 or k < 1 or temperature <= 0:
+        raise ValueError(f"kNN needs images in the bank, k and T above 0; found {len(bank)}, {k} and {temperature}")
+    low, high = (int(extreme) for extreme in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"kNN labels lie between {low} and {high}, expected 0 to {num_classes - 1}")
