@@ -1,0 +1,124 @@
+"""What a person sees: every number, nothing that steers the terminal, and few lines in a file."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from fastmoco.console import Fact, Reading, TrainingProgress, duration, show_facts, summary_facts
+
+HOSTILE = "[red]not markup[/red] [/] \x1b[2J\u202efdp.exe\r\n\udcff"
+
+
+def output_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO(), highlight=False)
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), highlight=False, force_terminal=True, width=100, color_system="truecolor")
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def train(
+    console: Console, *, epochs: int, steps_per_epoch: int, step_s: float, log_every: int, first_step: int = 0
+) -> str:
+    clock, chance = Clock(), math.log(4097)
+    steps = epochs * steps_per_epoch
+    with TrainingProgress(
+        console, first_step=first_step, steps=steps, steps_per_epoch=steps_per_epoch, chance_loss=chance, clock=clock
+    ) as progress:
+        for done in range(first_step + 1, steps + 1):
+            clock.now_s += step_s
+            if done % log_every == 0 or done == steps:
+                progress.update(done, Reading(7.12345, 0.0299, 9512.4, 2.6, 3 * 2**30))
+    return output_of(console)
+
+
+@pytest.mark.parametrize("console", [plain(), terminal()], ids=["file", "terminal"])
+def test_names_from_the_data_are_neither_markup_nor_control(console: Console) -> None:
+    show_facts(console, HOSTILE, [Fact(HOSTILE, HOSTILE, HOSTILE)])
+    text = output_of(console)
+    assert text.count("[red]not markup[/red] [/]") >= 1
+    assert "\\x1b[2J" in text.replace("\n", "")
+    assert not {"\x1b[2J", "\u202e", "\r", "\udcff"} & {text[i : i + n] for n in (1, 4) for i in range(len(text))}
+
+
+def test_a_file_gets_a_line_an_epoch_without_control_characters() -> None:
+    lines = train(plain(), epochs=3, steps_per_epoch=100, step_s=0.5, log_every=50).splitlines()
+    assert len(lines) == 3
+    assert lines[0].split("  ") == [
+        "epoch 1/3",
+        "step 100/300",
+        "loss 7.1235 (chance 8.32)",
+        "lr 0.0299",
+        "9,512 images/s",
+        "data wait 3 %",
+        "3.0 GiB",
+        "1 min 40 s left",
+    ]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_file_gets_at_most_a_line_in_ten_seconds_and_always_the_last() -> None:
+    lines = train(plain(), epochs=200, steps_per_epoch=10, step_s=0.02, log_every=5).splitlines()
+    assert 4 <= len(lines) <= 6  # 40 seconds
+    assert lines[-1].startswith("epoch 200/200  step 2,000/2,000")
+
+
+def test_long_epochs_are_not_silent() -> None:
+    lines = train(plain(), epochs=1, steps_per_epoch=1000, step_s=1.0, log_every=10).splitlines()
+    assert 15 <= len(lines) <= 18
+    assert "epoch 0.05/1" in lines[0]
+
+
+def test_the_time_left_of_a_resumed_run_counts_only_its_own_steps() -> None:
+    (line, *_) = train(plain(), epochs=4, steps_per_epoch=100, step_s=0.5, log_every=50, first_step=200).splitlines()
+    assert "step 300/400" in line
+    assert "50 s left" in line
+
+
+def test_a_terminal_shows_the_same_numbers_in_one_block() -> None:
+    text = train(terminal(), epochs=2, steps_per_epoch=10, step_s=1.0, log_every=5)
+    last = text[text.rindex("epoch 2/2") :]
+    for words in ("step 20/20", "loss 7.1235 (chance 8.32)", "9,512 images/s", "data wait 3 %", "0 s left"):
+        assert words in last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (3900, "1 h 05 min"), (2e5, "2 d 07 h")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_summary_compares_with_before_and_with_raw_pixels() -> None:
+    facts = summary_facts(
+        minutes=3.5,
+        images_per_s=50123.4,
+        knn_before_percent=30.12,
+        knn_after_percent=82.6,
+        raw_pixels_percent=35.0,
+        files=["runs/a/backbone.safetensors", "runs/a/curves.png"],
+    )
+    console = plain()
+    show_facts(console, "done", facts)
+    lines = output_of(console).splitlines()
+    assert lines[1] == "  kNN top-1  30.1 % → 82.6 %  (raw pixels: 35.0 %)"
+    assert lines[2] == "  time       3 min 30 s"
+    assert lines[3] == "  speed      50,123 images/s"
+    assert lines[5].strip() == "runs/a/curves.png"
