@@ -5,6 +5,7 @@ N images · H, W height and width in pixels of the whole, upright image
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,38 @@ from pipelines.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
+class Records:
+    """Where N images lie in one file.
+
+    path     the file, absolute
+    offsets  (N,) int64, first byte of every image
+    lengths  (N,) int64, its bytes
+    raw      (N,) bool, H·W·3 bytes of RGB rather than an encoded image
+    names    what the images are called, for messages
+    """
+
+    path: str
+    offsets: np.ndarray
+    lengths: np.ndarray
+    raw: np.ndarray
+    names: tuple[str, ...]
+
+    def select(self, positions: np.ndarray) -> Records:
+        names = tuple(self.names[i] for i in positions.tolist())
+        return Records(self.path, self.offsets[positions], self.lengths[positions], self.raw[positions], names)
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i. Raises OSError, also where the file ends before them."""
+        with open(self.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), int(self.lengths[i]), int(self.offsets[i]))
+        if len(data) != self.lengths[i]:
+            raise OSError("the file ends before it")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
 class ImageIndex:
-    """N images, either files (`paths`) or an array in memory (`pixels`), never both.
+    """N images: files (`paths`), parts of one file (`records`) or an array in memory (`pixels`), one of the three.
 
     name         what people call it, in tables and logs
     sizes        (N, 2) int32, height and width after EXIF orientation
@@ -25,6 +56,7 @@ class ImageIndex:
     class_names  names of the labels 0, 1, ...; empty without labels
     paths        N absolute paths; undecodable bytes of a name are kept as surrogate escapes, so that `open` finds them
     pixels       (N, H, W, 3) uint8 RGB
+    records      where in a `.beton` file they lie
     """
 
     name: str
@@ -33,10 +65,14 @@ class ImageIndex:
     class_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
     pixels: np.ndarray | None = None
+    records: Records | None = None
 
     def __post_init__(self) -> None:
-        assert (self.paths is None) != (self.pixels is None), "images are either files or an array"
-        count = len(self.paths) if self.paths is not None else len(self.pixels)  # pyright: ignore[reportArgumentType]
+        places = [
+            place for place in (self.paths, self.pixels, self.records and self.records.offsets) if place is not None
+        ]
+        assert len(places) == 1, "images are files, parts of one file, or an array"
+        count = len(places[0])
         assert self.sizes.shape == (count, 2)
         assert self.sizes.dtype == np.int32
         assert self.pixels is None or (self.pixels.dtype == np.uint8 and self.pixels.shape[3:] == (3,))
@@ -58,8 +94,10 @@ class ImageIndex:
         """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed."""
         if self.pixels is not None:
             return self.pixels[i]
-        image = decode(self.read_bytes(i), self.display_name(i))
         height, width = (int(side) for side in self.sizes[i])
+        if self.records is not None and self.records.raw[i]:
+            return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
+        image = decode(self._bytes(i), self.display_name(i))
         if image.shape[:2] != (height, width):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
@@ -68,9 +106,20 @@ class ImageIndex:
         return image
 
     def read_bytes(self, i: int) -> bytes:
-        """The encoded bytes of image i; only for images in files."""
-        assert self.paths is not None, "images in memory have no encoded bytes"
+        """The encoded bytes of image i. Raises DataError where it is unreadable, or kept as pixels in a `.beton`."""
+        if self.records is not None and self.records.raw[i]:
+            raise DataError(
+                f"{self.display_name(i)} is kept as raw pixels, and this pipeline takes encoded images only: use "
+                f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
+            )
+        return self._bytes(i)
+
+    def _bytes(self, i: int) -> bytes:
+        assert self.pixels is None, "images in memory have no encoded bytes"
         try:
+            if self.records is not None:
+                return self.records.read(i)
+            assert self.paths is not None
             return Path(self.paths[i]).read_bytes()
         except OSError as error:
             reason = error.strerror or str(error)
@@ -80,6 +129,8 @@ class ImageIndex:
 
     def display_name(self, i: int) -> str:
         """How messages name image i: its path with control, bidi and undecodable characters escaped."""
+        if self.records is not None:
+            return printable(f"{self.records.names[i]} in {self.records.path}")
         return printable(self.paths[i]) if self.paths is not None else f"image {i} of {self.name}"
 
     def select(self, positions: np.ndarray) -> ImageIndex:
@@ -91,6 +142,7 @@ class ImageIndex:
             labels=None if self.labels is None else self.labels[positions],
             paths=None if self.paths is None else tuple(self.paths[i] for i in positions.tolist()),
             pixels=None if self.pixels is None else self.pixels[positions],
+            records=None if self.records is None else self.records.select(positions),
         )
 
     @cached_property
@@ -110,7 +162,7 @@ class ImageIndex:
         else:
             sides = "of no size"
         classes = "no labels" if self.labels is None else f"{len(self.class_names)} classes"
-        place = "in memory" if self.pixels is not None else "in files"
+        place = "in memory" if self.pixels is not None else "in files" if self.paths is not None else "in a .beton file"
         return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {place}"
 
 
