@@ -17,6 +17,8 @@ TAIL_BYTES = 4_096  # how far from its end a whole file may have its end marker:
 MAX_THREADS = 16  # header reads wait for the disk, not for the processor
 FILES_A_TASK = 64  # handing over a task of one file costs three times its header
 
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk with its checksum
+
 _MARKED = ("JPEG", "PNG", "WEBP")  # formats that say where they end
 
 
@@ -79,7 +81,7 @@ def _size_if_whole(head: bytes, tail: bytes, length: int) -> tuple[int, int] | N
             if is_jpeg(image):  # never inside compressed data, where FF is followed by 00 or a restart marker
                 whole = b"\xff\xd9" in tail[-TAIL_BYTES:]
             elif image.format == "PNG":
-                whole = b"IEND" in tail[-TAIL_BYTES:]
+                whole = PNG_END in tail[-TAIL_BYTES:]
             else:
                 whole = length >= 8 + int.from_bytes(head[4:8], "little")
             return upright_size(image) if whole else None

@@ -118,11 +118,11 @@ def read_list(path: str) -> ImageFiles:
             )
         paths.append(os.path.join(folder, image))
         classes.append(label.strip() if tab else None)
-        if (classes[0] is None) != (classes[-1] is None) or classes[-1] == "":
-            raise DataError(
-                f"line {number} of {printable(path)} has {'no' if not classes[-1] else 'a'} class, unlike the first; "
-                f"give a class on every line or on none"
+        if classes[-1] == "" or (classes[0] is None) != (classes[-1] is None):
+            has = (
+                "no class, unlike the first" if not tab else "a class, unlike the first" if label else "an empty class"
             )
+            raise DataError(f"line {number} of {printable(path)} has {has}; give a class on every line or on none")
     if not paths:
         raise DataError(f"{printable(path)} names no images; expected one path a line")
     labelled = tuple(name for name in classes if name is not None)

@@ -9,7 +9,9 @@ from pipelines.shapes import CLASS_NAMES, TEST_COUNT, TRAIN_COUNT, make_shapes
 
 def nearest_neighbour_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
     """Weighted kNN on cosine similarity, as features are judged: the fraction of queries classified rightly."""
-    bank, queries = (torch.nn.functional.normalize(torch.tensor(x, dtype=torch.float32), dim=1) for x in (bank, queries))
+    bank, queries = (
+        torch.nn.functional.normalize(torch.tensor(x, dtype=torch.float32), dim=1) for x in (bank, queries)
+    )
     similarity, nearest = (queries @ bank.T).topk(k, dim=1)
     votes = torch.zeros(len(queries), len(CLASS_NAMES))
     votes.scatter_add_(1, torch.tensor(bank_labels)[nearest], (similarity / temperature).exp())
