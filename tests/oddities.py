@@ -211,6 +211,15 @@ def write_files(folder: Path, files: list[GoodFile] | list[BadFile]) -> list[Pat
     return [folder / file.name for file in files]
 
 
+def fill(folder: Path, *names: str) -> Path:
+    """A small PNG under each of these relative names; returns the folder."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(4, 3) + np.uint8(i), "PNG"))
+    return folder
+
+
 def _negative(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(255 - pixels)
 
