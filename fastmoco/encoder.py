@@ -69,7 +69,7 @@ class Backbone(ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem == "cifar":
             self.maxpool = nn.Identity()
-        self.feature_dim = round(self.fc.in_features * width)
+        self.feature_dim = _feature_dim(shape, width)
         self.fc = nn.Identity()
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
@@ -102,6 +102,15 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, dim), not normalised."""
         return self.head(self.backbone(x))
+
+
+def feature_dim(arch: str, width: float) -> int:
+    """D of an architecture: the width of its features, and of the hidden layer of MoCo v2's head."""
+    return _feature_dim(ARCHITECTURES[arch], width)
+
+
+def _feature_dim(shape: _Shape, width: float) -> int:
+    return round(512 * shape.block.expansion * width)
 
 
 def build_encoder(
@@ -140,7 +149,7 @@ def build_encoder(
         raise ConfigError(f"the head has hidden widths {tuple(head)}; every one must be 1 or more")
     backbone = Backbone(shape, width=width, stem=stem, bn_splits=bn_splits)
     encoder = Encoder(backbone, head, dim)
-    return encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return encoder.to(memory_format=torch.channels_last)
 
 
 def _unknown(what: str, name: str, known: Sequence[str] | dict[str, _Shape]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_ALIGN = 32  # floats, 128 bytes: every tensor starts where a fresh allocation could, so kernels keep their wide loads
+_ALIGN = 32  # elements, 128 bytes in float32: every tensor starts aligned, so that kernels keep their wide loads
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -34,7 +34,7 @@ class Slot:
 
 
 class FlatParameters:
-    """Moves the parameters, gradients and batch norm statistics of a module into flat float32 buffers.
+    """Moves the parameters, gradients and batch norm statistics of a module into flat buffers.
 
     values   (P,) the parameters; those that decay come first, in `values[:num_decayed]`
     grads    (P,) their gradients, or None for a frozen module; zeroing is one operation
@@ -47,8 +47,9 @@ class FlatParameters:
     With `decay_norm_and_bias` False, the parameters of normalisation layers and all biases are left out of weight
     decay; MoCo decays everything.
 
-    The module must be float32, on its device, with parameters that are all trained or all frozen. Copy or move it
-    before; `is_intact` says whether something has torn the views off since (`.to(device)`, `zero_grad()`).
+    The module must be on its device, of one floating type (float32; float64 in tests), its parameters all trained or
+    all frozen. Copy or move it before; `is_intact` says whether something has torn the views off since, as
+    `.to(device)` and `zero_grad()` do.
     """
 
     def __init__(self, module: nn.Module, *, decay_norm_and_bias: bool = True) -> None:
@@ -57,8 +58,8 @@ class FlatParameters:
         decayed = {name: p for name, p in named.items() if name not in skip}
         rest = {name: p for name, p in named.items() if name in skip}
         statistics = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
-        for name, tensor in (*named.items(), *statistics.items()):
-            assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}, not float32"
+        types = {tensor.dtype for tensor in (*named.values(), *statistics.values())}
+        assert len(types) == 1, f"parameters and buffers must be of one type, not {types}"
         trained = {p.requires_grad for p in named.values()}
         assert len(trained) == 1, "parameters must be all trained or all frozen"
 
@@ -67,17 +68,18 @@ class FlatParameters:
         self.slots = (*slots, *more_slots)
         self.buffer_slots, buffer_size = _lay_out(statistics, 0)
 
-        device = next(iter(named.values())).device
-        self.values = torch.zeros(size, device=device)
-        self.grads = torch.zeros(size, device=device) if trained.pop() else None
-        self.buffers = torch.zeros(buffer_size, device=device)
-        self._parameters = [named[slot.name] for slot in self.slots]
-        self._statistics = [statistics[slot.name] for slot in self.buffer_slots]
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+        like = next(iter(named.values())).detach()
+        self.values = like.new_zeros(size)
+        self.grads = like.new_zeros(size) if trained.pop() else None
+        self.buffers = like.new_zeros(buffer_size)
+        for slot in self.slots:
+            parameter = named[slot.name]
             parameter.data = slot.view(self.values).copy_(parameter.data)
             parameter.grad = None if self.grads is None else slot.view(self.grads)
-        for slot, buffer in zip(self.buffer_slots, self._statistics, strict=True):
+        for slot in self.buffer_slots:
+            buffer = statistics[slot.name]
             buffer.data = slot.view(self.buffers).copy_(buffer.data)
+        self._module = module
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """A (P,) buffer in this layout as views by parameter name: what a checkpoint holds."""
@@ -86,13 +88,14 @@ class FlatParameters:
 
     def is_intact(self) -> bool:
         """Whether every parameter, gradient and buffer of the module still lies in the flat buffers."""
-        pairs: list[tuple[Slot, Tensor | None, Tensor]] = []
-        for slot, parameter in zip(self.slots, self._parameters, strict=True):
-            pairs.append((slot, parameter, self.values))
+        pairs: list[tuple[Tensor | None, Tensor]] = []
+        for slot in self.slots:
+            parameter = self._module.get_parameter(slot.name)
+            pairs.append((parameter, slot.view(self.values)))
             if self.grads is not None:
-                pairs.append((slot, parameter.grad, self.grads))
-        pairs += [(s, b, self.buffers) for s, b in zip(self.buffer_slots, self._statistics, strict=True)]
-        return all(t is not None and t.data_ptr() == slot.view(flat).data_ptr() for slot, t, flat in pairs)
+                pairs.append((parameter.grad, slot.view(self.grads)))
+        pairs += [(self._module.get_buffer(slot.name), slot.view(self.buffers)) for slot in self.buffer_slots]
+        return all(tensor is not None and tensor.data_ptr() == view.data_ptr() for tensor, view in pairs)
 
 
 def _lay_out(tensors: dict[str, Tensor] | dict[str, nn.Parameter], offset: int) -> tuple[tuple[Slot, ...], int]:

@@ -21,13 +21,15 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     written as softplus(logsumexp(negatives) − positive), which needs no concatenation and keeps its digits where the
     loss is small. The gradient flows into q, and into k where it asks for one.
 
-    q (N, C), k (N, C), queue (K, C), all of unit norm → 0-d float32; computed in float32 also under autocast.
+    q (N, C), k (N, C), queue (K, C), all of unit norm → 0-d; computed in float32 also under autocast, or in
+    float64 where q is.
     van den Oord et al. 2018, equation 4; He et al. 2020, equation 1.
     """
     assert q.shape == k.shape, (q.shape, k.shape)
     assert q.shape[1:] == queue.shape[1:], (q.shape, queue.shape)
     with torch.autocast(q.device.type, enabled=False):
-        scaled = q.float() / temperature
-        positive = (scaled * k.float()).sum(dim=1)
-        negatives = torch.logsumexp(scaled @ queue.float().T, dim=1)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scaled = q.to(dtype) / temperature
+        positive = (scaled * k.to(dtype)).sum(dim=1)
+        negatives = torch.logsumexp(scaled @ queue.to(dtype).T, dim=1)
         return F.softplus(negatives - positive).mean()

@@ -51,8 +51,9 @@ class MoCo(nn.Module):
 
 
 def _embed(encoder: Encoder, x: Tensor) -> Tensor:
-    """(B, 3, S, S) → (B, C) float32 of unit norm."""
-    return F.normalize(encoder(x).float(), dim=1)
+    """(B, 3, S, S) → (B, C) float32 of unit norm (float64 from a float64 encoder)."""
+    embedding = encoder(x)
+    return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
 
 
 def _unshuffle(shuffled: Tensor, key_order: Tensor) -> Tensor:

@@ -162,6 +162,9 @@ class TrainStep:
 
         Model and queue are saved by who owns them.
         """
+        torn = "the model was moved, or its gradients set to None, after the step took over its parameters"
+        assert self.query.is_intact(), torn
+        assert self.key.is_intact(), torn
         state = {"momentum_buffer": self.query.named(self.update.momentum_buffer), "sums": dict(self._sums)}
         if self.scaler is not None:
             state["scaler"] = {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
