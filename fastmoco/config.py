@@ -162,8 +162,8 @@ class RunOptions:
     """Bit-identical weights on every repetition, at some cost in speed."""
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format of the encoders' arithmetic."""
-    compile: Literal["off", "default", "max-autotune"] = "default"
-    """torch.compile for the encoders."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    """torch.compile for the encoders (auto: on a GPU)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     log_every: int = 50

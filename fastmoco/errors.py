@@ -2,6 +2,10 @@
 
 from enum import IntEnum
 
+import torch
+
+from pipelines.errors import BackendMissingError, DataError
+
 
 class ExitCode(IntEnum):
     """What the process returns, and `status.json` records."""
@@ -33,3 +37,20 @@ class DeviceError(RuntimeError):
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop (SIGTERM or SIGINT), has saved its state and can be resumed."""
+
+
+_CODES: dict[type[BaseException], ExitCode] = {
+    ConfigError: ExitCode.CONFIG,
+    BackendMissingError: ExitCode.CONFIG,
+    DataError: ExitCode.DATA,
+    CheckpointError: ExitCode.CHECKPOINT,
+    DivergedError: ExitCode.DIVERGED,
+    DeviceError: ExitCode.DEVICE,
+    torch.OutOfMemoryError: ExitCode.DEVICE,
+    Preempted: ExitCode.PREEMPTED,
+}
+
+
+def exit_code(error: BaseException) -> ExitCode | None:
+    """The exit code of an error that people can do something about; None for a fault of our own."""
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)

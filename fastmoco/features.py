@@ -30,20 +30,20 @@ def extract(
     function: Callable[[Tensor], Tensor],
     source: CropSource,
     index: ImageIndex,
+    positions: np.ndarray,
     side: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
-    """`function` of (B, 3, S, S) normalised images, for every image in the order of the index.
+    """`function` of (B, 3, S, S) normalised images, for the images of an index at these positions (N,).
 
     Returns (N, D) float32 on the device of the source. A last, smaller batch is padded by repeating its last image, so
     that a compiled function sees one shape, and the padding is cut off again.
     """
-    batch = min(BATCH, len(index))
-    positions = np.arange(len(index))
-    padded = np.concatenate([positions, np.full(-len(index) % batch, len(index) - 1)])
+    batch = min(BATCH, len(positions))
+    padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
     parts = [
         function(normalised(crops.images[0], mean, std)).float()
         for crops in source.crops(eval_plans(index.sizes, padded, batch, side))
     ]
-    return torch.cat(parts)[: len(index)]
+    return torch.cat(parts)[: len(positions)]

@@ -92,7 +92,7 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         write_atomically(self.path / "config.json", config.to_json())
 
-    def write_status(self, *, step: int, epoch: int, exit_code: ExitCode | None = None, message: str = "") -> None:
+    def write_status(self, *, step: int, epoch: int, exit_code: int | None = None, message: str = "") -> None:
         """Replace status.json; without an exit code the run is going on. Raises OSError."""
         states = {None: "running", ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
         status = {

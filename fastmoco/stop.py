@@ -32,3 +32,8 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        """Of the signal, such as SIGTERM."""
+        return self.signal.name if self.signal is not None else "no signal"

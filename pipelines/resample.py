@@ -31,16 +31,16 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tens
 
 
 def crop_resize(images: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Crops of equally sized images, both views at once, in two batched matrix products a view.
+    """Crops of equally sized images, in two batched matrix products a view.
 
     images  (B, H, C, W) uint8: with the channels between rows and columns, either product is one matrix a view
-    boxes   (2, B, 4) top, left, height, width in pixels, on the same device
-    Returns (2, B, S, S, C) uint8, rounded to nearest (in memory (2, B, S, C, S)).
+    boxes   (V, B, 4) top, left, height, width in pixels, on the same device
+    Returns (V, B, S, S, C) uint8, rounded to nearest (in memory (V, B, S, C, S)).
     """
     count, height, channels, width = images.shape
     source = images.to(torch.float32).view(count, height * channels, width)
-    out = torch.empty((2, count, side, channels, side), dtype=torch.uint8, device=images.device)
-    for view in range(2):
+    out = torch.empty((len(boxes), count, side, channels, side), dtype=torch.uint8, device=images.device)
+    for view in range(len(boxes)):
         top, left, box_h, box_w = boxes[view].unbind(-1)
         rows, columns = filter_matrix(top, box_h, height, side), filter_matrix(left, box_w, width, side)
         wide = torch.bmm(source, columns.mT).view(count, height, channels * side)

@@ -1,0 +1,144 @@
+"""fastmoco train · recipes: the command line. Errors are one line and an exit code; a traceback only with --debug."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from fastmoco.config import RunConfig
+from fastmoco.errors import ConfigError, ExitCode, Preempted, exit_code
+from fastmoco.recipes import RECIPES, recipe
+
+USAGE = """usage: fastmoco COMMAND [--debug]
+
+  train [RECIPE] [FLAGS]   pretrain; without flags, on a generated data set     (fastmoco train --help)
+  recipes                  the named runs, and what to expect of each
+
+Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return ExitCode.DONE if argv else ExitCode.CONFIG
+    try:
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"unknown command {argv[0]!r}; {_nearest(argv[0], list(COMMANDS))}")
+        COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        code = exit_code(error)
+        if debug or code is None:
+            raise
+        word = "stopped" if isinstance(error, Preempted) else "error"
+        print(f"fastmoco: {word}: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+    return ExitCode.DONE
+
+
+def _train(argv: list[str]) -> None:
+    config = parse_train(argv)
+    from fastmoco.console import make_console  # after the arguments are known to be right: torch takes seconds to load
+    from fastmoco.train import train
+
+    train(config, make_console())
+
+
+def _recipes(argv: list[str]) -> None:
+    if argv:
+        raise ConfigError(f"fastmoco recipes takes no arguments; found {' '.join(argv)!r}")
+    for name, function in RECIPES.items():
+        print(f"{name:<24}{function.__doc__}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "recipes": _recipes}
+
+
+def parse_train(argv: list[str]) -> RunConfig:
+    """`[RECIPE] [--config FILE] [FLAGS]` to a configuration; later ones win: defaults, recipe, file, flags.
+
+    With --resume, the run's own config.json stands in place of the defaults. Raises ConfigError; exits for --help.
+    """
+    default = RunConfig()
+    if argv and not argv[0].startswith("-"):
+        default, argv = recipe(argv[0]), argv[1:]
+    argv, file = _take_value(argv, "--config")
+    _, out = _take_value(argv, "--out")
+    if file is not None:
+        default = _read(Path(file))
+    elif "--resume" in argv and out is not None and (Path(out) / "config.json").is_file():
+        default = _read(Path(out) / "config.json")
+    return _parse(argv, default.replace(resume=False, overwrite=False))
+
+
+def _read(path: Path) -> RunConfig:
+    try:
+        return RunConfig.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read ({error}): expected a JSON file such as a run's") from error
+
+
+def _take_value(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """The arguments without `flag VALUE` or `flag=VALUE`, and the value."""
+    for place, argument in enumerate(argv):
+        if argument == flag:
+            if place + 1 == len(argv):
+                raise ConfigError(f"{flag} needs a value")
+            return argv[:place] + argv[place + 2 :], argv[place + 1]
+        if argument.startswith(flag + "="):
+            return argv[:place] + argv[place + 1 :], argument.removeprefix(flag + "=")
+    return argv, None
+
+
+def _parse(argv: list[str], default: RunConfig) -> RunConfig:
+    import tyro
+
+    asks_for_help = any(argument in ("-h", "--help") for argument in argv)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(sys.stdout if asks_for_help else said):
+        try:
+            config, unknown = tyro.cli(
+                RunConfig,
+                prog="fastmoco train",
+                description="Pretrain a backbone by momentum contrast. RECIPE (see fastmoco recipes) or --config FILE "
+                "set the defaults; flags win.",
+                default=default,
+                args=argv,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+        except SystemExit as error:
+            if error.code in (0, None):
+                raise
+            raise ConfigError(_one_line(said.getvalue())) from error
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in default.flat()] + ["--config"]
+        raise ConfigError(f"unknown argument {unknown[0]!r}; {_nearest(unknown[0].split('=')[0], flags)}")
+    return config
+
+
+def _one_line(box: str) -> str:
+    """The words of tyro's boxed message, without its heading, its rules and its help text."""
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box).split())
+    parts = [part.strip() for part in re.split(r"-{8,}", words)]
+    text = next((part for part in parts[1:] if part), words)
+    return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "see fastmoco --help"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

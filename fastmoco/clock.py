@@ -1,0 +1,65 @@
+"""Where the host's time goes: training, waiting for data, or neither (evaluation, checkpoints)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class Rates(NamedTuple):
+    images_per_s: float
+    data_wait_percent: float
+
+
+class StepClock:
+    """Rates since the last reading, and over the whole run without its first reading, which holds the warm-up."""
+
+    def __init__(self, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._batch_size, self._now = batch_size, now
+        self._readings = self._total_steps = 0
+        self._total_s = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._waited_s, self._steps = self._now(), 0.0, 0
+
+    def steps(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches, each counted as a step, the time to get it as waiting."""
+        while True:
+            asked = self._now()
+            batch = next(batches, None)
+            self._waited_s += self._now() - asked
+            if batch is None:
+                return
+            self._steps += 1
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is neither training nor waiting."""
+        began = self._now()
+        yield
+        self._since += self._now() - began
+
+    def read(self) -> Rates:
+        """Call it after the device has been waited for, with at least one step since the last reading."""
+        elapsed = self._now() - self._since
+        rates = Rates(self._steps * self._batch_size / elapsed, 100 * self._waited_s / elapsed)
+        if self._readings:
+            self._total_steps += self._steps
+            self._total_s += elapsed
+        self._readings += 1
+        self._overall = (
+            rates.images_per_s if not self._total_s else self._total_steps * self._batch_size / self._total_s
+        )
+        self._restart()
+        return rates
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Over the whole run; None before the first reading."""
+        return self._overall if self._readings else None

@@ -1,0 +1,123 @@
+"""Is it learning? kNN where there are labels; alignment, uniformity and effective rank where there are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoco.config import RunConfig
+from fastmoco.encoder import Encoder
+from fastmoco.features import extract
+from fastmoco.knn import knn_accuracy
+from fastmoco.uniformity import alignment, effective_rank, uniformity
+from pipelines.augment import Augmentation
+from pipelines.backends import Pipeline, open_source
+from pipelines.image_index import Dataset, ImageIndex
+from pipelines.views import CropSource
+
+HELD_OUT = 10  # without a test split, every tenth image asks and the others answer
+PAIRS = 1024  # images whose two views measure alignment
+
+
+class Monitor:
+    """Evaluates an encoder during training, always on the same images, without touching its state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        train_source: CropSource,
+        pipeline: Pipeline,
+        augmentation: Augmentation,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._pipeline, self._augmentation = config, pipeline, augmentation
+        self._device, self._dtype = device, dtype
+        assert config.augment.crop_size is not None
+        self._side = config.augment.crop_size
+        self._sets: tuple[_Set, _Set] | None = None
+        bank, test = dataset.bank, dataset.test
+        if bank is not None and bank.labels is not None:
+            assert config.data.workers is not None
+
+            def source_of(index: ImageIndex) -> CropSource:
+                if index is dataset.train:
+                    return train_source
+                return open_source(config.data.pipeline, index, self._side, device, config.data.workers or 0)
+
+            everything = np.arange(len(bank))
+            if test is not None and test.labels is not None:
+                self._sets = (
+                    _Set(bank, source_of(bank), everything),
+                    _Set(test, source_of(test), np.arange(len(test))),
+                )
+            elif len(bank) >= HELD_OUT:
+                asks = everything % HELD_OUT == 0
+                source = source_of(bank)
+                self._sets = (_Set(bank, source, everything[~asks]), _Set(bank, source, everything[asks]))
+
+    @property
+    def has_labels(self) -> bool:
+        return self._sets is not None
+
+    def pixels(self) -> float | None:
+        """kNN top-1 accuracy of the raw, normalised pixels in percent: what an encoder has to beat."""
+        return None if self._sets is None else self._knn(lambda images: images.flatten(1))
+
+    def evaluate(self, encoder: Encoder) -> dict[str, float]:
+        """Named numbers: knn_top1_percent, or alignment, uniformity and effective_rank."""
+        was_training = encoder.training
+        encoder.eval()
+        try:
+            if self._sets is not None:
+                return {"knn_top1_percent": self._knn(lambda images: self._autocast(encoder.features, images))}
+            return self._without_labels(encoder)
+        finally:
+            encoder.train(was_training)
+
+    def _autocast(self, function, images: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            return function(images)
+
+    def _knn(self, function) -> float:
+        assert self._sets is not None
+        bank, queries = self._sets
+        a = self._augmentation
+        features = [
+            extract(function, s.source, s.index, s.positions, self._side, a.mean, a.std) for s in (bank, queries)
+        ]
+        return knn_accuracy(
+            features[0],
+            bank.labels.to(self._device),
+            features[1],
+            queries.labels.to(self._device),
+            k=self._config.run.knn_k,
+            temperature=self._config.run.knn_t,
+            num_classes=len(bank.index.class_names),
+        )
+
+    @torch.inference_mode()
+    def _without_labels(self, encoder: Encoder) -> dict[str, float]:
+        """Over the views of the first steps' images, so that every evaluation sees the same pairs."""
+        batch = self._pipeline.planner.batch_size
+        queries, keys = [], []
+        for views in self._pipeline.views(0, max(1, PAIRS // batch)):
+            queries.append(self._autocast(encoder, views.query).float())
+            keys.append(self._autocast(encoder, views.key).float()[views.key_order.argsort()])
+        q, k = torch.cat(queries), torch.cat(keys)
+        return {
+            "alignment": alignment(q, k),
+            "uniformity": uniformity(q),
+            "effective_rank": effective_rank(q - q.mean(0)),
+        }
+
+
+class _Set:
+    """Labelled images, and where their crops come from."""
+
+    def __init__(self, index: ImageIndex, source: CropSource, positions: np.ndarray) -> None:
+        assert index.labels is not None
+        self.index, self.source, self.positions = index, source, positions
+        self.labels = torch.from_numpy(index.labels[positions])

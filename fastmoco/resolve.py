@@ -1,0 +1,106 @@
+"""Fills in what a configuration leaves open: from the images, the device, and the recipe nearest to both."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastmoco.config import RunConfig
+from fastmoco.device import pick_amp
+from fastmoco.errors import ConfigError
+from fastmoco.recipes import cifar10_demo, imagenet_v1, shapes
+from pipelines.backends import choose, default_workers
+from pipelines.image_index import ImageIndex
+
+SMALL = 64  # crops of up to this many pixels get the CIFAR stem, augmentation and hyper-parameters
+
+
+def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tuple[RunConfig, dict[str, str]]:
+    """A configuration without open fields, and the reason of each choice that was made here.
+
+    Raises ConfigError where the settings and the images do not go together.
+    """
+    reasons: dict[str, str] = {}
+    given = config.flat()
+    side = given["crop_size"] or _crop_size(images)
+    if given["crop_size"] is None:
+        reasons["crop_size"] = (
+            f"the images are {images.describe().split(' images ')[1].split(' (')[0].removeprefix('of ')}"
+        )
+    small = side <= SMALL
+    base_name, base = _nearest_recipe(given["data"], small)
+    values = base.flat()
+    filled = {name: values[name] for name in given if given[name] is None and values[name] is not None}
+    if given["aug_plus"]:
+        filled |= {"aug": "v2"}
+    if given["cos"] or given["schedule"] is not None:
+        filled.pop("schedule", None)
+    elif given["epochs"] not in (None, values["epochs"]) and values["schedule"] is not None:
+        filled["schedule"] = _rescaled(values["schedule"], values["epochs"], given["epochs"])
+    if given["schedule"] is None and "schedule" not in filled:
+        filled["cos"] = True
+    reasons |= {name: f"as in the recipe {base_name}" for name in ("arch", "moco_k", "batch_size") if name in filled}
+    if given["width"] == 1.0 and given["arch"] is None:
+        filled["width"] = values["width"]
+
+    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images))
+    filled |= {"crop_size": side, "batch_size": batch}
+    if given["lr"] is None and batch != values["batch_size"]:
+        filled["lr"] = values["lr"] * batch / values["batch_size"]
+        reasons["lr"] = f"{values['lr']:g} for a batch of {values['batch_size']}, scaled to {batch}"
+    filled["moco_k"] = _queue_size(config, filled.get("moco_k"), len(images))
+    if given["stem"] == "auto":
+        filled["stem"] = "cifar" if small else "imagenet"
+        reasons["stem"] = f"crops of {side} pixels"
+    if given["bn_splits"] is None:
+        filled["bn_splits"] = max(n for n in (1, 2, 4, 8) if batch % n == 0 and batch // n >= 2)
+    filled["amp"] = pick_amp(given["amp"], device)
+    if given["compile"] == "auto":
+        filled["compile"] = "default" if device.type == "cuda" else "off"
+    filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
+    filled["workers"] = default_workers() if given["workers"] is None else given["workers"]
+    if given["knn_every"] is None:
+        filled["knn_every"] = values["knn_every"] or max(1, (given["epochs"] or values["epochs"]) // 20)
+    return config.replace(**filled), reasons
+
+
+def _nearest_recipe(data: str, small: bool) -> tuple[str, RunConfig]:
+    if data == "shapes":
+        return "shapes", shapes()
+    return ("cifar10-demo", cifar10_demo()) if small else ("imagenet-v1", imagenet_v1())
+
+
+def _crop_size(images: ImageIndex) -> int:
+    """224 pixels, or what smaller images have: the median of their shorter sides, in multiples of 8 from 32 on."""
+    shorter = int(np.median(images.sizes.min(axis=1)))
+    return max(8, shorter if shorter < 32 else min(224, shorter - shorter % 8))
+
+
+def _rescaled(schedule: tuple[int, ...], epochs: int, wanted: int) -> tuple[int, ...]:
+    """The same fractions of another number of epochs."""
+    return tuple(sorted({max(1, round(epoch * wanted / epochs)) for epoch in schedule}))
+
+
+def _batch_size(given: int | None, usual: int | None, images: int) -> int:
+    if given is not None:
+        if given > images:
+            raise ConfigError(f"--batch-size {given} is larger than the {images:,} images: use {images} or less")
+        return given
+    assert usual is not None
+    if images < 2:
+        raise ConfigError(f"found {images} image: a batch needs 2 or more")
+    return min(usual, images - images % 8 if images >= 16 else images)
+
+
+def _queue_size(config: RunConfig, usual: int | None, images: int) -> int:
+    """A queue holds every image at most once, so that no key is a negative of its own image's query."""
+    given = config.model.moco_k
+    if given is None:
+        assert usual is not None
+        return min(usual, images)
+    if given > images and not config.run.allow_large_queue:
+        raise ConfigError(
+            f"--moco-k {given} is larger than the {images:,} images, so that an image would be its own negative: "
+            f"use --moco-k {images} or less, or --allow-large-queue"
+        )
+    return given

@@ -1,0 +1,121 @@
+"""TrainState: everything a run consists of at a step, to and from one checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco import checkpoint
+from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
+from fastmoco.device import DTYPES
+from fastmoco.encoder import build_encoder, feature_dim
+from fastmoco.errors import CheckpointError
+from fastmoco.key_queue import KeyQueue
+from fastmoco.moco import MoCo
+from fastmoco.rundir import versions
+from fastmoco.step import TrainStep
+from pipelines.image_index import ImageIndex
+
+
+@dataclass
+class TrainState:
+    """Model, queue, optimiser and sums; `step` counts the steps that are done.
+
+    There is no state of a loader or of a random number generator: what a step sees follows from (seed, step).
+    """
+
+    config: RunConfig
+    model: MoCo
+    queue: KeyQueue
+    train_step: TrainStep
+    data_fingerprint: str
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors by the names they have in a checkpoint."""
+        named = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        named |= {f"queue/{name}": tensor for name, tensor in self.queue.state_dict().items()}
+        for group, tensors in self.train_step.state_dict().items():
+            named |= {f"step/{group}/{name}": tensor for name, tensor in tensors.items()}
+        return named
+
+    def save(self, directory: Path) -> Path:
+        """Raises CheckpointError where the disk refuses; what was there before stays."""
+        meta = {
+            "step": self.step,
+            "config": self.config.flat(),
+            "data": self.data_fingerprint,
+            "versions": versions(),
+        }
+        return checkpoint.save(directory, self.step, self.tensors(), meta)
+
+    def load(self, path: Path) -> None:
+        """Raises CheckpointError: damaged, or of another architecture, configuration or data set."""
+        own = self.tensors()
+        saved, meta = checkpoint.load(path, own)
+        self._check(path, meta)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        self.step = meta["step"]
+
+    def _check(self, path: Path, meta: dict[str, Any]) -> None:
+        theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        changed = [
+            f"{name} is {ours!r} and was {before!r}"
+            for name, ours, before in differences(self.config, theirs)
+            if name not in FREE_ON_RESUME
+        ]
+        if changed:
+            raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}; resume with the same settings")
+        if meta["data"] != self.data_fingerprint:
+            raise CheckpointError(
+                f"{path} was trained on other images ({meta['data']}, and now {self.data_fingerprint}): "
+                f"restore the data set, or start a new run with --out"
+            )
+
+
+def build_state(config: RunConfig, device: torch.device, data_fingerprint: str) -> TrainState:
+    """Step 0 of a run: weights, queue and training step, all from the seed. `config` has no open fields."""
+    m, optim = config.model, config.optim
+    assert m.arch is not None
+    assert m.bn_splits is not None
+    assert m.moco_k is not None
+    assert m.moco_t is not None
+    assert optim.wd is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
+        query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
+        queue = KeyQueue(m.moco_k, m.moco_dim, torch.Generator().manual_seed(config.run.seed))
+    model, queue = MoCo(query).to(device), queue.to(device)
+    train_step = TrainStep(
+        model,
+        queue,
+        temperature=m.moco_t,
+        symmetric=m.symmetric,
+        sgd_momentum=optim.sgd_momentum,
+        weight_decay=optim.wd,
+        decay_norm_and_bias=not optim.exclude_bn_from_wd,
+        dtype=DTYPES[config.run.amp],
+        compile=config.run.compile,
+    )
+    return TrainState(config, model, queue, train_step, data_fingerprint)
+
+
+def fingerprint(images: ImageIndex) -> str:
+    """`N images, HASH` of names, sizes and labels (of the pixels, where they are in memory): which data this is."""
+    digest = hashlib.sha256(images.sizes.tobytes())
+    if images.labels is not None:
+        digest.update(images.labels.tobytes())
+    if images.pixels is not None:
+        digest.update(images.pixels.tobytes())
+    for path in images.paths or ():
+        digest.update(os.fsencode(os.path.basename(path)) + b"\0")
+    return f"{len(images):,} images, {digest.hexdigest()[:16]}"

@@ -1,0 +1,345 @@
+"""The composition root and the loop: the only place that builds pipelines, encoders and the step, and runs them.
+
+The host stays ahead of the device: it reads from it only every `log_every` steps, at evaluations and at checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from fastmoco import checkpoint
+from fastmoco.clock import StepClock
+from fastmoco.config import RunConfig
+from fastmoco.console import Fact, Reading, TrainingProgress, say, show_facts, summary_facts
+from fastmoco.device import DTYPES, describe, make_deterministic, pick_device
+from fastmoco.errors import CheckpointError, ConfigError, DeviceError, DivergedError, ExitCode, Preempted, exit_code
+from fastmoco.files import temporary
+from fastmoco.metrics import MetricsWriter, read_metrics
+from fastmoco.monitor import Monitor
+from fastmoco.pictures import curves, views_grid
+from fastmoco.resolve import resolve
+from fastmoco.rundir import RunDirectory, default_run_name, read_status
+from fastmoco.schedules import ema_momentum_at, lr_at
+from fastmoco.state import build_state, fingerprint
+from fastmoco.stop import StopFlag
+from pipelines.augment import AUGMENTATIONS, with_scale
+from pipelines.backends import open_pipeline, open_source
+from pipelines.dataset import Dataset, load_dataset
+from pipelines.errors import DataError
+from pipelines.plans import Planner
+
+SAVE_ATTEMPTS = 3  # checkpoints in a row that may fail before the run gives up
+
+
+def train(config: RunConfig, console: Console) -> Path:
+    """Runs or resumes one run to its end, and returns its folder.
+
+    Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError, and Preempted where it was asked to
+    stop and has saved its state.
+    """
+    device = pick_device(config.run.device)
+    if config.run.deterministic:
+        make_deterministic()
+    data = config.data
+    dataset = load_dataset(data.data, data_root=data.data_root, limit=data.limit, bad_images=data.bad_images)
+    config, reasons = resolve(config, dataset.train, device)
+    folder = Path(config.run.out) if config.run.out else Path("runs") / default_run_name(config)
+    directory = RunDirectory.open(folder, resume=config.run.resume, overwrite=config.run.overwrite)
+    with StopFlag() as stop:
+        try:
+            trainer = Trainer(config, dataset, directory, device, console, stop)
+            show_facts(console, "fastmoco train", trainer.facts(dataset, reasons))
+            trainer.run()
+        except BaseException as error:
+            _note_failure(directory, error)
+            raise
+        finally:
+            directory.close()
+    return directory.path
+
+
+class Trainer:
+    """One run. Everything is built here, from a configuration without open fields."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        directory: RunDirectory,
+        device: torch.device,
+        console: Console,
+        stop: StopFlag,
+    ) -> None:
+        self.config, self.directory, self.device = config, directory, device
+        self.console, self.stop = console, stop
+        data, model, optim = config.data, config.model, config.optim
+        side, batch, dtype = config.augment.crop_size, optim.batch_size, DTYPES[config.run.amp]
+        assert config.augment.aug
+        assert side
+        assert batch
+        assert optim.epochs
+        assert data.workers is not None
+        self.augmentation = AUGMENTATIONS[config.augment.aug]
+        if config.augment.crop_scale_min is not None:
+            self.augmentation = with_scale(self.augmentation, config.augment.crop_scale_min)
+
+        planner = Planner(
+            dataset.train.sizes,
+            seed=config.run.seed,
+            batch_size=batch,
+            augmentation=self.augmentation,
+            shuffle_keys=model.bn_splits != 1,
+        )
+        self.steps_per_epoch = planner.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * optim.epochs
+        source = open_source(data.pipeline, dataset.train, side, device, data.workers)
+        self.pipeline = open_pipeline(data.pipeline, dataset.train, planner, source, side, device, dtype, data.workers)
+        self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, device, dtype)
+        self.state = build_state(config, device, fingerprint(dataset.train))
+        self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
+        self.clock = StepClock(batch)
+        self._failed_saves = 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self.state.step // self.steps_per_epoch
+
+    def run(self) -> None:
+        """From the newest checkpoint, or from the start, to the end of the last epoch."""
+        began = time.monotonic()
+        try:
+            self._resume() if self.config.run.resume else self._begin()
+            self._steps()
+            self._finish(time.monotonic() - began)
+        except torch.OutOfMemoryError as error:
+            batch, splits = self.config.optim.batch_size or 2, self.config.model.bn_splits or 1
+            smaller = max(2 * splits, batch // 2 // splits * splits)
+            raise DeviceError(
+                f"{describe(self.device)} has too little memory for --batch-size {batch}: try --batch-size {smaller}, "
+                f"then --resume is no longer possible, so give a new --out"
+            ) from error
+        finally:
+            self.metrics.close()
+            self.pipeline.close()
+
+    def _begin(self) -> None:
+        self.directory.write_config(self.config)
+        self._write_status()
+        first = next(iter(self.pipeline.views(0, 1)))
+        a = self.augmentation
+        views_grid(first.query, first.key[first.key_order.argsort()], a.mean, a.std, self.directory.views_png)
+        numbers: dict[str, float] = {}
+        if self.config.run.knn_every:
+            numbers = self.monitor.evaluate(self.state.model.query)
+            pixels = self.monitor.pixels()
+            if pixels is not None:
+                numbers["knn_pixels_top1_percent"] = pixels
+        self.metrics.write(0, 0, **numbers)
+        self._say_numbers("before training", numbers)
+        self._save()
+
+    def _resume(self) -> None:
+        path, warnings = checkpoint.newest(self.directory.checkpoints)
+        for warning in warnings:
+            say(self.console, warning, "yellow")
+        if path is None:
+            raise CheckpointError(f"no checkpoint in {self.directory.checkpoints}: start again with --overwrite")
+        self.state.load(path)
+        checkpoint.sweep(self.directory.checkpoints)
+        self.metrics.truncate_after(self.state.step)
+        self._write_status()
+        say(self.console, f"resumed at step {self.state.step:,} of {self.total_steps:,} from {path.name}")
+
+    def _steps(self) -> None:
+        config, state, clock = self.config, self.state, self.clock
+        progress = TrainingProgress(
+            self.console,
+            first_step=state.step,
+            steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            chance_loss=math.log(state.queue.keys.shape[0] + 1) * (2 if config.model.symmetric else 1),
+        )
+        save_every = config.run.checkpoint_every or self.steps_per_epoch
+        with progress:
+            for views in clock.steps(self._until_stopped()):
+                lr = self._lr()
+                state.train_step(views, lr, self._ema_momentum())
+                state.step += 1
+                epoch_ends = state.step % self.steps_per_epoch == 0
+                if epoch_ends or state.step % config.run.log_every == 0:
+                    progress.update(state.step, self._log(lr))
+                with clock.paused():
+                    if epoch_ends and self._evaluation_is_due():
+                        numbers = self.monitor.evaluate(state.model.query)
+                        self.metrics.write(state.step, self.epoch, **numbers)
+                        self._say_numbers(f"epoch {self.epoch}", numbers)
+                    if state.step % save_every == 0 or state.step == self.total_steps:
+                        self._save()
+        if self.stop and state.step < self.total_steps:
+            self._save(last_chance=True)
+            raise Preempted(f"stopped by {self.stop.name} at step {state.step:,}, saved: go on with --resume")
+
+    def _until_stopped(self):
+        """The batches that are left, until a signal comes; a loader that the signal has hit too is no error."""
+        views = self.pipeline.views(self.state.step, self.total_steps)
+        while not self.stop:
+            try:
+                batch = next(views, None)
+            except DataError:
+                if self.stop:
+                    return
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _lr(self) -> float:
+        optim = self.config.optim
+        assert optim.lr is not None
+        assert optim.epochs is not None
+        return lr_at(
+            self.state.step,
+            schedule="cosine" if optim.cos else "step" if optim.schedule else "constant",
+            base_lr=optim.lr,
+            epochs=optim.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            milestones=optim.schedule or (),
+            warmup_epochs=optim.warmup_epochs,
+        )
+
+    def _ema_momentum(self) -> float:
+        model = self.config.model
+        assert model.moco_m is not None
+        schedule = "cosine" if model.moco_m_cos else "constant"
+        return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
+
+    def _log(self, lr: float) -> Reading:
+        """Reads the device, writes a line of metrics, and stops a run that has diverged."""
+        numbers = self.state.train_step.read_metrics()
+        rates = self.clock.read()
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        reading = Reading(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory)
+        values = {name: value for name, value in reading._asdict().items() if value is not None}
+        if numbers["skipped_steps"]:
+            values["skipped_steps"] = numbers["skipped_steps"]
+        warning = self.metrics.write(self.state.step, self.epoch, **values)
+        if warning:
+            say(self.console, warning, "yellow")
+        if numbers["consecutive_skipped"] >= self.config.run.max_skipped_steps:
+            raise DivergedError(
+                f"the loss or a gradient was not finite for {numbers['consecutive_skipped']} steps up to step "
+                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before"
+            )
+        return reading
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.run.knn_every
+        return bool(every) and (self.epoch % every == 0 or self.state.step == self.total_steps)
+
+    def _save(self, *, last_chance: bool = False) -> None:
+        """Writes a checkpoint. A disk that refuses is given a few more chances; the last one that was written stays."""
+        try:
+            self.state.save(self.directory.checkpoints)
+            checkpoint.prune(self.directory.checkpoints, self.config.run.keep_checkpoints)
+            self._failed_saves = 0
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if last_chance or self._failed_saves >= SAVE_ATTEMPTS or self.state.step == self.total_steps:
+                raise
+            say(self.console, f"{error}; training goes on and tries again", "yellow")
+        self._write_status()
+
+    def _write_status(self, code: ExitCode | None = None, message: str = "") -> None:
+        try:
+            self.directory.write_status(step=self.state.step, epoch=self.epoch, exit_code=code, message=message)
+        except OSError as error:
+            say(self.console, f"status.json cannot be written ({error.strerror or error})", "yellow")
+
+    def _finish(self, seconds: float) -> None:
+        self._save_backbone()
+        records = read_metrics(self.metrics.path)
+        curves(records, self.directory.curves_png, math.log(self.state.queue.keys.shape[0] + 1))
+        self._write_status(ExitCode.DONE)
+        knn = [record["knn_top1_percent"] for record in records if "knn_top1_percent" in record]
+        pixels = [r["knn_pixels_top1_percent"] for r in records if "knn_pixels_top1_percent" in r]
+        paths = (self.directory.views_png, self.directory.curves_png, self.directory.backbone)
+        facts = summary_facts(
+            minutes=seconds / 60,
+            images_per_s=self.clock.images_per_s or 0.0,
+            knn_before_percent=knn[0] if len(knn) > 1 else None,
+            knn_after_percent=knn[-1] if knn else None,
+            raw_pixels_percent=pixels[0] if pixels else None,
+            files=[os.path.relpath(path) for path in paths],
+        )
+        show_facts(self.console, "done", facts)
+
+    def _save_backbone(self) -> None:
+        """The query encoder's backbone under torchvision's names, in torchvision's layout."""
+        state = self.state.model.query.backbone.state_dict()
+        part = temporary(self.directory.backbone)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, part)
+        os.replace(part, self.directory.backbone)
+
+    def _say_numbers(self, when: str, numbers: dict[str, float]) -> None:
+        names = {
+            "knn_top1_percent": "kNN {:.1f} %",
+            "knn_pixels_top1_percent": "kNN of raw pixels {:.1f} %",
+            "alignment": "alignment {:.3f}",
+            "uniformity": "uniformity {:.3f}",
+            "effective_rank": "effective rank {:.1f}",
+        }
+        if numbers:
+            say(self.console, f"{when}: " + ", ".join(names[name].format(value) for name, value in numbers.items()))
+
+    def facts(self, dataset: Dataset, reasons: dict[str, str]) -> list[Fact]:
+        """What was decided, and why, for the panel at the start."""
+        c, query = self.config, self.state.model.query
+        parameters = sum(p.numel() for p in query.parameters())
+        head = " → ".join(str(layer.out_features) for layer in query.head if isinstance(layer, torch.nn.Linear))
+        width = f" × {c.model.width:g}" if c.model.width != 1 else ""
+        facts = [
+            Fact("data", dataset.train.describe()),
+            Fact("evaluated on", dataset.test.describe() if dataset.test else "held-out images, or pairs of views"),
+            Fact("pipeline", f"{c.data.pipeline}, {c.data.workers} workers", reasons.get("pipeline", "")),
+            Fact("views", f"{c.augment.crop_size} pixels, augmentation {c.augment.aug}", reasons.get("crop_size", "")),
+            Fact("encoder", f"{c.model.arch}{width}, {parameters / 1e6:.1f} M parameters", reasons.get("arch", "")),
+            Fact("stem", f"{c.model.stem}", reasons.get("stem", "")),
+            Fact("head", f"{query.feature_dim} → {head}"),
+            Fact(
+                "queue",
+                f"{c.model.moco_k:,} keys, m {c.model.moco_m:g}, T {c.model.moco_t:g}",
+                reasons.get("moco_k", ""),
+            ),
+            Fact("batch", f"{c.optim.batch_size} images, {c.model.bn_splits} batch norm splits"),
+            Fact(
+                "optimiser",
+                f"SGD, lr {c.optim.lr:g}, wd {c.optim.wd:g}, {c.optim.epochs} epochs",
+                reasons.get("lr", ""),
+            ),
+            Fact("device", f"{describe(self.device)}, {c.run.amp}, compile {c.run.compile}"),
+            Fact("folder", str(self.directory.path)),
+        ]
+        for path, reason in dataset.quarantine[:3]:
+            facts.append(Fact("left out", path, reason))
+        if len(dataset.quarantine) > 3:
+            facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in all"))
+        return facts
+
+
+def _note_failure(directory: RunDirectory, error: BaseException) -> None:
+    """How a run that did not reach its end ended, in status.json; a disk that refuses must not hide the error."""
+    with suppress(OSError, ConfigError):
+        last = read_status(directory.path)
+        code = exit_code(error) or 1
+        directory.write_status(
+            step=last["step"], epoch=last["epoch"], exit_code=code, message=str(error) or repr(error)
+        )
