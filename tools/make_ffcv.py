@@ -1,0 +1,268 @@
+"""Convert any data set fastmoco reads into one `.beton` file: `python tools/make_ffcv.py DATA OUT.beton`.
+
+Plain JPEGs (8 bits, grey or colour, upright) are copied byte for byte, so that a run on the file sees the pixels that
+a run on the folder sees. Everything else becomes raw pixels, which is as exact, unless --quality allows a JPEG. Every
+image is decoded once on the way, so what is in the file can be read.
+
+Exit codes: 0 done, 2 a wrong setting, 3 a bad image or a disk that is full.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from typing import Annotated, Literal
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastmoco.errors import ConfigError, ExitCode
+from pipelines.beton import Manifest
+from pipelines.beton_writer import BetonWriter
+from pipelines.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
+from pipelines.decode import exif_orientation, is_jpeg, open_image, printable
+from pipelines.errors import DataError
+from pipelines.image_index import ImageIndex
+from pipelines.randomness import Domain, philox, uniform
+
+RESIZED_QUALITY = 95
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Convert a data set into one .beton file for --pipeline ffcv.
+
+    Plain JPEGs are copied byte for byte; what cannot be copied is kept as raw pixels, unless --quality is given.
+    """
+
+    data: Positional[str]
+    """A folder, a list of paths, or the name of a data set."""
+    out: Positional[str]
+    """The file to write, ending in .beton; its manifest is written beside it."""
+    split: Literal["train", "test"] = "train"
+    """Which part of the data set."""
+    data_root: str = "~/.cache/fastmoco"
+    """Where named data sets are kept."""
+    mode: Literal["jpg", "raw", "proportion"] = "jpg"
+    """Keep JPEGs, keep pixels (several times larger, nothing to decode), or keep a share as JPEG."""
+    proportion: float = 0.5
+    """The share of images kept as JPEG by --mode proportion."""
+    max_resolution: int | None = None
+    """Shrink images whose longer side is longer than this. Changes what random crops see."""
+    min_resolution: int | None = None
+    """Shrink images whose shorter side is longer than this. Changes what random crops see."""
+    quality: Annotated[int | None, tyro.conf.arg(metavar="1-100")] = None
+    """Encode as JPEG of this quality what cannot be copied. Unset: raw pixels, and 95 for images that were shrunk."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Threads that decode."""
+    bad_images: BadImages = "error"
+    """Stop at a bad image, or leave it out and list it in the manifest."""
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".beton"):
+            raise ConfigError(f"{printable(self.out)} is not a name for the file; expected one that ends in .beton")
+        if not 0 <= self.proportion <= 1:
+            raise ConfigError(f"--proportion {self.proportion}: expected a share from 0 to 1")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ConfigError(f"--quality {self.quality}: expected 1 to 100")
+        if self.workers < 1:
+            raise ConfigError(f"--workers {self.workers}: expected 1 or more")
+        if self.max_resolution is not None and self.min_resolution is not None:
+            raise ConfigError("--max-resolution and --min-resolution both set the size; give one of them")
+        for flag, side in (("max", self.max_resolution), ("min", self.min_resolution)):
+            if side is not None and side < 1:
+                raise ConfigError(f"--{flag}-resolution {side}: expected a number of pixels, 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One image as it will be stored: `how` is copied, encoded or raw."""
+
+    data: bytes | np.ndarray
+    size: tuple[int, int]
+    how: Literal["copied", "encoded", "raw"]
+
+
+def encode(index: ImageIndex, i: int, settings: Settings) -> Encoded:
+    """Image i of the index, decoded once to be sure of it. Raises DataError for a bad image."""
+    pixels = index.read(i)
+    target = shrunk(pixels.shape[:2], settings)
+    as_jpeg = settings.mode == "jpg" or (settings.mode == "proportion" and in_share(i, settings.proportion))
+    if target != pixels.shape[:2]:
+        planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        pixels = F.interpolate(planes, size=target, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        quality = settings.quality or RESIZED_QUALITY
+    else:
+        if as_jpeg and (data := plain_jpeg(index, i)) is not None:
+            return Encoded(data, target, "copied")
+        quality = settings.quality
+    if not as_jpeg or quality is None:
+        return Encoded(pixels, target, "raw")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=quality)
+    return Encoded(buffer.getvalue(), target, "encoded")
+
+
+def shrunk(size: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """(height, width) after --max-resolution or --min-resolution; images are never enlarged."""
+    if settings.max_resolution is not None:
+        factor = settings.max_resolution / max(size)
+    elif settings.min_resolution is not None:
+        factor = settings.min_resolution / min(size)
+    else:
+        return size
+    return size if factor >= 1 else (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
+
+
+def in_share(i: int, proportion: float) -> bool:
+    """Whether image i belongs to the share kept as JPEG: the same images at every conversion."""
+    return bool(uniform(philox(0, Domain.SUBSET, sample=i)[:1])[0] < proportion)
+
+
+def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
+    """The bytes of image i if they are a JPEG that any decoder reads as `decode` does, else None."""
+    if index.pixels is not None or (index.records is not None and index.records.raw[i]):
+        return None
+    data = index.read_bytes(i)
+    with open_image(io.BytesIO(data)) as image:
+        plain = is_jpeg(image) and image.mode in ("L", "RGB") and exif_orientation(image) == 1
+    return data if plain else None
+
+
+def relative_names(index: ImageIndex, data: str) -> list[str]:
+    """What the images are called in the manifest: paths below the folder that was converted, or running numbers."""
+    if index.records is not None:
+        return list(index.records.names)
+    if index.paths is None:
+        return [f"image {i}" for i in range(len(index))]
+    root = os.path.abspath(os.path.expanduser(data))
+    inside = os.path.isdir(root) and all(path.startswith(root + os.sep) for path in index.paths)
+    base = root if inside else os.path.commonpath([os.path.dirname(path) for path in index.paths])
+    return [os.path.relpath(path, base) for path in index.paths]
+
+
+def convert(
+    index: ImageIndex, settings: Settings, progress: Progress, ledger: tuple[tuple[str, str], ...] = ()
+) -> Manifest:
+    """Write `settings.out` and its manifest from an index. Raises DataError, and then leaves neither behind."""
+    names = relative_names(index, settings.data)
+    left_out, stored = [list(entry) for entry in ledger], Counter(copied=0, encoded=0, raw=0)
+    allowed = MAX_BAD_FRACTION * len(index) if settings.bad_images == "quarantine" else 0
+    largest = 65_536 + 4 * int(index.sizes.astype(np.int64).prod(axis=1).max())  # no encoder makes more of a pixel
+    if index.paths is not None:
+        largest = max(largest, *map(_file_bytes, index.paths))
+    bar = progress.add_task(printable(index.name), total=len(index))
+    with (
+        BetonWriter(settings.out, len(index), largest) as writer,
+        ThreadPoolExecutor(settings.workers) as pool,
+    ):
+        try:
+            for i, future in _in_order(pool, index, settings):
+                try:
+                    image = future.result()
+                    label = None if index.labels is None else int(index.labels[i])
+                    writer.add(image.data, image.size, label, names[i])
+                    stored[image.how] += 1
+                except DataError as error:
+                    left_out.append([names[i], str(error)])
+                    if len(left_out) - len(ledger) > allowed:
+                        raise
+                progress.advance(bar)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        if not len(writer):
+            raise DataError(f"no image of {printable(index.name)} is left to write")
+        return writer.finish(
+            lambda length, tables, whole: Manifest(
+                dataset=index.name,
+                bytes=length,
+                images=len(writer),
+                tables_sha256=tables,
+                file_sha256=whole,
+                class_names=list(index.class_names) if index.labels is not None else [],
+                names=writer.names,
+                stored=dict(stored),
+                settings=asdict(settings),
+                quarantine=left_out,
+                versions={
+                    "fastmoco": version("fastmoco"),
+                    "python": platform.python_version(),
+                    "pillow": PIL.__version__,
+                    "torch": str(torch.__version__),
+                },
+            )
+        )
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # reading it will tell, as a bad image
+        return 0
+
+
+def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -> Iterator[tuple[int, Future[Encoded]]]:
+    """Images in the order of the index, a few in work ahead of the one that is wanted."""
+    waiting: deque[tuple[int, Future[Encoded]]] = deque()
+    positions = iter(range(len(index)))
+    while True:
+        for i in islice(positions, 4 * settings.workers - len(waiting)):
+            waiting.append((i, pool.submit(encode, index, i, settings)))
+        if not waiting:
+            return
+        yield waiting.popleft()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the partial file is removed
+    started = time.perf_counter()
+    try:
+        settings = tyro.cli(Settings, args=arguments)
+        torch.set_num_threads(1)  # the threads are the workers
+        dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
+        index = dataset.train if settings.split == "train" else dataset.test
+        if index is None:
+            raise ConfigError(f"{printable(settings.data)} has no test split; expected a folder with train and val")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            manifest = convert(index, settings, progress, dataset.quarantine if settings.split == "train" else ())
+    except ConfigError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.CONFIG
+    except (DataError, OSError) as error:
+        reason = error if isinstance(error, DataError) else f"cannot write {printable(str(error))}"
+        console.print(str(reason), style="red", markup=False, soft_wrap=True)
+        return ExitCode.DATA
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    seconds, how = time.perf_counter() - started, manifest.stored
+    console.print(
+        f"{printable(settings.out)}: {manifest.images:,} images ({how['copied']:,} copied, {how['encoded']:,} encoded, "
+        f"{how['raw']:,} raw), {manifest.bytes:,} bytes, {seconds:.1f} s, {len(manifest.quarantine):,} quarantined",
+        markup=False,
+        soft_wrap=True,
+    )
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
