@@ -142,7 +142,7 @@ class _SplitBatchNorm(torch.autograd.Function):
         mean, scale = x.new_empty((2, splits, plan.channels), dtype=torch.float32)
         y = torch.empty_like(x, memory_format=torch.channels_last)
         statistics_kernel[plan.grid](x, chunk_mean, chunk_square, *size, **plan.blocks)
-        _joinstatistics_kernel[plan.join_grid](
+        join_statistics_kernel[plan.join_grid](
             chunk_mean,
             chunk_square,
             mean,
