@@ -55,16 +55,15 @@ class DaliCrops:
         first = next(plans, None)
         if first is None:
             return
-        with ThreadPoolExecutor(min(READERS, self._threads), "read") as readers:
+        readers = ThreadPoolExecutor(min(READERS, self._threads), "read")
+        try:
             batches = _Batches(self._index, first, plans, readers)
             pipeline = self._pipeline(batches, *first.boxes.shape[:2])
-            try:
-                while (outputs := self._run(pipeline, batches)) is not None:
-                    batch = batches.issued.popleft()
-                    yield Crops(self._take(outputs, batch), batch.plan)
-            finally:
-                batches.close()
-                del pipeline
+            while (outputs := self._run(pipeline, batches)) is not None:
+                batch = batches.issued.popleft()
+                yield Crops(self._take(outputs, batch), batch.plan)
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     def _pipeline(self, batches: _Batches, views: int, batch_size: int) -> Any:
         dali = _dali()
@@ -190,12 +189,6 @@ class _Batches:
         self.issued.append(_Batch(plan, orientations))
         corners = [np.ascontiguousarray(view[:, part]) for view in boxes for part in (slice(0, 2), slice(2, 4))]
         return [images, *corners]
-
-    def close(self) -> None:
-        """Drops what has not been read yet."""
-        if self._reading is not None:
-            for part in self._reading[1]:
-                part.cancel()
 
     def _start(self, plan: BatchPlan | None) -> tuple[tuple[BatchPlan, np.ndarray, np.ndarray], list[Future]] | None:
         if plan is None:
