@@ -135,8 +135,8 @@ def test_each_of_twenty_float32_steps_is_the_papers(
 ) -> None:
     """Every step from the state the last one left, because in float32 two trajectories part at the first activation
     that rounding moves across the kink of a ReLU, whichever of them is right. The learning rate is low enough for such
-    a step to pass, and high enough for a wrong update not to: a step moves the parameters by 5e-4 of their norm."""
-    lr = 0.1 * LR
+    a step to pass; what it may hide, the float64 test above shows."""
+    lr = 0.01 * LR
     step = make_step(symmetric=symmetric, bn_splits=bn_splits, head=head)
     reference = reference_of(step, bn_splits=bn_splits, symmetric=symmetric, lr=lr)
     reference.ema_momentum = 1.0  # the state to follow has the EMA behind it: it is checked after the step instead
