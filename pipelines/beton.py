@@ -47,6 +47,8 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("length", "<u8")]
 SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
 NO_LABEL = -1
 
+END = b"\xff\xd9"  # never inside the compressed data of a JPEG
+
 HASHED_BYTES = 2**30  # a file up to this long is hashed whole at every start, in under a second
 MANIFEST_FORMAT = "fastmoco beton 1"
 REMEDY = "copy it again, or convert again with tools/make_ffcv.py"
@@ -280,11 +282,11 @@ def _check_jpegs(file: IO[bytes], index: ImageIndex) -> None:
     for i in np.flatnonzero(~records.raw).tolist():
         start, length = offsets[i], lengths[i]
         size = jpeg_size(os.pread(descriptor, min(length, 1024), start))
-        if size is None:  # profiles and previews can stand before the frame header
-            size = jpeg_size(os.pread(descriptor, length, start))
-        tail = min(length, 4096)  # some writers append a little after the end marker
-        if b"\xff\xd9" not in os.pread(descriptor, tail, start + length - tail):
-            size = None
+        tail = min(length, 4096)
+        ended = END in os.pread(descriptor, tail, start + length - tail)
+        if size is None or not ended:  # profiles stand before the frame header, and junk behind the end marker
+            data = os.pread(descriptor, length, start)
+            size = jpeg_size(data) if END in data else None
         if size != tuple(sizes[i]):
             height, width = sizes[i]
             found = "no whole JPEG" if size is None else f"a JPEG of {size[1]}×{size[0]} pixels"

@@ -94,7 +94,7 @@ def crop_task(
     """
     found = np.empty(4, dtype=np.int32)  # width, height, subsampling, colour space
     for i in range(len(raw)):
-        height, width = np.int64(sizes[i, 0]), np.int64(sizes[i, 1])
+        height, width = sizes[i, 0], sizes[i, 1]
         if raw[i]:  # only the rows that a box covers
             top, bottom = height, np.int64(0)
             for view in range(len(boxes)):

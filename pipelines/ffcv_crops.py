@@ -141,12 +141,20 @@ class _Library:
         if not found or not found.origin:
             raise BackendMissingError(f"--pipeline ffcv needs FFCV, which is not installed: {INSTALL}")
         try:
-            import pipelines.crop_kernel  # noqa: F401 - numba, which FFCV brings
-
+            import pipelines.crop_kernel  # noqa: F401 - needs numba, which FFCV brings
+        except RuntimeError as error:  # that is how numba says it
+            raise BackendMissingError(
+                "numba finds no folder to keep compiled code in; set NUMBA_CACHE_DIR to one that can be written to"
+            ) from error
+        except ImportError as error:
+            raise BackendMissingError(
+                f"--pipeline ffcv needs numba ({error}), which comes with FFCV: {INSTALL}"
+            ) from error
+        try:
             library = ctypes.CDLL(found.origin)
             self.start, self.end = library.tjInitDecompress, library.tjDestroy
             names = (ctypes.CDLL(None).pread, library.tjDecompressHeader3, library.tjDecompress2)
-        except (ImportError, OSError, AttributeError) as error:
+        except (OSError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise BackendMissingError(f"--pipeline ffcv cannot load FFCV ({reason}): {INSTALL}") from error
         self.start.restype, self.end.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -75,20 +75,22 @@ class Settings:
     bad_images: BadImages = "error"
     """Stop at a bad image, or leave it out and list it in the manifest."""
 
-    def __post_init__(self) -> None:
-        if not self.out.endswith(".beton"):
-            raise ConfigError(f"{printable(self.out)} is not a name for the file; expected one that ends in .beton")
-        if not 0 <= self.proportion <= 1:
-            raise ConfigError(f"--proportion {self.proportion}: expected a share from 0 to 1")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise ConfigError(f"--quality {self.quality}: expected 1 to 100")
-        if self.workers < 1:
-            raise ConfigError(f"--workers {self.workers}: expected 1 or more")
-        if self.max_resolution is not None and self.min_resolution is not None:
-            raise ConfigError("--max-resolution and --min-resolution both set the size; give one of them")
-        for flag, side in (("max", self.max_resolution), ("min", self.min_resolution)):
-            if side is not None and side < 1:
-                raise ConfigError(f"--{flag}-resolution {side}: expected a number of pixels, 1 or more")
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for a value that cannot be converted with."""
+    if not settings.out.endswith(".beton"):
+        raise ConfigError(f"{printable(settings.out)} is not a name for the file; expected one that ends in .beton")
+    if not 0 <= settings.proportion <= 1:
+        raise ConfigError(f"--proportion {settings.proportion}: expected a share from 0 to 1")
+    if settings.quality is not None and not 1 <= settings.quality <= 100:
+        raise ConfigError(f"--quality {settings.quality}: expected 1 to 100")
+    if settings.workers < 1:
+        raise ConfigError(f"--workers {settings.workers}: expected 1 or more")
+    if settings.max_resolution is not None and settings.min_resolution is not None:
+        raise ConfigError("--max-resolution and --min-resolution both set the size; give one of them")
+    for flag, side in (("max", settings.max_resolution), ("min", settings.min_resolution)):
+        if side is not None and side < 1:
+            raise ConfigError(f"--{flag}-resolution {side}: expected a number of pixels, 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def encode(index: ImageIndex, i: int, settings: Settings) -> Encoded:
     target = shrunk(pixels.shape[:2], settings)
     as_jpeg = settings.mode == "jpg" or (settings.mode == "proportion" and in_share(i, settings.proportion))
     if target != pixels.shape[:2]:
-        planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        planes = torch.tensor(pixels).permute(2, 0, 1)[None]  # a copy: what Pillow gives is read-only
         pixels = F.interpolate(planes, size=target, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
         quality = settings.quality or RESIZED_QUALITY
     else:
@@ -237,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         settings = tyro.cli(Settings, args=arguments)
+        check(settings)
         torch.set_num_threads(1)  # the threads are the workers
         dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
         index = dataset.train if settings.split == "train" else dataset.test
