@@ -28,7 +28,7 @@ class DataConfig:
     """Where named data sets are downloaded to."""
     limit: int | None = None
     """Train on this many images only, the same share of every class."""
-    pipeline: Literal["auto", "resident", "torch", "dataloader"] = "auto"
+    pipeline: Literal["auto", "resident", "torch", "dali", "ffcv", "dataloader"] = "auto"
     """How images are decoded and augmented; auto says what it chose and why."""
     workers: int | None = None
     """Threads or processes that decode (None: from the number of cores)."""

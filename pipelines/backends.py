@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
 
+from pipelines.dali_crops import DaliCrops
 from pipelines.dataloader import DataLoaderPipeline
 from pipelines.errors import BackendMissingError
+from pipelines.ffcv_crops import FfcvCrops
 from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner
 from pipelines.resident_crops import SHARE_OF_FREE_MEMORY, ResidentCrops, free_memory_bytes, resident_bytes
@@ -15,7 +18,7 @@ from pipelines.torch_crops import TorchCrops
 from pipelines.two_view import TwoViewPipeline
 from pipelines.views import CropSource
 
-SOURCES = ("resident", "torch")
+SOURCES = {"resident": ResidentCrops, "torch": TorchCrops, "dali": DaliCrops, "ffcv": FfcvCrops}
 PIPELINES = (*SOURCES, "dataloader")
 Pipeline = TwoViewPipeline | DataLoaderPipeline
 
@@ -27,7 +30,11 @@ def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str
     needed, free = resident_bytes(index), free_memory_bytes(device)
     sizes = f"{len(index):,} decoded images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on {device}"
     if needed <= SHARE_OF_FREE_MEMORY * free:
-        return "resident", f"{sizes}"
+        return "resident", sizes
+    if index.records is not None and importlib.util.find_spec("ffcv"):
+        return "ffcv", f"{sizes}: too many to keep there, and they are in a .beton file"
+    if device.type == "cuda" and importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        return "dali", f"{sizes}: too many to keep there, and DALI decodes on the device"
     return "torch", f"{sizes}: too many to keep there"
 
 
@@ -38,11 +45,9 @@ def default_workers() -> int:
 
 def open_source(name: str, index: ImageIndex, side: int, device: torch.device, workers: int) -> CropSource:
     """The crop source of a pipeline. The control has none of its own; it is evaluated through `torch`."""
-    if name == "resident":
-        return ResidentCrops(index, side, device, workers)
-    if name in ("torch", "dataloader"):
-        return TorchCrops(index, side, device, workers)
-    raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(PIPELINES)}")
+    if name not in PIPELINES:
+        raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(PIPELINES)}")
+    return SOURCES["torch" if name == "dataloader" else name](index, side, device, workers)
 
 
 def open_pipeline(
