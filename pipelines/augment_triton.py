@@ -19,8 +19,6 @@ views of B images written in 16 bits:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -30,6 +28,7 @@ from pipelines.augment_kernels import blur_columns_kernel, blur_rows_kernel, col
 from pipelines.resample_triton import ResidentPixels, check, crop
 
 _SMALL = 4096  # pixels of a crop that one program holds in registers: S ≤ 64
+_CUT_SMALL = 2048  # likewise, of one that it also cuts out, S ≤ 45: beyond, the compiler spills registers
 _TILE = 1024  # pixels of a tile of larger crops
 
 
@@ -50,7 +49,7 @@ def apply(
     count, side = len(crops), crops.shape[1]
     assert crops.shape == (count, side, side, 3), crops.shape
     assert crops.dtype == torch.uint8, crops.dtype
-    return _colour(crops, (params, params, params), False, params, augmentation, side, dtype, source)
+    return _colour(crops, None, params, augmentation, side, dtype, source)
 
 
 def crop_and_apply(
@@ -62,67 +61,69 @@ def crop_and_apply(
     dtype: torch.dtype,
     source: Tensor,
 ) -> Tensor:
-    """`crop`, then `apply`: one kernel where S ≤ 64, so that a crop never leaves the registers, else one after another.
+    """`crop`, then `apply`: one kernel where S ≤ 45, so that a crop never leaves the registers, else one after another.
 
     It equals the two steps bit for bit but for the order of sums, since crops are rounded to uint8 levels in between.
     Arguments and result as theirs; row v of boxes, params and source is view v.
     """
-    if side * side > _SMALL:
+    if side * side > _CUT_SMALL:
         return apply(crop(resident, boxes, side, source), params, augmentation, dtype)
     boxes = boxes.contiguous()
     check(resident, boxes, source)
-    place = resident.offsets, resident.sizes, boxes
-    return _colour(resident.pixels, place, resident.planar, params, augmentation, side, dtype, source, cropping=True)
+    return _colour(resident, boxes, params, augmentation, side, dtype, source)
 
 
 def _colour(
-    pixels: Tensor,
-    place: tuple[Tensor, Tensor, Tensor],
-    planar: bool,
+    images: Tensor | ResidentPixels,
+    boxes: Tensor | None,
     params: Tensor,
     augmentation: Augmentation,
     side: int,
     dtype: torch.dtype,
     source: Tensor | None,
-    cropping: bool = False,
 ) -> Tensor:
-    """pixels are crops, or whole images where `place` (offsets, sizes, boxes) says what to cut out of them."""
-    views = len(params)
+    """From crops, or from whole images and boxes."""
+    views, device = len(params), params.device
     params = params.contiguous()
     assert params.shape == (views, len(Column)), params.shape
     assert params.dtype == torch.float32, params.dtype
-    source = torch.arange(views, device=pixels.device) if source is None else source.contiguous()
+    source = torch.arange(views, device=device) if source is None else source.contiguous()
     assert source.shape == (views,), (source.shape, views)
     assert source.dtype == torch.int64, source.dtype
-    out = torch.empty((views, side, side, 3), dtype=dtype, device=pixels.device)
+    whole = isinstance(images, ResidentPixels)
+    if whole:
+        resident, strides = (images.pixels, images.offsets, images.sizes, boxes), (0, 0, 0, 0)
+    else:
+        resident, strides = (images, source, source, source), images.stride()  # three pointers that no one follows
+
+    out = torch.empty((views, side, side, 3), dtype=dtype, device=device)
     blur = augmentation.blur_p > 0
-    colours, rows = (
-        torch.empty((2 if blur else 0, views, 3, side, side), dtype=torch.float32, device=pixels.device)
-        if blur
-        else (out, out)
-    )
-    small = side * side <= _SMALL
+    # what a blurred view needs in between, as float32 planes; of the other views it stays untouched
+    planes = torch.empty((2, views, 3, side, side), dtype=torch.float32, device=device) if blur else None
+    colours, rows = (out, out) if planes is None else planes
     normalisation = augmentation.mean, augmentation.std
-    options: dict[str, Any] = {"SIDE": side, "num_warps": 8, "enable_fp_fusion": True}
+    pixels = side * side
+    block = triton.next_power_of_2(pixels) if pixels <= _SMALL else _TILE
     colour_kernel[(views,)](
         source,
-        (0, 0, 0, 0) if cropping else pixels.stride(),
-        (pixels, *place),
+        strides,
+        resident,
         params,
         out,
         colours,
         *normalisation,
-        CROP=cropping,
-        PLANAR=planar,
+        SIDE=side,
+        CROP=whole,
+        PLANAR=whole and images.planar,
         GREY_FIRST=augmentation.grey_first,
         BLUR=blur,
-        BLOCK=triton.next_power_of_2(side * side) if small else _TILE,
-        **{**options, "num_warps": 4 if side * side <= _TILE else 8},
+        BLOCK=block,
+        num_warps=8 if pixels > _SMALL else min(16, max(4, block // 256)),
+        enable_fp_fusion=True,
     )
     if blur:
-        options |= {"RADIUS": blur_taps(augmentation, side) // 2, "BLOCK": _TILE}
-        grid = triton.cdiv(3 * side * side, _TILE), views
-        blur_rows_kernel[grid](colours, rows, params, **options)
-        grid = triton.cdiv(side * side, _TILE), views
-        blur_columns_kernel[grid](rows, out, params, *normalisation, **options)
+        options = {"SIDE": side, "RADIUS": blur_taps(augmentation, side) // 2, "BLOCK": _TILE}
+        options |= {"num_warps": 8, "enable_fp_fusion": True}
+        blur_rows_kernel[triton.cdiv(3 * pixels, _TILE), views](colours, rows, params, **options)
+        blur_columns_kernel[triton.cdiv(pixels, _TILE), views](rows, out, params, *normalisation, **options)
     return out.permute(0, 3, 1, 2)

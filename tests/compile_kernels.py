@@ -1,0 +1,80 @@
+"""Compiles every Triton kernel for a H100 or H200 without one, and prints their names: a script, so that nothing else
+in the process has Triton's interpreter on.
+
+The interpreter runs kernels that the compiler refuses, such as a constant that is assigned twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastmoco.batchnorm_triton import split_batch_norm
+from fastmoco.info_nce_triton import info_nce
+from fastmoco.momentum_triton import momentum_update
+from pipelines.augment import CIFAR, V1, V2
+from pipelines.augment_triton import apply, crop_and_apply
+from pipelines.resample_triton import ResidentPixels
+
+
+class Hopper:
+    """A driver that only says what to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+_launch = JITFunction.run
+
+
+def _compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    kernel: Any = _launch(self, *args, grid=grid, warmup=True, **kwargs)
+    assert kernel.asm["cubin"]
+    print(self.__name__, flush=True)
+    return kernel
+
+
+def main() -> None:
+    driver.set_active(Hopper())  # pyright: ignore[reportArgumentType]
+    JITFunction.run = _compile
+    scalar = torch.tensor(0.5, dtype=torch.float64)
+    momentum_update(
+        *torch.zeros(4, 4096),
+        lr=scalar,
+        ema_momentum=scalar,
+        sgd_momentum=0.9,
+        weight_decay=1e-4,
+        num_decayed=100,
+        ok=torch.tensor(True),
+        scale=torch.tensor(2.0),
+        zero_grads=True,
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.zeros(64, 128, dtype=dtype)
+        info_nce(q.requires_grad_(), torch.zeros_like(q), torch.zeros(4096, 128, dtype=dtype), 0.2)
+    for dtype, relu, with_residual in ((torch.bfloat16, True, True), (torch.float16, True, False)):
+        x = torch.zeros(16, 64, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
+        residual = torch.zeros_like(x).requires_grad_() if with_residual else None
+        weight, bias, mean, var = torch.ones(4, 64)
+        y = split_batch_norm(x.requires_grad_(), weight, bias, mean, var, 4, 0.1, 1e-5, relu, residual)
+        y.backward(torch.zeros_like(y))
+    rows = torch.zeros(2, dtype=torch.int64)
+    resident = ResidentPixels(torch.zeros(600, dtype=torch.uint8), rows, torch.full((2, 2), 10).int(), planar=True)
+    for augmentation, side in ((CIFAR, 32), (V1, 96), (V2, 96)):
+        boxes, params = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 9)
+        crop_and_apply(resident, boxes, params, augmentation, side, torch.bfloat16, rows)
+        apply(torch.zeros(2, side, side, 3, dtype=torch.uint8), params, augmentation, torch.float16)
+
+
+if __name__ == "__main__":
+    main()
