@@ -41,14 +41,16 @@ def test_triton_gives_the_same_words(require_backend) -> None:
     def draw(out, key, slot, view, epoch, count: tl.constexpr):
         sample = tl.arange(0, count)
         zero = tl.zeros([count], tl.int32)
-        words = tl.philox(key, zero + slot, zero + view, sample, zero + epoch)
-        for place in tl.static_range(4):
-            tl.store(out + place * count + sample, words[place].to(tl.int64))
+        a, b, c, d = tl.philox(key, zero + slot, zero + view, sample, zero + epoch)
+        tl.store(out + sample, a.to(tl.int64))
+        tl.store(out + count + sample, b.to(tl.int64))
+        tl.store(out + 2 * count + sample, c.to(tl.int64))
+        tl.store(out + 3 * count + sample, d.to(tl.int64))
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.empty((4, 16), dtype=torch.int64, device=device)
     seed, domain = 123456789, Domain.COLOUR
-    draw[(1,)](found, seed | int(domain) << 32, 2, 1, 7, count=16)  # pyright: ignore[reportIndexIssue]
+    draw[(1,)](found, seed | int(domain) << 32, 2, 1, 7, 16)  # pyright: ignore
     expected = philox(seed, domain, slot=2, view=1, sample=np.arange(16), epoch=7)
     np.testing.assert_array_equal(found.cpu().numpy() & 0xFFFFFFFF, expected)
 
