@@ -126,7 +126,7 @@ def crop(pixels: np.ndarray, height: int, width: int, box: np.ndarray, out: np.n
     """One crop: pixels (≥ H·W·3,) uint8 and box (4,) int32 → out (S, 3·S) uint8."""
     top, left, box_h, box_w = box
     side = len(out)
-    most = 2 * (max(height, width) // side + 1) + 1
+    most = 2 * (max(box_h, box_w) // side + 1)
     row_first, row_weights = np.empty(side, np.int64), np.empty((side, most), np.float32)
     column_first, column_weights = np.empty(side, np.int64), np.empty((side, most), np.float32)
     row_taps = triangle(box_h, side, row_first, row_weights)
@@ -147,7 +147,7 @@ def triangle(length: int, side: int, first: np.ndarray, weights: np.ndarray) -> 
     """
     scale = length / side
     reach = max(scale, 1.0)
-    taps = min(length, int(np.ceil(2 * reach)) + 1 if scale > 1 else 2)
+    taps = min(length, int(np.ceil(2 * reach)))
     for o in range(side):
         centre = (o + 0.5) * scale
         low = max(0, int(np.floor(centre - reach + 0.5)))
@@ -194,7 +194,10 @@ def _columns(line: np.ndarray, first: np.ndarray, weights: np.ndarray, taps: int
     """Every output pixel of one row, rounded: weights sum to 1, so nothing leaves 0 to 255."""
     pixels, table, row = line.ctypes.data, weights.ctypes.data, 4 * weights.shape[1]
     for x in range(len(first)):
-        rgb = weighted_pixel(pixels + 12 * first[x], table + row * x, taps)
+        if taps == 2:  # when enlarging; a loop of constant length takes a third off the crop
+            rgb = weighted_pixel(pixels + 12 * first[x], table + row * x, 2)
+        else:
+            rgb = weighted_pixel(pixels + 12 * first[x], table + row * x, taps)
         out[3 * x] = np.uint8(rgb)
         out[3 * x + 1] = np.uint8(rgb >> 8)
         out[3 * x + 2] = np.uint8(rgb >> 16)

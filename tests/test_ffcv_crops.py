@@ -144,6 +144,21 @@ def test_plans_come_in_order_whatever_their_sizes(drawn):
 
 
 @needs_ffcv
+def test_a_batch_that_is_kept_is_not_written_again(drawn):
+    """Memory is used again, but not while a tensor, or a view of one, still looks into it."""
+    planner = Planner(drawn.sizes, seed=0, batch_size=20, augmentation=CIFAR, shuffle_keys=False)
+    source = FfcvCrops(drawn, 16, CPU, 2)
+    kept, copies = [], []
+    for crops in source.crops(planner.plans(0, 30)):
+        if crops.plan.step % 3 == 0:
+            kept.append(crops.images[1, 2:])
+            copies.append(kept[-1].clone())
+    source.close()
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+    assert not torch.equal(kept[0], kept[1])
+
+
+@needs_ffcv
 def test_the_same_crops_for_any_number_of_threads(drawn):
     planner = Planner(drawn.sizes, seed=0, batch_size=23, augmentation=CIFAR, shuffle_keys=False)
     seen = []
