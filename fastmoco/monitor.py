@@ -14,9 +14,10 @@ from fastmoco.uniformity import alignment, effective_rank, uniformity
 from pipelines.augment import Augmentation
 from pipelines.backends import Pipeline, open_source
 from pipelines.image_index import Dataset, ImageIndex
+from pipelines.randomness import Domain, permutation
 from pipelines.views import CropSource
 
-HELD_OUT = 10  # without a test split, every tenth image asks and the others answer
+HELD_OUT = 10  # without a test split, one image in ten asks and the others answer
 PAIRS = 1024  # images whose two views measure alignment
 
 
@@ -54,9 +55,10 @@ class Monitor:
                     _Set(test, source_of(test), np.arange(len(test))),
                 )
             elif len(bank) >= HELD_OUT:
-                asks = everything % HELD_OUT == 0
-                source = source_of(bank)
-                self._sets = (_Set(bank, source, everything[~asks]), _Set(bank, source, everything[asks]))
+                # Drawn, because in a list the classes may take turns: every tenth image could be of one class.
+                drawn, source = permutation(0, Domain.SUBSET, len(bank)), source_of(bank)
+                asks, answers = np.split(drawn, [len(bank) // HELD_OUT])
+                self._sets = (_Set(bank, source, np.sort(answers)), _Set(bank, source, np.sort(asks)))
 
     @property
     def has_labels(self) -> bool:
