@@ -58,7 +58,11 @@ class TrainState:
     def load(self, path: Path) -> None:
         """Raises CheckpointError: damaged, or of another architecture, configuration or data set."""
         own = self.tensors()
-        saved, meta = checkpoint.load(path, own)
+        try:
+            saved, meta = checkpoint.load(path, own)
+        except CheckpointError:
+            self._check(path, checkpoint.verify(path))  # names the settings, where those explain the tensors
+            raise
         self._check(path, meta)
         with torch.no_grad():
             for name, tensor in own.items():
