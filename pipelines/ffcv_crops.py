@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.decode import printable
 from pipelines.errors import BackendMissingError, DataError
 from pipelines.image_index import ImageIndex
 from pipelines.views import BatchPlan, Crops
@@ -45,7 +46,7 @@ class FfcvCrops:
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
         if index.records is None:
             raise DataError(
-                f"--pipeline ffcv reads .beton files, and {index.name} is not one: convert it with "
+                f"--pipeline ffcv reads .beton files, and {printable(index.name)} is not one: convert it with "
                 f"`python tools/make_ffcv.py DATA OUT.beton`, and train on that"
             )
         self._library = _Library()
@@ -53,7 +54,7 @@ class FfcvCrops:
         try:
             self._file = os.open(index.records.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"cannot read {index.records.path}: {error.strerror}") from error
+            raise DataError(f"cannot read {printable(index.records.path)}: {error.strerror}") from error
         self._memory = _Memory(pinned=device.type == "cuda")
         self._decoders: list[_Decoder] = []  # not in use
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="crops")

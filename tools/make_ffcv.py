@@ -237,8 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the partial file is removed
     started = time.perf_counter()
+    settings = tyro.cli(Settings, args=arguments)
     try:
-        settings = tyro.cli(Settings, args=arguments)
         check(settings)
         torch.set_num_threads(1)  # the threads are the workers
         dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
@@ -251,9 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.CONFIG
-    except (DataError, OSError) as error:
-        reason = error if isinstance(error, DataError) else f"cannot write {printable(str(error))}"
-        console.print(str(reason), style="red", markup=False, soft_wrap=True)
+    except DataError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.DATA
+    except OSError as error:
+        reason = f"cannot write {printable(settings.out)}: {error.strerror or error}; nothing is left of it"
+        console.print(reason, style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
