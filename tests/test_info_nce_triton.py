@@ -105,7 +105,7 @@ def test_a_tiny_loss_keeps_its_digits(fused: ModuleType) -> None:
     """At a temperature of 0.05 a found key is e³⁰ more likely than the rest: 1 + e⁻³⁰ is 1 in float32."""
     q = F.normalize(torch.randn(3, 16), dim=1)
     tensors = q, q.clone(), -0.5 * q[:1].repeat(40, 1) - 0.5 * q[1:2] - 0.5 * q[2:]
-    exact = loss_and_gradient(cross_entropy, tuple(t.double() for t in tensors), 0.05)
+    exact = loss_and_gradient(info_nce, tuple(t.double() for t in tensors), 0.05)
     found = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors), 0.05)
     assert 0 < exact[0] < 1e-6
     assert relative(found[0], exact[0]) <= 1e-4
