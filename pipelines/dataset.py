@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from pipelines import manifest
 from pipelines.decode import printable
 from pipelines.errors import DataError
 from pipelines.headers import read_headers
 from pipelines.image_files import ImageFiles, find_splits, list_folder, read_list
 from pipelines.image_index import Dataset, ImageIndex
+from pipelines.manifest import Manifest
 from pipelines.named import ARRAYS, NAMES, array_dataset, imagenette_folders, shapes
 
-__all__ = ["NAMES", "BadImages", "Dataset", "ImageIndex", "load_dataset"]
+__all__ = ["NAMES", "BadImages", "DataFiles", "Dataset", "ImageIndex", "find_files", "load_dataset"]
 
 BadImages = Literal["error", "quarantine"]
 MAX_BAD_FRACTION = 0.1  # more than this is no longer a few bad files but the wrong folder, or a broken disk
@@ -44,35 +46,63 @@ def load_dataset(
         return _limited(shapes(), limit)
     if data in ARRAYS:
         return _limited(array_dataset(data, root), limit)
+    files = find_files(data, data_root=root)
+    known = manifest.find(files.path, root)
+    named = [(files.train, files.train_name)] + ([] if files.test is None else [(files.test, files.test_name)])
+    parts = [_index(part, name, files.class_names, limit, bad_images, known) for part, name in named]
+    return Dataset(
+        *(part.images for part in parts),
+        quarantine=tuple(entry for part in parts for entry in part.ledger),
+        skipped=sum(part.skipped for part, _ in named),
+        indexing="" if known is None else _indexing(sum(part.opened for part in parts)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DataFiles:
+    """The files of a data set, before any of them is opened.
+
+    path   the folder or list file, absolute; a manifest is kept for it
+    train  what pretraining sees, and `test` what is evaluated on, or None; with what people call them
+    class_names  what people call the classes, where that is not their folders' names
+    """
+
+    path: str
+    train: ImageFiles
+    train_name: str
+    test: ImageFiles | None = None
+    test_name: str = ""
+    class_names: tuple[str, ...] = ()
+
+
+def find_files(data: str, *, data_root: str | Path) -> DataFiles:
+    """The files that `data` stands for, as in `load_dataset`. Raises DataError, also where it is not kept in files."""
+    root = Path(data_root).expanduser()
+    if data == "shapes" or data in ARRAYS:
+        kind = "drawn in memory" if data == "shapes" else "downloaded as one verified archive"
+        raise DataError(f"{data} is {kind} and has no image files; expected a folder, a list of paths, or imagenette")
     if data == "imagenette":
         folder, class_names = imagenette_folders(root)
-        found = _from_folder(str(folder), "imagenette", limit, bad_images)
-        assert found.test is not None
-        train, test = (replace(index, class_names=class_names) for index in (found.train, found.test))
-        return replace(found, train=train, test=test, bank=train)
+        return replace(_in_folder(str(folder), data), class_names=class_names)
     path = os.path.abspath(os.path.expanduser(data))
     if os.path.isdir(path):
-        return _from_folder(path, os.path.basename(path) or path, limit, bad_images)
+        return _in_folder(path, os.path.basename(path) or path)
     if os.path.isfile(path):
-        train, ledger = _index(read_list(path), os.path.basename(path), limit, bad_images)
-        return Dataset(train, quarantine=ledger)
+        return DataFiles(path, read_list(path), os.path.basename(path))
     close = difflib.get_close_matches(data.lower(), NAMES, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"names are {', '.join(NAMES)}"
     raise DataError(f"{printable(data)} does not exist; expected a folder, a list of paths or a name: {hint}")
 
 
-def _from_folder(root: str, name: str, limit: int | None, bad_images: BadImages) -> Dataset:
+def _in_folder(root: str, name: str) -> DataFiles:
     train_folder, test_folder = find_splits(root)
-    train_files = list_folder(train_folder)
-    test_files = None if test_folder is None else list_folder(test_folder)
-    if test_files is not None and test_folder is not None:
-        _check_same_classes(train_files, train_folder, test_files, test_folder)
+    train = list_folder(train_folder)
     split = "" if train_folder == root else f"/{os.path.basename(train_folder)}"
-    train, ledger = _index(train_files, name + split, limit, bad_images)
-    if test_files is None or test_folder is None:
-        return Dataset(train, quarantine=ledger, skipped=train_files.skipped)
-    test, test_ledger = _index(test_files, f"{name}/{os.path.basename(test_folder)}", limit, bad_images)
-    return Dataset(train, test, quarantine=ledger + test_ledger, skipped=train_files.skipped + test_files.skipped)
+    if test_folder is None:
+        return DataFiles(root, train, name + split)
+    test = list_folder(test_folder)
+    _check_same_classes(train, train_folder, test, test_folder)
+    return DataFiles(root, train, name + split, test, f"{name}/{os.path.basename(test_folder)}")
 
 
 def _check_same_classes(train: ImageFiles, train_folder: str, test: ImageFiles, test_folder: str) -> None:
@@ -88,14 +118,27 @@ def _check_same_classes(train: ImageFiles, train_folder: str, test: ImageFiles, 
         )
 
 
+class _Part(NamedTuple):
+    """An index, the files that were left out of it with their reasons, and how many files were opened for it."""
+
+    images: ImageIndex
+    ledger: tuple[tuple[str, str], ...]
+    opened: int
+
+
 def _index(
-    files: ImageFiles, name: str, limit: int | None, bad_images: BadImages
-) -> tuple[ImageIndex, tuple[tuple[str, str], ...]]:
-    """The index of these files and the ledger of those left out; only the files within `limit` are opened."""
+    files: ImageFiles,
+    name: str,
+    class_names: tuple[str, ...],
+    limit: int | None,
+    bad_images: BadImages,
+    known: Manifest | None,
+) -> _Part:
+    """The index of these files; only those within `limit` are opened, and only where no scan knows them as they are."""
     labels = files.labels()
     positions = limit_positions(len(files.paths), labels, limit)
     paths = [files.paths[i] for i in positions]
-    sizes, bad = read_headers(paths)
+    sizes, bad, opened = (*read_headers(paths), len(paths)) if known is None else known.headers(paths)
     allowed = MAX_BAD_FRACTION * len(paths) if bad_images == "quarantine" else 0
     if len(bad) > allowed:
         remedy = (
@@ -104,13 +147,19 @@ def _index(
             else "mend or remove them, or ask for bad images to be quarantined"
         )
         raise DataError(f"{len(bad):,} of {len(paths):,} images of {printable(name)} are bad; {remedy}. {bad[0][1]}")
-    whole = ImageIndex(
-        name, sizes, None if labels is None else labels[positions], files.class_names(), paths=tuple(paths)
-    )
+    some = None if labels is None else labels[positions]
+    whole = ImageIndex(name, sizes, some, class_names or files.class_names(), paths=tuple(paths))
     if not bad:
-        return whole, ()
+        return _Part(whole, (), opened)
     good = np.delete(np.arange(len(paths)), [i for i, _ in bad])
-    return whole.select(good), tuple((paths[i], reason) for i, reason in bad)
+    return _Part(whole.select(good), tuple((paths[i], reason) for i, reason in bad), opened)
+
+
+def _indexing(opened: int) -> str:
+    """How the sizes of the images came to be known, in words."""
+    if opened == 0:
+        return "as scanned"
+    return f"as scanned, but for {opened:,} new or changed {'file' if opened == 1 else 'files'}"
 
 
 def limit_positions(count: int, labels: np.ndarray | None, limit: int | None) -> np.ndarray:

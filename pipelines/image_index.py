@@ -176,6 +176,7 @@ class Dataset:
                 another part of the data set if that has (STL-10), else None
     quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was asked for
     skipped     how many files were passed over because their names are not those of images
+    indexing    how the sizes became known, in words, where a scan helped
     """
 
     train: ImageIndex
@@ -183,6 +184,7 @@ class Dataset:
     bank: ImageIndex | None = None
     quarantine: tuple[tuple[str, str], ...] = ()
     skipped: int = 0
+    indexing: str = ""
 
     def __post_init__(self) -> None:
         if self.bank is None and self.train.labels is not None:
