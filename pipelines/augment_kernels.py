@@ -27,7 +27,7 @@ _GREY = tl.constexpr(int(Column.GREY))
 _BLUR_SIGMA = tl.constexpr(int(Column.BLUR_SIGMA))
 _SOLARISE = tl.constexpr(int(Column.SOLARISE))
 _BRIGHTNESS, _CONTRAST = tl.constexpr(int(Op.BRIGHTNESS)), tl.constexpr(int(Op.CONTRAST))
-_SATURATION, _HUE = tl.constexpr(int(Op.SATURATION)), tl.constexpr(int(Op.HUE))
+_HUE = tl.constexpr(int(Op.HUE))
 _LUMA_R, _LUMA_G, _LUMA_B = tl.constexpr(LUMA[0]), tl.constexpr(LUMA[1]), tl.constexpr(LUMA[2])
 
 
