@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pipelines.augment import Augmentation, Column, blur_taps
 from pipelines.augment_kernels import blur_columns_kernel, blur_rows_kernel, colour_kernel
-from pipelines.resample_triton import ResidentPixels, check, crop
+from pipelines.resample_triton import check, crop
+from pipelines.resident_pixels import ResidentPixels
 
 _SMALL = 4096  # pixels of a crop that one program holds in registers: S ≤ 64
 _CUT_SMALL = 2048  # likewise, of one that it also cuts out, S ≤ 45: beyond, the compiler spills registers

@@ -13,7 +13,8 @@ from pipelines.errors import BackendMissingError
 from pipelines.ffcv_crops import FfcvCrops
 from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner
-from pipelines.resident_crops import SHARE_OF_FREE_MEMORY, ResidentCrops, free_memory_bytes, resident_bytes
+from pipelines.resident_crops import ResidentCrops
+from pipelines.resident_pixels import SHARE_OF_FREE_MEMORY, free_memory_bytes, resident_bytes
 from pipelines.torch_crops import TorchCrops
 from pipelines.two_view import TwoViewPipeline
 from pipelines.views import CropSource

@@ -14,30 +14,14 @@ them from the first-level cache. Both views of 256 images at S = 224 and s = 1.5
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipelines.resident_pixels import ResidentPixels
+
 _TILE = 1024  # pixels
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentPixels:
-    """Decoded images in device memory, one behind another.
-
-    pixels   (sum of H·W·3,) uint8, or any shape of as many, contiguous
-    offsets  (N,) int64, where each image begins
-    sizes    (N, 2) int32, height and width
-    planar   whether a row of an image is (3, W) rather than (W, 3), as `ResidentCrops` keeps images of one size
-    """
-
-    pixels: Tensor
-    offsets: Tensor
-    sizes: Tensor
-    planar: bool
 
 
 @triton.jit
