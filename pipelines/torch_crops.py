@@ -63,7 +63,7 @@ class _Decoder(Dataset):
         out = torch.empty((*boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8)
         try:
             for row in range(len(images)):
-                pixels = torch.from_numpy(images.read(row))
+                pixels = torch.from_numpy(np.require(images.read(row), requirements="W"))  # Pillow's are read-only
                 for view in range(len(boxes)):
                     out[view, row] = resize_box(pixels, boxes[view, row].tolist(), self._side)
         except DataError as error:  # as a value, because the loader would wrap its one line in a traceback

@@ -45,12 +45,13 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         try:
             part = next(parts, None)
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                reason = str(error).splitlines()[0].rstrip(".")
-                raise DataError(f"{reason}: see whether memory ran out, then start again with --resume") from error
-            raise
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0].rstrip(".")
+            part = DataError(f"{reason}: see whether memory ran out, then start again with --resume")
         if part is None:
             return
         if isinstance(part, DataError):
+            del parts  # ends the workers here; from inside a traceback, it would take the loader five seconds
             raise part
         yield part
