@@ -66,12 +66,12 @@ def ratios(values: Sequence[float], control: Sequence[float]) -> Summary:
 def take_turns(cases: Mapping[str, Callable[[], Reading]], repetitions: int) -> dict[str, list[Reading]]:
     """Every case once a round, in alternating direction, so that noise and drift hit all of them alike.
 
-    A case warms itself up, measures once and returns what it measured. Garbage is left to the cases' own doing.
+    A case warms itself up, measures once and returns what it measured.
     """
     readings: dict[str, list[Reading]] = {name: [] for name in cases}
     for repetition in range(repetitions):
-        names = list(cases) if repetition % 2 == 0 else list(reversed(cases))
-        for name in names:
+        names = list(cases)
+        for name in names if repetition % 2 == 0 else reversed(names):
             readings[name].append(cases[name]())
     return readings
 
@@ -175,23 +175,29 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value)} has no place in a result file")
 
 
+def make_console() -> Console:
+    """Standard output; off a terminal it is as wide as the tables, because a log is read at any width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+
+
 def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
     """A table: names to the left, numbers to the right."""
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", caption=Text(note), caption_justify="left"
-    )
+    table = Table(title=Text(title, "bold"), title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+    if note:
+        console.print(Text(note, "dim"), soft_wrap=True)
 
 
 def short(value: float) -> str:
-    """Three digits that matter, and thousands set apart: 0.123, 12.3, 1,230."""
-    if value == 0 or not abs(value) < float("inf"):
-        return f"{value:g}"
-    digits = max(0, 2 - len(f"{abs(value):.0f}") + (abs(value) >= 0.5)) if abs(value) >= 0.1 else 4
+    """Three digits that matter, thousands set apart: 0.0123, 1.23, 12.3, 1,230."""
+    magnitude = abs(value)
+    if not 0.1 <= magnitude < float("inf"):
+        return f"{value:.3g}"
+    digits = sum(magnitude < limit for limit in (1, 10, 100))
     return f"{value:,.{digits}f}"
 
 

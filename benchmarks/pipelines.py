@@ -33,6 +33,7 @@ from benchmarks.harness import (
     Reading,
     Stopwatch,
     environment,
+    make_console,
     ratios,
     run_script,
     short,
@@ -103,7 +104,7 @@ class Case:
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Measures, prints a table and returns what it writes. Raises ConfigError and DataError."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     if settings.quick:
         settings = replace(settings, batch_size=min(64, settings.batch_size), seconds=0.5, repetitions=2)
     names = _names(settings.backends)

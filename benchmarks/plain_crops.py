@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ def plain_crops(index: ImageIndex, planner: Planner, side: int, device: torch.de
 
 
 class _Pairs(Dataset):
-    def __init__(self, index: ImageIndex, crop: T.Compose) -> None:
+    def __init__(self, index: ImageIndex, crop: Callable[[Image.Image], Any]) -> None:
         self._index, self._crop = index, crop
 
     def __getitem__(self, i: int) -> Tensor:
