@@ -1,15 +1,15 @@
-"""fastmoco train · recipes: the command line. Errors are one line and an exit code; a traceback only with --debug."""
+"""fastmoco train · recipes · scan · views: the command line.
+
+Errors are one line and an exit code; a traceback only with --debug.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 
+from fastmoco.arguments import nearest, parse
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError, ExitCode, Preempted, exit_code
 from fastmoco.recipes import RECIPES, recipe
@@ -18,6 +18,8 @@ USAGE = """usage: fastmoco COMMAND [--debug]
 
   train [RECIPE] [FLAGS]   pretrain; without flags, on a generated data set     (fastmoco train --help)
   recipes                  the named runs, and what to expect of each
+  scan DATA                read every image once: bad files, duplicates, mean and std; training then starts at once
+  views DATA               a picture of the views that a seed, an epoch and a pipeline make
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable."""
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.DONE if argv else ExitCode.CONFIG
     try:
         if argv[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {argv[0]!r}; {_nearest(argv[0], list(COMMANDS))}")
+            raise ConfigError(f"unknown command {argv[0]!r}; {nearest(argv[0], list(COMMANDS))}")
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
@@ -61,7 +63,24 @@ def _recipes(argv: list[str]) -> None:
         print(f"{name:<24}{function.__doc__}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "recipes": _recipes}
+def _scan(argv: list[str]) -> None:
+    from fastmoco.scan_command import scan_command
+
+    scan_command(argv)
+
+
+def _views(argv: list[str]) -> None:
+    from fastmoco.views_command import views_command
+
+    views_command(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "recipes": _recipes,
+    "scan": _scan,
+    "views": _views,
+}
 
 
 def parse_train(argv: list[str]) -> RunConfig:
@@ -78,7 +97,15 @@ def parse_train(argv: list[str]) -> RunConfig:
         default = _read(Path(file))
     elif "--resume" in argv and out is not None and (Path(out) / "config.json").is_file():
         default = _read(Path(out) / "config.json")
-    return _parse(argv, default.replace(resume=False, overwrite=False))
+    return parse(
+        RunConfig,
+        argv,
+        command="train",
+        description="Pretrain a backbone by momentum contrast. RECIPE (see fastmoco recipes) or --config FILE set the "
+        "defaults; flags win.",
+        flags=[*("--" + name.replace("_", "-") for name in default.flat()), "--config"],
+        default=default.replace(resume=False, overwrite=False),
+    )
 
 
 def _read(path: Path) -> RunConfig:
@@ -98,46 +125,6 @@ def _take_value(argv: list[str], flag: str) -> tuple[list[str], str | None]:
         if argument.startswith(flag + "="):
             return argv[:place] + argv[place + 1 :], argument.removeprefix(flag + "=")
     return argv, None
-
-
-def _parse(argv: list[str], default: RunConfig) -> RunConfig:
-    import tyro
-
-    asks_for_help = any(argument in ("-h", "--help") for argument in argv)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(sys.stdout if asks_for_help else said):
-        try:
-            config, unknown = tyro.cli(
-                RunConfig,
-                prog="fastmoco train",
-                description="Pretrain a backbone by momentum contrast. RECIPE (see fastmoco recipes) or --config FILE "
-                "set the defaults; flags win.",
-                default=default,
-                args=argv,
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            )
-        except SystemExit as error:
-            if error.code in (0, None):
-                raise
-            raise ConfigError(_one_line(said.getvalue())) from error
-    if unknown:
-        flags = ["--" + name.replace("_", "-") for name in default.flat()] + ["--config"]
-        raise ConfigError(f"unknown argument {unknown[0]!r}; {_nearest(unknown[0].split('=')[0], flags)}")
-    return config
-
-
-def _one_line(box: str) -> str:
-    """The words of tyro's boxed message, without its heading, its rules and its help text."""
-    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box).split())
-    parts = [part.strip() for part in re.split(r"-{8,}", words)]
-    text = next((part for part in parts[1:] if part), words)
-    return re.sub(r"^Error parsing \w+: ", "", text)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "see fastmoco --help"
 
 
 if __name__ == "__main__":

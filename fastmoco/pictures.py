@@ -1,4 +1,4 @@
-"""Two pictures of a run: what the encoders see, and how the training went.
+"""Pictures of a run: what the encoders see, what two pipelines make of it, and how the training went.
 
 B pairs · S side of a view in pixels
 """
@@ -25,6 +25,7 @@ from fastmoco.metrics import Record
 
 _SIDE_PX = (96, 160)  # a view is drawn no smaller and no larger
 _GUTTER_PX, _GAP_PX, _MARGIN_PX, _HEADER_PX = 2, 14, 14, 22  # in a couple, between couples, around, above
+_MAGNIFIED = 8  # differences, to be seen
 _INK, _PAPER = (110, 110, 110), (255, 255, 255)
 
 
@@ -59,6 +60,44 @@ def views_grid(
         if row == 0:
             for name, center in (("query", left + side // 2), ("key", left + side + _GUTTER_PX + side // 2)):
                 draw.text((center, top - 6), name, fill=_INK, font=font, anchor="ms")
+    sheet.save(path, "PNG")
+
+
+def comparison_grid(
+    names: Sequence[str],
+    drawn: Sequence[tuple[Tensor, Tensor]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+) -> None:
+    """A PNG with a column for each image: what two pipelines made of its query, and how far apart; then of its key.
+
+    names  of the two pipelines; `drawn` holds their (query, key), each as in `views_grid`
+    The third and the sixth row are |difference| × 8, from black for equal pixels. Raises ValueError on other shapes
+    and OSError on writing.
+    """
+    (a_query, a_key), (b_query, b_key) = drawn
+    if not a_query.shape == a_key.shape == b_query.shape == b_key.shape or len(a_query) == 0:
+        raise ValueError(f"expected views of one shape, found {[tuple(v.shape) for pair in drawn for v in pair]}")
+    rows: list[tuple[str, list[Image.Image]]] = []
+    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    for view, a, b in (("query", a_query, b_query), ("key", a_key, b_key)):
+        rows += [(f"{view}\n{name}", _tiles(views, mean, std)) for name, views in zip(names, (a, b), strict=True)]
+        apart = (a - b).abs() * torch.tensor(std, dtype=a.dtype).view(3, 1, 1) * _MAGNIFIED
+        rows.append((f"{view}\n{_MAGNIFIED} x |difference|", _tiles(apart, zero, one)))
+    side, columns = rows[0][1][0].width, len(a_query)
+    font = ImageFont.load_default(13)
+    label_px = _GAP_PX + math.ceil(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))
+    gaps = [_GAP_PX if number == len(rows) // 2 else _GUTTER_PX for number in range(len(rows))]
+    width = _MARGIN_PX + label_px + columns * (side + _GUTTER_PX) - _GUTTER_PX + _MARGIN_PX
+    sheet = Image.new("RGB", (width, 2 * _MARGIN_PX + len(rows) * side + sum(gaps[1:])), _PAPER)
+    draw, top = ImageDraw.Draw(sheet), _MARGIN_PX
+    for number, (label, tiles) in enumerate(rows):
+        top += gaps[number] if number else 0
+        draw.multiline_text((_MARGIN_PX, top + side // 2), label, fill=_INK, font=font, anchor="lm", spacing=4)
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (_MARGIN_PX + label_px + column * (side + _GUTTER_PX), top))
+        top += side
     sheet.save(path, "PNG")
 
 

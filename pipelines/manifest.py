@@ -112,8 +112,9 @@ def places(data: str, cache: Path) -> tuple[Path, Path]:
 
 
 def find(data: str, cache: Path) -> Manifest | None:
-    """The manifest of an absolute path, if it was ever scanned. Raises DataError for a damaged one."""
-    return next((read(place, data) for place in places(data, cache) if place.is_file()), None)
+    """The manifest of an absolute path, the newer of two, if it was ever scanned. Raises DataError if it is damaged."""
+    written = [place for place in places(data, cache) if place.is_file()]
+    return read(max(written, key=lambda place: place.stat().st_mtime_ns), data) if written else None
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -143,7 +144,8 @@ def write(manifest: Manifest, path: Path, data: str) -> None:
     columns = {name: getattr(manifest, name) for name in _COLUMNS}
     columns |= {"names": _as_bytes(os.fsencode(names)), "about": _as_bytes(json.dumps(about).encode())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(path.name + ".tmp")
+    part.unlink(missing_ok=True)  # what a scan that was killed has left
     try:
         with part.open("xb") as file:
             np.savez(file, allow_pickle=False, histogram=manifest.histogram, **columns)
