@@ -26,7 +26,7 @@ def open_index(data: str | None, side: int, limit: int | None, scratch: Path) ->
     """
     if data is None:
         folder = scratch / "generated"
-        draw_jpegs(folder, *((2_048, (32, 32)) if side <= SMALL else (256, PHOTO_SIZE)))
+        draw_jpegs(folder, *((1_024, (32, 32)) if side <= SMALL else (256, PHOTO_SIZE)))
         data = str(folder)
     if data.endswith(".beton"):
         return read_index(data)

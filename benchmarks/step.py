@@ -266,9 +266,8 @@ def _profile(name: str, climber: Climber, device: torch.device, out: Path, conso
         (event.key[:90], short(self_us(event) / 3e3), f"{self_us(event) / total:.1%}", short(event.count / 3))
         for event in longest
     ]
-    show(
-        console, f"where the time of {name} goes", ("kernel" if on_gpu else "operator", "ms a step", "share", "calls a step"), rows
-    )
+    columns = ("kernel" if on_gpu else "operator", "ms a step", "share", "calls a step")
+    show(console, f"where the time of {name} goes", columns, rows)
 
 
 if __name__ == "__main__":
