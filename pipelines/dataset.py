@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipelines import manifest
+from pipelines.beton import read_index
 from pipelines.decode import printable
 from pipelines.errors import DataError
 from pipelines.headers import read_headers
-from pipelines.image_files import ImageFiles, find_splits, list_folder, read_list
+from pipelines.image_files import TEST_FOLDERS, ImageFiles, find_splits, list_folder, read_list
 from pipelines.image_index import Dataset, ImageIndex
 from pipelines.manifest import Manifest
 from pipelines.named import ARRAYS, NAMES, array_dataset, imagenette_folders, shapes
@@ -32,7 +33,8 @@ def load_dataset(
 
     data        a name of `NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
                 a folder, with `train` and `val` in it, of class folders, or of images at any depth (`image_files`);
-                or a text file of paths
+                a text file of paths; or a `.beton` file of `tools/make_ffcv.py`, where val.beton, valid.beton,
+                validation.beton or test.beton in the folder of a train.beton is evaluated on
     data_root   where named data sets are downloaded to
     limit       at most so many images of each part, for a trial: spread over the classes, or evenly over the order
     bad_images  what an unusable file does: stop with an error, or leave it out and write it into the ledger
@@ -46,6 +48,8 @@ def load_dataset(
         return _limited(shapes(), limit)
     if data in ARRAYS:
         return _limited(array_dataset(data, root), limit)
+    if data.endswith(".beton"):
+        return _limited(_from_beton(Path(data).expanduser().absolute()), limit)
     files = find_files(data, data_root=root)
     known = manifest.find(files.path, root)
     named = [(files.train, files.train_name)] + ([] if files.test is None else [(files.test, files.test_name)])
@@ -56,6 +60,12 @@ def load_dataset(
         skipped=sum(part.skipped for part, _ in named),
         indexing="" if known is None else _indexing(sum(part.opened for part in parts)),
     )
+
+
+def _from_beton(path: Path) -> Dataset:
+    tests = [path.with_name(f"{name}.beton") for name in TEST_FOLDERS] if path.name == "train.beton" else []
+    test = next((candidate for candidate in tests if candidate.exists()), None)
+    return Dataset(read_index(str(path)), None if test is None else read_index(str(test)))
 
 
 @dataclass(frozen=True, eq=False)
