@@ -120,6 +120,8 @@ def bad_image(name: str, error: Exception) -> DataError:
 
 def printable(text: str) -> str:
     """`text` with control, bidi, undecodable and other unprintable characters as \\-escapes, safe in a terminal."""
+    if text.isprintable():
+        return text  # nearly always, and every image that is read asks
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

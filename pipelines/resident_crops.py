@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.augment import Augmentation
@@ -64,22 +63,27 @@ class ResidentCrops:
 
     def _one_by_one(self, plan: BatchPlan) -> Tensor:
         views, count = plan.boxes.shape[:2]
-        side = self._side
-        out = torch.empty((views, count, side, side, 3), dtype=torch.uint8)
+        out = torch.empty((views, count, self._side, self._side, 3), dtype=torch.uint8)
         for row, image in enumerate(plan.indices.tolist()):
             height, width = self._sizes[image].tolist()
             start = int(self._offsets[image])
             pixels = self._resident.pixels[start : start + 3 * height * width].view(height, width, 3)
             for view in range(views):
-                out[view, row] = resize_box(pixels, plan.boxes[view, row].tolist(), side)
+                resize_box(pixels, plan.boxes[view, row].tolist(), out[view, row])
         return out
 
     def close(self) -> None:
         """Nothing but memory to give back, which goes with the object."""
 
 
-def resize_box(pixels: Tensor, box: list[int], side: int) -> Tensor:
-    """One antialiased bilinear crop: (H, W, 3) uint8 and (top, left, height, width) to (S, S, 3) uint8, on a CPU."""
+def resize_box(pixels: Tensor, box: list[int], out: Tensor) -> None:
+    """One antialiased bilinear crop on a CPU: (H, W, 3) uint8 and (top, left, height, width) into (S, S, 3) uint8.
+
+    As `torch.nn.functional.interpolate(antialias=True)`, but into its place: a third of the time at 224 pixels, because
+    the result is neither turned to planes and back nor copied.
+    """
     top, left, height, width = box
     region = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    return F.interpolate(region, size=(side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        region, list(out.shape[:2]), False, None, None, out=out.permute(2, 0, 1)[None]
+    )

@@ -65,7 +65,7 @@ class _Decoder(Dataset):
             for row in range(len(images)):
                 pixels = torch.from_numpy(np.require(images.read(row), requirements="W"))  # Pillow's are read-only
                 for view in range(len(boxes)):
-                    out[view, row] = resize_box(pixels, boxes[view, row].tolist(), self._side)
+                    resize_box(pixels, boxes[view, row].tolist(), out[view, row])
         except DataError as error:  # as a value, because the loader would wrap its one line in a traceback
             return error
         return out
