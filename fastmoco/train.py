@@ -32,8 +32,10 @@ from fastmoco.state import build_state, fingerprint
 from fastmoco.stop import StopFlag
 from pipelines.augment import AUGMENTATIONS, with_scale
 from pipelines.backends import open_pipeline, open_source
-from pipelines.dataset import Dataset, load_dataset
+from pipelines.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
 from pipelines.errors import DataError
+from pipelines.ledger import FILE_NAME as LEDGER_NAME
+from pipelines.ledger import REPLACED, Ledger
 from pipelines.plans import Planner
 
 SAVE_ATTEMPTS = 3  # checkpoints in a row that may fail before the run gives up
@@ -55,6 +57,11 @@ def train(config: RunConfig, console: Console) -> Path:
     directory = RunDirectory.open(folder, resume=config.run.resume, overwrite=config.run.overwrite)
     with StopFlag() as stop:
         try:
+            if data.bad_images == "quarantine":
+                images = len(dataset.train) + (len(dataset.test) if dataset.test else 0) + len(dataset.quarantine)
+                dataset = dataset.with_ledger(
+                    Ledger(str(directory.path / LEDGER_NAME), most=int(MAX_BAD_FRACTION * images))
+                )
             trainer = Trainer(config, dataset, directory, device, console, stop)
             show_facts(console, "fastmoco train", trainer.facts(dataset, reasons))
             trainer.run()
@@ -107,6 +114,7 @@ class Trainer:
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
         self.clock = StepClock(batch)
         self._failed_saves = 0
+        self._ledger, self._replaced = dataset.train.ledger, 0
 
     @property
     def epoch(self) -> int:
@@ -234,12 +242,26 @@ class Trainer:
         warning = self.metrics.write(self.state.step, self.epoch, **values)
         if warning:
             say(self.console, warning, "yellow")
+        self._say_replaced()
         if numbers["consecutive_skipped"] >= self.config.run.max_skipped_steps:
             raise DivergedError(
                 f"the loss or a gradient was not finite for {numbers['consecutive_skipped']} steps up to step "
                 f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before"
             )
         return reading
+
+    def _say_replaced(self) -> None:
+        """Says how many images turned bad and were replaced, each time that there are more."""
+        entries = [] if self._ledger is None else self._ledger.entries()
+        replaced = [entry for entry in entries if entry.fate == REPLACED]
+        if len(replaced) > self._replaced:
+            self._replaced = len(replaced)
+            count = f"{len(replaced):,} {'image has' if len(replaced) == 1 else 'images have'}"
+            say(
+                self.console,
+                f"{count} turned bad, replaced by grey (see {LEDGER_NAME}): {replaced[-1].reason}",
+                "yellow",
+            )
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.run.knn_every
@@ -307,7 +329,7 @@ class Trainer:
         head = " → ".join(str(layer.out_features) for layer in query.head if isinstance(layer, torch.nn.Linear))
         width = f" × {c.model.width:g}" if c.model.width != 1 else ""
         facts = [
-            Fact("data", dataset.train.describe()),
+            Fact("data", dataset.train.describe(), dataset.indexing),
             Fact("evaluated on", dataset.test.describe() if dataset.test else "held-out images, or pairs of views"),
             Fact("pipeline", f"{c.data.pipeline}, {c.data.workers} workers", reasons.get("pipeline", "")),
             Fact("views", f"{c.augment.crop_size} pixels, augmentation {c.augment.aug}", reasons.get("crop_size", "")),

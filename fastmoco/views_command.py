@@ -6,7 +6,7 @@ B images · S side of a view in pixels
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +29,7 @@ from pipelines.backends import open_pipeline, open_source
 from pipelines.dataset import load_dataset
 from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner
-from pipelines.views import BatchPlan, Crops, CropSource
+from pipelines.views import BatchPlan
 
 DESCRIPTION = (
     "Draw the query and the key views of the first images of an epoch, as a run with the same seed sees them. With "
@@ -133,15 +133,16 @@ def _draw(
     side = config.augment.crop_size
     assert side
     count = min(len(index), options.count or (COUNT if options.compare is None else COUNT_COMPARED))
-    planner = Planner(index.sizes, seed=options.seed, batch_size=count, augmentation=augmentation, shuffle_keys=False)
+    reads_all = name == "dataloader"  # it has no crop source; what it does not draw, it does not read
+    kind = Planner if reads_all else _ChosenPlanner
+    planner = kind(index.sizes, seed=options.seed, batch_size=count, augmentation=augmentation, shuffle_keys=False)
     step = options.epoch * planner.steps_per_epoch
-    if name == "dataloader":  # it reads from the whole index; nothing uses its source
-        chosen = index
-        torch.manual_seed(options.seed)
-    else:
-        chosen = index.select(planner.indices(step))
-    source = _Chosen(open_source(name, chosen, side, device, 0))
-    pipeline = open_pipeline(name, index, planner, source, side, device, torch.float32, 0)
+    images = index if reads_all else index.select(planner.indices(step))
+    workers = 0 if name in ("torch", "dataloader") else 1  # processes take longer to start than this takes
+    source = open_source(name, images, side, device, workers)
+    pipeline = open_pipeline(name, images, planner, source, side, device, torch.float32, workers)
+    random.seed(options.seed)  # the control draws its own numbers, of both kinds
+    torch.manual_seed(options.seed)
     try:
         views = next(iter(pipeline.views(step, step + 1)))
         return views.query.cpu(), views.key.cpu()
@@ -149,19 +150,11 @@ def _draw(
         pipeline.close()
 
 
-class _Chosen:
-    """A crop source over the images of one plan alone, so that the rest of the data set need not be decoded."""
+class _ChosenPlanner(Planner):
+    """Plans for the chosen images alone, cropped and coloured as in the whole data set, which need not be decoded."""
 
-    def __init__(self, source: CropSource) -> None:
-        self._source = source
-
-    def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
-        for plan in plans:
-            own = replace(plan, indices=np.arange(len(plan.indices)))
-            yield from (Crops(crops.images, plan) for crops in self._source.crops([own]))
-
-    def close(self) -> None:
-        self._source.close()
+    def plan(self, step: int) -> BatchPlan:
+        return replace(super().plan(step), indices=np.arange(self.batch_size))
 
 
 def _differences(drawn: list[tuple[Tensor, Tensor]], augmentation: Augmentation) -> list[Fact]:

@@ -12,7 +12,7 @@ import textwrap
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,9 +127,10 @@ class DaliCrops:
         except DataError:
             raise
         except Exception as error:  # DALI's own type, after which the pipeline is of no more use
+            strict = replace(self._index, ledger=None)
             for batch in batches.issued:
                 for image in batch.plan.indices.tolist():
-                    self._index.read(image)  # raises for the image that is to blame
+                    strict.read(image)  # raises for the image that is to blame
             if "decode" not in str(error):
                 raise
             raise DataError(
@@ -206,7 +207,12 @@ class _Batches:
         images = []
         for row in range(start, min(start + FILES_A_TASK, len(orientations))):
             image = int(plan.indices[row])
-            data = self._index.read_bytes(image)
+            try:
+                data = self._index.read_bytes(image)
+            except DataError:
+                if self._index.paths is None:
+                    raise
+                data = b""  # `read` says what is wrong with the file, or puts another image in its place
             header = plain_jpeg(data)
             if header is None or header.upright_size != tuple(self._index.sizes[image].tolist()):
                 data = _ppm(self._index.read(image))

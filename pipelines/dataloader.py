@@ -98,13 +98,12 @@ class _Pairs(Dataset):
 def _open(index: ImageIndex, i: int) -> Image.Image:
     """Pillow's own decoder for an everyday JPEG, as users have it; the common definition for all else."""
     if index.paths is not None:
-        data = index.read_bytes(i)
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(index.read_bytes(i))) as image:
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):
                     return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError):
-            pass  # the common definition says what is wrong with it
+            pass  # the common definition says what is wrong with it, or puts another in its place
     return Image.fromarray(index.read(i))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.decode import decode, printable
 from pipelines.errors import DataError
+from pipelines.ledger import LEFT_OUT, REPLACED, Entry, Ledger, grey
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,7 @@ class ImageIndex:
     paths        N absolute paths; undecodable bytes of a name are kept as surrogate escapes, so that `open` finds them
     pixels       (N, H, W, 3) uint8 RGB
     records      where in a `.beton` file they lie
+    ledger       where an image that has become bad is written down and replaced by a grey one; None to make it an error
     """
 
     name: str
@@ -66,6 +68,7 @@ class ImageIndex:
     paths: tuple[str, ...] | None = None
     pixels: np.ndarray | None = None
     records: Records | None = None
+    ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
         places = [
@@ -91,9 +94,21 @@ class ImageIndex:
         return len(self.sizes)
 
     def read(self, i: int) -> np.ndarray:
-        """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed."""
+        """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed.
+
+        With a ledger such an image is replaced, and DataError means that they have become too many.
+        """
         if self.pixels is not None:
             return self.pixels[i]
+        try:
+            return self._read(i)
+        except DataError as error:
+            if self.ledger is None:
+                raise
+            self.ledger.note(Entry(self.display_name(i), str(error), REPLACED))
+            return grey(*self.sizes[i].tolist())
+
+    def _read(self, i: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
         if self.records is not None and self.records.raw[i]:
             return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
@@ -189,3 +204,15 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.bank is None and self.train.labels is not None:
             object.__setattr__(self, "bank", self.train)
+
+    def with_ledger(self, ledger: Ledger) -> Dataset:
+        """The same, with bad images written down: those that were left out now, others when they are met and replaced.
+
+        Raises DataError where they are too many.
+        """
+        for path, reason in self.quarantine:
+            ledger.note(Entry(printable(path), reason, LEFT_OUT))
+        train = replace(self.train, ledger=ledger)
+        test = None if self.test is None else replace(self.test, ledger=ledger)
+        bank = None if self.bank is None else replace(self.bank, ledger=ledger)
+        return replace(self, train=train, test=test, bank=train if self.bank is self.train else bank)
