@@ -6,6 +6,7 @@ B batch · S side of a view · D features of the backbone · C embedding
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
@@ -13,10 +14,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet
 
-from fastmoco.batchnorm import SplitBatchNorm2d
+from fastmoco.batchnorm import SplitBatchNorm2d, statistics_kept
 from fastmoco.errors import ConfigError
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x), relu=True)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(y), relu=True, residual=identity)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn3(self.conv3(y), relu=True, residual=identity)
 
 
 class _Shape(NamedTuple):
@@ -42,17 +63,20 @@ STEMS = ("imagenet", "cifar")
 _STEM_CHANNELS = 64  # of every torchvision ResNet at width 1
 
 
-class Backbone(ResNet):
+class Backbone(resnet.ResNet):
     """torchvision's ResNet without its classifier: (B, 3, S, S) → (B, feature_dim).
 
     Every channel count is multiplied by `width`. `stem="cifar"` has a 3×3 convolution of stride 1 and no pooling
     (He et al. 2016, section 4.2). Parameter names, order and initialisation are torchvision's, so at width 1 with the
     ImageNet stem its state loads into torchvision's model, which then misses `fc.weight` and `fc.bias` only.
+
+    With `checkpoint_activations` a forward that will be differentiated keeps only what enters each of the four stages,
+    and the backward repeats a stage to get the rest: gradients and statistics are the same bit for bit, for about a
+    third more arithmetic (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     """
 
     def __init__(self, shape: _Shape, *, width: float, stem: str, bn_splits: int) -> None:
-        # Read by `_make_layer`, which torchvision's constructor calls.
-        self.width = width
+        self.width = width  # read by `_make_layer`, which torchvision's constructor calls
         norm_layer = partial(SplitBatchNorm2d, num_splits=bn_splits)
         super().__init__(
             shape.block,
@@ -71,11 +95,29 @@ class Backbone(ResNet):
             self.maxpool = nn.Identity()
         self.feature_dim = _feature_dim(shape, width)
         self.fc = nn.Identity()
+        self.checkpoint_activations = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = _recomputed(stage, x) if self.checkpoint_activations and torch.is_grad_enabled() else stage(x)
+        return self.avgpool(x).flatten(1)
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         if planes == _STEM_CHANNELS:
             self.inplanes = round(_STEM_CHANNELS * self.width)
         return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:
+    """stage(x), whose activations are computed again when the backward needs them."""
+    return checkpoint(
+        stage,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing here draws; and reading its state is refused in a CUDA graph
+        context_fn=lambda: (nullcontext(), statistics_kept(stage)),
+    )
 
 
 class Encoder(nn.Module):

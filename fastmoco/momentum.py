@@ -5,6 +5,8 @@ P floats of parameters with padding
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,28 +52,48 @@ def momentum_update(
 
 
 class MomentumUpdate:
-    """`momentum_update` of two modules of one layout, and the SGD momentum buffer (P,) that belongs to it."""
+    """`momentum_update` of two modules of one layout, and the SGD momentum buffer (P,) that belongs to it.
 
-    def __init__(self, query: FlatParameters, key: FlatParameters, *, sgd_momentum: float, weight_decay: float) -> None:
+    With kernels "triton" the whole call is one pass over the parameters (`fastmoco.momentum_triton`).
+    """
+
+    def __init__(
+        self,
+        query: FlatParameters,
+        key: FlatParameters,
+        *,
+        sgd_momentum: float,
+        weight_decay: float,
+        kernels: str = "torch",
+    ) -> None:
         assert query.slots == key.slots, "the encoders differ in layout"
         assert query.num_decayed == key.num_decayed, "the encoders differ in what decays"
         self.query = query
         self.key = key
         self.sgd_momentum = sgd_momentum
         self.weight_decay = weight_decay
+        self.kernels = kernels
         self.momentum_buffer = torch.zeros_like(query.values)
 
-    def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor) -> None:
-        assert self.query.grads is not None
-        momentum_update(
-            self.query.values,
-            self.key.values,
-            self.query.grads,
-            self.momentum_buffer,
-            lr=lr,
-            ema_momentum=ema_momentum,
-            sgd_momentum=self.sgd_momentum,
-            weight_decay=self.weight_decay,
-            num_decayed=self.query.num_decayed,
-            ok=ok,
-        )
+    def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor, scale: Tensor | None = None) -> None:
+        """The update with the gradients divided by `scale` (0-d float32), after which they are zero, whatever ok is."""
+        grads = self.query.grads
+        assert grads is not None
+        buffers = self.query.values, self.key.values, grads, self.momentum_buffer
+        settings: dict[str, Any] = {
+            "lr": lr,
+            "ema_momentum": ema_momentum,
+            "sgd_momentum": self.sgd_momentum,
+            "weight_decay": self.weight_decay,
+            "num_decayed": self.query.num_decayed,
+            "ok": ok,
+        }
+        if self.kernels == "triton":
+            from fastmoco import momentum_triton  # Triton comes with torch's CUDA builds only
+
+            momentum_triton.momentum_update(*buffers, **settings, scale=scale, zero_grads=True)
+            return
+        if scale is not None:
+            grads.div_(scale)
+        momentum_update(*buffers, **settings)
+        grads.zero_()

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmoco.batchnorm import use_kernels
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.flat import FlatParameters
 from fastmoco.info_nce import info_nce
+from fastmoco.kernels import check_kernels
 from fastmoco.key_queue import KeyQueue
 from fastmoco.moco import MoCo
 from fastmoco.momentum import MomentumUpdate
@@ -47,13 +49,16 @@ class LossScaler:
 class TrainStep:
     """`step(views, lr, ema_momentum)`: forward, InfoNCE, backward, update, enqueue.
 
-    temperature          τ of InfoNCE
-    symmetric            exchange the views too; the losses add up, both sets of keys enter the queue
-    sgd_momentum         momentum of SGD
-    weight_decay         L2 penalty of SGD
-    decay_norm_and_bias  whether it reaches normalisation layers and biases, as in the authors' code
-    dtype                float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
-    compile              "off", "default" or "max-autotune": how the encoders' forward is compiled
+    temperature             τ of InfoNCE
+    symmetric               exchange the views too; the losses add up, both sets of keys enter the queue
+    sgd_momentum            momentum of SGD
+    weight_decay            L2 penalty of SGD
+    decay_norm_and_bias     whether it reaches normalisation layers and biases, as in the authors' code
+    dtype                   float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
+    compile                 "off", "default" or "max-autotune": how the encoders' forward is compiled
+    kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
+                            torch's batch norm, which the compiler fuses itself: for them, loss and update alone
+    checkpoint_activations  keep less for the backward and compute it again (`fastmoco.encoder.Backbone`)
 
     A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics,
     queue and pointer stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
@@ -75,11 +80,20 @@ class TrainStep:
         decay_norm_and_bias: bool = True,
         dtype: torch.dtype = torch.float32,
         compile: str = "off",
+        kernels: str = "torch",
+        checkpoint_activations: bool = False,
     ) -> None:
         if compile not in _COMPILE_MODES:
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
         if temperature <= 0:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
+        check_kernels(kernels, queue.keys.device)
+        mode = _COMPILE_MODES[compile]
+        if mode is not None and checkpoint_activations:
+            raise ConfigError(
+                f"--checkpoint-activations needs --compile off, and it is {compile}: a compiled forward decides itself "
+                "what it keeps; drop one of the two"
+            )
         self.model = model.train()
         self.queue = queue
         self.temperature = temperature
@@ -89,13 +103,22 @@ class TrainStep:
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
         assert self.query.values.device == self.device, (self.query.values.device, self.device)
-        self.update = MomentumUpdate(self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay)
+        self.update = MomentumUpdate(
+            self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=kernels
+        )
+        self._info_nce = info_nce
+        if kernels == "triton":
+            from fastmoco import info_nce_triton  # Triton comes with torch's CUDA builds only
+
+            self._info_nce = info_nce_triton.info_nce
+        use_kernels(model, kernels if mode is None else "torch")
+        model.query.backbone.checkpoint_activations = checkpoint_activations
         self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
         # Counts are float64, exact to 2^53, so that one stacked tensor brings them all to the host.
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in _SUMS}
-        if (mode := _COMPILE_MODES[compile]) is not None:
+        if mode is not None:
             model.query.compile(mode=mode, dynamic=False)
             model.key.compile(mode=mode, dynamic=False)
 
@@ -106,24 +129,24 @@ class TrainStep:
         self.run(views)
 
     def run(self, views: Views) -> None:
-        """The step itself, with the lr and ema_momentum that lie on the device: kernels only, always the same ones."""
+        """The step itself, with the lr and ema_momentum that lie on the device: kernels only, always the same ones.
+
+        It leaves the gradients zero, as it needs to find them.
+        """
         assert self.query.grads is not None
-        self.query.grads.zero_()
         statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
 
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             pairs = self.model(views, self.symmetric)
-        loss = torch.stack([info_nce(q, k, self.queue.keys, self.temperature) for q, k in pairs]).sum()
-        if self.scaler is None:
-            loss.backward()
-        else:
-            (loss * self.scaler.scale).backward()
-            self.query.grads.div_(self.scaler.scale)
+        loss = torch.stack([self._info_nce(q, k, self.queue.keys, self.temperature) for q, k in pairs]).sum()
+        scale = None if self.scaler is None else self.scaler.scale
+        (loss if scale is None else loss * scale).backward()
         loss = loss.detach()
-        # The largest magnitude, one pass without a temporary: NaN and infinity both come through.
+        # The largest magnitude, one pass without a temporary: NaN and infinity both come through. That the gradients
+        # are still scaled changes no verdict, because the scale is 1 or more.
         ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
 
-        self.update(self.lr, self.ema_momentum, ok)
+        self.update(self.lr, self.ema_momentum, ok, scale)
         for flat, before in zip((self.query, self.key), statistics, strict=True):
             flat.buffers.copy_(torch.where(ok, flat.buffers, before))
         # As in the authors' symmetric code, the keys of view 0 enter before those of view 1.
@@ -131,6 +154,16 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.update(ok)
         self._count(loss, ok)
+
+    def changed_tensors(self) -> list[Tensor]:
+        """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
+        assert self.query.grads is not None
+        tensors = [self.query.grads, self.update.momentum_buffer, self.queue.keys, self.queue.pointer]
+        tensors += [tensor for flat in (self.query, self.key) for tensor in (flat.values, flat.buffers)]
+        tensors += self._sums.values()
+        if self.scaler is not None:
+            tensors += [self.scaler.scale, self.scaler.good_steps]
+        return tensors
 
     def _count(self, loss: Tensor, ok: Tensor) -> None:
         sums = self._sums
