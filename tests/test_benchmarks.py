@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -140,7 +141,7 @@ def test_the_folded_batch_norm_normalises_every_group_by_itself() -> None:
 
 
 def test_flops_of_resnet50_are_those_of_the_literature() -> None:
-    """4.09 billion multiply-adds forward (torchvision's table), 1 + 3 times an image, less the gradient of the input."""
+    """4.09 billion multiply-adds forward (torchvision's table), 1 + 3 times an image, less the input's gradient."""
     task = CONFIGS["r50"]
     stem = 2 * 64 * 3 * 49 * 112 * 112
     forward = 2 * 4.09e9
@@ -207,17 +208,20 @@ def test_the_step_script_climbs_every_rung_and_keeps_all_it_measured(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("colour", [True, False])
-def test_the_pipelines_script_measures_or_lists_every_backend(tmp_path: Path, colour: bool) -> None:
+@pytest.mark.parametrize(("colour", "backends"), [(True, PIPELINES), (False, ("resident", "torch", CONTROL))])
+def test_the_pipelines_script_measures_or_lists_every_backend(
+    tmp_path: Path, colour: bool, backends: tuple[str, ...]
+) -> None:
     """As people start it: as a file, whose folder holds a pipelines.py that must not hide the package."""
     flags = ["--quick", "--device", "cpu", "--batch-size", "32", "--workers", "1", "--out", str(tmp_path)]
-    command = [sys.executable, "benchmarks/pipelines.py", *flags, "--colour" if colour else "--no-colour"]
+    flags += ["--backends", ",".join(backends), "--colour" if colour else "--no-colour"]
+    command = [sys.executable, "benchmarks/pipelines.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kind = "views" if colour else "crops"
     result = json.loads((tmp_path / f"pipelines-{kind}-32px.json").read_text())
-    assert result["cases"].keys() | result["left_out"].keys() == set(PIPELINES)
+    assert result["cases"].keys() | result["left_out"].keys() == set(backends)
     assert {"resident", "torch", CONTROL} <= result["cases"].keys()
     assert result["data"]["images"] == 1024
     for name, found in result["cases"].items():
@@ -232,8 +236,16 @@ def test_the_pipelines_script_measures_or_lists_every_backend(tmp_path: Path, co
 @pytest.mark.slow
 def test_the_slope_of_memory_is_flat_for_resident_data(tmp_path: Path) -> None:
     settings = pipelines_script.Settings(
-        data="shapes", limit=256, backends="resident", slope=True, quick=True, workers=0, device="cpu", out=tmp_path
+        data="shapes",
+        limit=64,
+        batch_size=16,
+        backends="resident",
+        slope=True,
+        quick=True,
+        workers=0,
+        device="cpu",
+        out=tmp_path,
     )
-    result = pipelines_script.main(settings, Console(file=open(os.devnull, "w"), width=150))  # noqa: SIM115
+    result = pipelines_script.main(settings, Console(file=io.StringIO(), width=150))
     assert len(result["cases"]["resident"]["memory_mb"]) == 11
     assert abs(result["cases"]["resident"]["slope_mb_per_epoch"]) < 5
