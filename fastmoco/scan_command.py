@@ -25,6 +25,7 @@ from pipelines.errors import DataError
 from pipelines.manifest import Manifest
 from pipelines.scan import duplicates, mean_and_std, scan
 
+WORTH_PROCESSES = 4_000  # files: fewer are read before processes have started, which takes seconds
 SHOWN = 10  # bad files in the summary
 SHOWN_DUPLICATES = 3
 
@@ -42,7 +43,7 @@ class ScanOptions:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of images, a text file of paths, or imagenette."""
     workers: int | None = None
-    """Processes that decode, 0 for this one alone (None: one for every core)."""
+    """Processes that decode, 0 for this one alone (None: one for every core, if there are many files)."""
     bad_images: Literal["error", "quarantine"] = "error"
     """Whether bad images are a failure (exit code 3), or left out by a training that is told to do so too."""
     out: str | None = None
@@ -64,8 +65,11 @@ def scan_command(argv: list[str]) -> None:
     console, began = make_console(), time.monotonic()
     files = find_files(options.data, data_root=options.data_root)
     others = files.test.paths if files.test is not None else ()
-    workers = default_workers() if options.workers is None else options.workers
-    with _Progress(console, len(files.train.paths) + len(others)) as progress:
+    count = len(files.train.paths) + len(others)
+    workers = options.workers
+    if workers is None:
+        workers = default_workers() if count >= WORTH_PROCESSES else 0
+    with _Progress(console, count) as progress:
         found = scan(files.train.paths, others, workers, progress.advance)
     path = _save(found, files.path, options)
     show_facts(console, "fastmoco scan", _facts(found, files, path, time.monotonic() - began))
@@ -128,12 +132,12 @@ def _facts(found: Manifest, files: DataFiles, path: Path, seconds: float) -> lis
         parts += f", {files.test_name} {len(files.test.paths):,}"
     size_bytes = int(found.stats[:, 0].clip(min=0).sum())
     facts = [
-        Fact("images", f"{count:,} files, {_in_units(size_bytes)}", parts),
+        Fact("images", f"{_count(count, 'file')}, {_in_units(size_bytes)}", parts),
         Fact("bad", f"{len(found.bad):,}", f"{len(found.bad) / count:.2%}" if found.bad else ""),
     ]
     skipped = files.train.skipped + (files.test.skipped if files.test is not None else 0)
     if skipped:
-        facts.append(Fact("passed over", f"{skipped:,} files", "not named like an image"))
+        facts.append(Fact("passed over", _count(skipped, "file"), "not named like an image"))
     if good.any():
         facts.append(Fact("size", *_size(found.sizes[good])))
         kinds = Counter(found.kinds[good].tolist()).most_common()
@@ -171,7 +175,7 @@ def _duplicate_facts(found: Manifest) -> list[Fact]:
     why = f"{leaked:,} of them both to train and to test on" if leaked else "byte for byte"
     examples = [group[:2].tolist() for group in groups[:SHOWN_DUPLICATES]]
     return [
-        Fact("duplicates", f"{copies:,} copies of {len(groups):,} images", why),
+        Fact("duplicates", f"{_count(copies, 'copy', 'copies')} of {_count(len(groups), 'image')}", why),
         *(Fact("", found.paths[copy], f"the same as {found.paths[first]}") for first, copy in examples),
     ]
 
@@ -206,3 +210,7 @@ def _in_units(size_bytes: int) -> str:
     if size_bytes < 2**30:
         return f"{size_bytes / 2**20:,.1f} MiB"
     return f"{size_bytes / 2**30:,.1f} GiB"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -95,6 +95,8 @@ def find_files(data: str, *, data_root: str | Path) -> DataFiles:
         folder, class_names = imagenette_folders(root)
         return replace(_in_folder(str(folder), data), class_names=class_names)
     path = os.path.abspath(os.path.expanduser(data))
+    if data.endswith(".beton"):
+        raise DataError(f"{printable(data)} holds records, checked when it was written; expected the images it is from")
     if os.path.isdir(path):
         return _in_folder(path, os.path.basename(path) or path)
     if os.path.isfile(path):
