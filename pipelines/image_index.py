@@ -93,27 +93,28 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, reduction: int = 1) -> np.ndarray:
         """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed.
 
+        With a reduction, (⌈H/r⌉, ⌈W/r⌉, 3) where `decode` can.
         With a ledger such an image is replaced, and DataError means that they have become too many.
         """
         if self.pixels is not None:
             return self.pixels[i]
         try:
-            return self._read(i)
+            return self._read(i, reduction)
         except DataError as error:
             if self.ledger is None:
                 raise
             self.ledger.note(Entry(self.display_name(i), str(error), REPLACED))
             return grey(*self.sizes[i].tolist())
 
-    def _read(self, i: int) -> np.ndarray:
+    def _read(self, i: int, reduction: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
         if self.records is not None and self.records.raw[i]:
             return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
-        image = decode(self._bytes(i), self.display_name(i))
-        if image.shape[:2] != (height, width):
+        image = decode(self._bytes(i), self.display_name(i), reduction)
+        if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
                 f"data set was indexed; start again, and leave the files alone while training"

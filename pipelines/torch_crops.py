@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,12 +64,35 @@ class _Decoder(Dataset):
         out = torch.empty((*boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8)
         try:
             for row in range(len(images)):
-                pixels = torch.from_numpy(np.require(images.read(row), requirements="W"))  # Pillow's are read-only
-                for view in range(len(boxes)):
-                    resize_box(pixels, boxes[view, row].tolist(), out[view, row])
+                self._crop(images, row, boxes[:, row], out[:, row])
         except DataError as error:  # as a value, because the loader would wrap its one line in a traceback
             return error
         return out
+
+    def _crop(self, images: ImageIndex, row: int, boxes: np.ndarray, out: Tensor) -> None:
+        """Boxes (views, 4) of one image into (views, S, S, 3)."""
+        reduction = _reduction(boxes, self._side)
+        pixels = images.read(row, reduction)
+        if reduction > 1 and pixels.shape[0] != images.sizes[row, 0]:
+            reduced = Image.fromarray(pixels)
+            for view, (top, left, height, width) in enumerate((boxes / reduction).tolist()):
+                box = (left, top, min(left + width, reduced.width), min(top + height, reduced.height))
+                crop = reduced.resize((self._side, self._side), Image.Resampling.BILINEAR, box)  # parts of pixels too
+                out[view] = torch.from_numpy(np.array(crop))
+            return
+        whole = torch.from_numpy(np.require(pixels, requirements="W"))  # Pillow's are read-only
+        for view, box in enumerate(boxes.tolist()):
+            resize_box(whole, box, out[view])
+
+
+def _reduction(boxes: np.ndarray, side: int) -> int:
+    """The smallest size at which a JPEG may be decoded, as 1/r: every crop is still reduced by half or more after it.
+
+    On photographs the views then differ from those of a whole decode by 1.3/255 in the mean and no pixel by more than
+    12/255; allowed down to the crop's own size, by 3/255, and 2 % of the pixels by more than 12/255.
+    """
+    smallest = int(boxes[:, 2:].min())
+    return next((r for r in (8, 4, 2) if smallest >= 2 * r * side), 1)
 
 
 class _Tasks:

@@ -349,3 +349,21 @@ def test_dataloader_shuffles_its_keys_as_the_others_do(uniform: ImageIndex) -> N
     views = next(DataLoaderPipeline(uniform, planner_of(uniform, 16, plain), 16, CPU, torch.float32, 0).views(0, 1))
     assert not torch.equal(views.key_order, torch.arange(16))
     assert torch.equal(views.key, views.query[views.key_order])
+
+
+@pytest.mark.parametrize("side", [24, 48])
+def test_a_large_jpeg_decoded_at_reduced_size_gives_the_same_views(side: int, tmp_path: Path) -> None:
+    """Smooth and sharp content, in sides that 8 does not divide, cropped to a small fraction of its size."""
+    height, width = 803, 1010
+    smooth = np.kron(picture(51, 64), np.ones((16, 16, 1)))[:height, :width].astype(np.uint8)
+    (tmp_path / "large.jpg").write_bytes(encode(smooth, "JPEG"))
+    index = index_of([tmp_path / "large.jpg"] * 8)
+    plan = planner_of(index, 8).plan(0)
+    shortest = plan.boxes[..., 2:].min(axis=(0, 2))
+    assert (shortest >= 4 * side).any(), "no crop is small enough to decode less"
+    (crops,) = TorchCrops(index, side, CPU, 0).crops([plan])
+    whole = index.read(0)
+    for view, row in itertools.product(range(2), range(8)):
+        error = np.abs(crops.images[view, row].numpy() - reference(whole, plan.boxes[view, row], side))
+        assert error.mean() <= 2
+        assert (error > 12).mean() <= 1e-3
