@@ -130,9 +130,7 @@ def test_a_comparison_shows_eight_times_the_difference(tmp_path):
         tops.append(rows.min())
     assert tops == sorted(tops)
     with pytest.raises(ValueError, match="views of one shape"):
-        comparison_grid(
-            ["a", "b"], [(torch.zeros(1, 3, 8, 8),) * 2, (torch.zeros(2, 3, 8, 8),) * 2], mean, std, tmp_path
-        )
+        comparison_grid(["a", "b"], [drawn[0], (drawn[1][0][:1], drawn[1][1])], mean, std, tmp_path / "d.png")
 
 
 @pytest.mark.parametrize(
