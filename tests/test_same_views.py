@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from pipelines.augment import CIFAR, V1, V2, Augmentation
+from pipelines.beton import read_index
 from pipelines.dataloader import DataLoaderPipeline
 from pipelines.errors import DataError
 from pipelines.headers import read_headers
@@ -28,6 +31,7 @@ from pipelines.torch_crops import CHUNK, TorchCrops
 from pipelines.two_view import TwoViewPipeline
 from pipelines.views import BatchPlan, CropSource, Views
 from tests.oddities import bad_files, encode, good_files, picture, write_files
+from tools.make_ffcv import Settings, convert
 
 CPU = torch.device("cpu")
 
@@ -47,12 +51,22 @@ def _dali(index: ImageIndex, side: int) -> CropSource:
     return DaliCrops(index, side, CPU, 2)
 
 
+def _ffcv(index: ImageIndex, side: int) -> CropSource:
+    from pipelines.ffcv_crops import FfcvCrops
+
+    with tempfile.TemporaryDirectory() as folder, Progress(disable=True) as progress:
+        path = os.path.join(folder, "images.beton")
+        convert(index, Settings(data=index.name, out=path, workers=2), progress)
+        return FfcvCrops(read_index(path), side, CPU, 2)  # which holds the file open
+
+
 SOURCES = {
     "resident": Source(lambda index, side: ResidentCrops(index, side, CPU, 2)),
     "torch-0": Source(lambda index, side: TorchCrops(index, side, CPU, 0)),
     "torch-1": Source(lambda index, side: TorchCrops(index, side, CPU, 1)),
     "torch-2": Source(lambda index, side: TorchCrops(index, side, CPU, 2)),
     "dali": Source(_dali, needs="dali", worst=None),
+    "ffcv": Source(_ffcv, needs="ffcv"),
 }
 
 
@@ -68,7 +82,8 @@ def source(request: pytest.FixtureRequest, require_backend: Callable[[str], None
 def no_children_left() -> Iterator[None]:
     """Whatever a test does to a source, its workers are gone when it is."""
     yield
-    gc.collect()
+    if active_children():  # an iterator in a reference cycle may still hold them
+        gc.collect()
     assert active_children() == []
 
 
