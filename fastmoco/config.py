@@ -163,7 +163,13 @@ class RunOptions:
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format of the encoders' arithmetic."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """torch.compile for the encoders (auto: on a GPU)."""
+    """torch.compile for the encoders (auto: on a GPU, where --kernels is torch)."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Who computes batch norm, loss and update; compiled encoders keep torch's batch norm (auto: triton on a GPU)."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole training step once and replay it (auto: on a GPU)."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each stage of the query encoder, and compute the rest again: less memory, more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     log_every: int = 50
@@ -193,6 +199,11 @@ class RunOptions:
             require(self, name, lambda v: v > 0, "1 or more")
         require(self, "knn_every", lambda v: v >= 0, "0 or more", "0 switches the kNN evaluation off")
         require(self, "knn_t", lambda v: v > 0, "a temperature above 0", "the authors use 0.1")
+        if self.checkpoint_activations and self.compile not in ("auto", "off"):
+            raise ConfigError(
+                f"--checkpoint-activations needs --compile off, and it is {self.compile}: a compiled forward decides "
+                "itself what it keeps; drop one of the two"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite deletes it: drop one of the two")
 
@@ -250,7 +261,7 @@ class RunConfig:
 
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "out", "overwrite", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
-    | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard"}
+    | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
 )
 """Fields that may change when a run is resumed, because the weights do not depend on them."""
 

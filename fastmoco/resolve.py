@@ -8,6 +8,7 @@ import torch
 from fastmoco.config import RunConfig
 from fastmoco.device import pick_amp
 from fastmoco.errors import ConfigError
+from fastmoco.kernels import check_kernels
 from fastmoco.recipes import cifar10_demo, imagenet_v1, shapes
 from pipelines.backends import choose, default_workers
 from pipelines.image_index import ImageIndex
@@ -55,8 +56,7 @@ def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tupl
     if given["bn_splits"] is None:
         filled["bn_splits"] = max(n for n in (1, 2, 4, 8) if batch % n == 0 and batch // n >= 2)
     filled["amp"] = pick_amp(given["amp"], device)
-    if given["compile"] == "auto":
-        filled["compile"] = "default" if device.type == "cuda" else "off"
+    filled |= _speed(config, device)
     filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
     filled["workers"] = default_workers() if given["workers"] is None else given["workers"]
     if given["knn_every"] is None:
@@ -90,6 +90,25 @@ def _batch_size(given: int | None, usual: int | None, images: int) -> int:
     if images < 2:
         raise ConfigError(f"found {images} image: a batch needs 2 or more")
     return min(usual, images - images % 8 if images >= 16 else images)
+
+
+def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """Kernels, compilation and CUDA graph.
+
+    Compilation is off beside Triton's kernels: what it would fuse in an encoder, batch norm with ReLU and residual sum,
+    they have fused, and what it saves in launches, the graph saves.
+    """
+    run, on_gpu = config.run, device.type == "cuda"
+    kernels = ("triton" if on_gpu else "torch") if run.kernels == "auto" else run.kernels
+    check_kernels(kernels, device)
+    compiled = on_gpu and kernels == "torch" and not run.checkpoint_activations
+    if run.cuda_graph == "on" and not on_gpu:
+        raise ConfigError(f"--cuda-graph on needs a GPU, and the device is {device}: use --cuda-graph off")
+    return {
+        "kernels": kernels,
+        "compile": ("default" if compiled else "off") if run.compile == "auto" else run.compile,
+        "cuda_graph": ("on" if on_gpu else "off") if run.cuda_graph == "auto" else run.cuda_graph,
+    }
 
 
 def _queue_size(config: RunConfig, usual: int | None, images: int) -> int:

@@ -109,6 +109,8 @@ def build_state(config: RunConfig, device: torch.device, data_fingerprint: str) 
         decay_norm_and_bias=not optim.exclude_bn_from_wd,
         dtype=DTYPES[config.run.amp],
         compile=config.run.compile,
+        kernels=config.run.kernels,
+        checkpoint_activations=config.run.checkpoint_activations,
     )
     return TrainState(config, model, queue, train_step, data_fingerprint)
 

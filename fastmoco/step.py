@@ -89,11 +89,7 @@ class TrainStep:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
         check_kernels(kernels, queue.keys.device)
         mode = _COMPILE_MODES[compile]
-        if mode is not None and checkpoint_activations:
-            raise ConfigError(
-                f"--checkpoint-activations needs --compile off, and it is {compile}: a compiled forward decides itself "
-                "what it keeps; drop one of the two"
-            )
+        assert mode is None or not checkpoint_activations, "a compiled forward decides itself what it keeps"
         self.model = model.train()
         self.queue = queue
         self.temperature = temperature

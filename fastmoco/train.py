@@ -22,6 +22,7 @@ from fastmoco.console import Fact, Reading, TrainingProgress, say, show_facts, s
 from fastmoco.device import DTYPES, describe, make_deterministic, pick_device
 from fastmoco.errors import CheckpointError, ConfigError, DeviceError, DivergedError, ExitCode, Preempted, exit_code
 from fastmoco.files import temporary
+from fastmoco.graph import GraphedStep
 from fastmoco.metrics import MetricsWriter, read_metrics
 from fastmoco.monitor import Monitor
 from fastmoco.pictures import curves, views_grid
@@ -50,6 +51,8 @@ def train(config: RunConfig, console: Console) -> Path:
     device = pick_device(config.run.device)
     if config.run.deterministic:
         make_deterministic()
+    else:
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
     data = config.data
     dataset = load_dataset(data.data, data_root=data.data_root, limit=data.limit, bad_images=data.bad_images)
     config, reasons = resolve(config, dataset.train, device)
@@ -177,10 +180,14 @@ class Trainer:
             chance_loss=math.log(state.queue.keys.shape[0] + 1) * (2 if config.model.symmetric else 1),
         )
         save_every = config.run.checkpoint_every or self.steps_per_epoch
+        step = state.train_step if config.run.cuda_graph == "off" else None
         with progress:
             for views in clock.steps(self._until_stopped()):
+                if step is None:
+                    with clock.paused():
+                        step = GraphedStep(state.train_step, views)
                 lr = self._lr()
-                state.train_step(views, lr, self._ema_momentum())
+                step(views, lr, self._ema_momentum())
                 state.step += 1
                 epoch_ends = state.step % self.steps_per_epoch == 0
                 if epoch_ends or state.step % config.run.log_every == 0:
@@ -243,7 +250,7 @@ class Trainer:
         if warning:
             say(self.console, warning, "yellow")
         self._say_replaced()
-        if numbers["consecutive_skipped"] >= self.config.run.max_skipped_steps:
+        if numbers["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
             raise DivergedError(
                 f"the loss or a gradient was not finite for {numbers['consecutive_skipped']} steps up to step "
                 f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before"
@@ -322,6 +329,13 @@ class Trainer:
         if numbers:
             say(self.console, f"{when}: " + ", ".join(names[name].format(value) for name, value in numbers.items()))
 
+    def _speed(self) -> str:
+        """How a step is computed, in words."""
+        run = self.config.run
+        graph = ", one CUDA graph a step" if run.cuda_graph == "on" else ""
+        again = ", activations computed again" if run.checkpoint_activations else ""
+        return f"{run.kernels} kernels, compile {run.compile}{graph}{again}"
+
     def facts(self, dataset: Dataset, reasons: dict[str, str]) -> list[Fact]:
         """What was decided, and why, for the panel at the start."""
         c, query = self.config, self.state.model.query
@@ -347,7 +361,7 @@ class Trainer:
                 f"SGD, lr {c.optim.lr:g}, wd {c.optim.wd:g}, {c.optim.epochs} epochs",
                 reasons.get("lr", ""),
             ),
-            Fact("device", f"{describe(self.device)}, {c.run.amp}, compile {c.run.compile}"),
+            Fact("device", f"{describe(self.device)}, {c.run.amp}, {self._speed()}"),
             Fact("folder", str(self.directory.path)),
         ]
         for path, reason in dataset.quarantine[:3]:

@@ -107,3 +107,53 @@ def test_convolutions_are_channels_last() -> None:
 def test_what_cannot_be_built_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_encoder(**{"arch": "resnet18", **options})
+
+
+@pytest.mark.parametrize(("bn_splits", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16)])
+def test_activations_computed_again_change_no_bit(bn_splits: int, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    outputs, forwards = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        encoder = build_encoder("resnet18", width=0.125, stem="cifar", bn_splits=bn_splits).train()
+        encoder.backbone.checkpoint_activations = again
+        calls = []
+        encoder.backbone.layer3.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            y = encoder(x)
+        y.float().square().sum().backward()
+        outputs.append([y.detach(), *(p.grad for p in encoder.parameters()), *encoder.buffers()])
+        with torch.no_grad():
+            encoder(x)  # nothing to keep, so nothing to compute again
+        forwards.append(len(calls))
+    assert forwards == [2, 3]
+    assert all(torch.equal(plain, again) for plain, again in zip(*outputs, strict=True))
+
+
+def test_fewer_activations_are_kept() -> None:
+    def kept(again: bool) -> int:
+        encoder = build_encoder("resnet18", width=0.125, stem="cifar")
+        encoder.backbone.checkpoint_activations = again
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            encoder(torch.randn(8, 3, 16, 16))
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 2
+
+
+@pytest.mark.parametrize(("arch", "channels"), [("resnet18", 64), ("resnet50", 256)])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_block_computes_what_torchvisions_does(arch: str, channels: int, training: bool) -> None:
+    block = build_encoder(arch).get_submodule("backbone.layer2.0").train(training)
+    like = torchvision.models.get_model(arch).get_submodule("layer2.0").train(training)
+    like.load_state_dict(block.state_dict())
+    found = []
+    for module in (block, like):
+        x = torch.randn(4, channels, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        if ours.dim():  # not the count of batches, which ours does not keep
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

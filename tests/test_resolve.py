@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_any_data_set_resolves_to_something_that_fits(count: int, height: int, w
     assert found["batch_size"] % found["bn_splits"] == 0
     assert found["batch_size"] // found["bn_splits"] >= 2
     assert found["moco_k"] <= count
-    assert "auto" not in [found[name] for name in ("stem", "amp", "compile", "pipeline")]
+    assert "auto" not in [found[name] for name in ("stem", "amp", "compile", "pipeline", "kernels", "cuda_graph")]
 
 
 @given(st.sampled_from(sorted(RECIPES)), st.integers(16, 2000), st.sampled_from([28, 32, 96, 300]))
@@ -129,6 +131,8 @@ EXPLICIT = {
     "schedule": (3, 5),
     "amp": "fp32",
     "compile": "off",
+    "kernels": "torch",
+    "cuda_graph": "off",
     "pipeline": "torch",
     "workers": 0,
     "knn_every": 0,
@@ -230,3 +234,29 @@ def test_every_recipe_says_what_to_expect(name: str) -> None:
 def test_an_unknown_recipe_comes_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'cifar-demo'; did you mean 'cifar10-demo'"):
         recipe("cifar-demo")
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "kernels", "compile", "cuda_graph"),
+    [
+        ("cpu", {}, "torch", "off", "off"),
+        ("cuda", {}, "triton", "off", "on"),
+        ("cuda", {"kernels": "torch"}, "torch", "default", "on"),
+        ("cuda", {"kernels": "torch", "checkpoint_activations": True}, "torch", "off", "on"),
+        ("cuda", {"compile": "max-autotune", "cuda_graph": "off"}, "triton", "max-autotune", "off"),
+    ],
+)
+def test_how_a_step_is_computed_follows_from_the_device(
+    device: str, given: dict, kernels: str, compile: str, cuda_graph: str, require_backend: Callable[[str], None]
+) -> None:
+    require_backend("triton")
+    config = RunConfig().replace(data="./x", amp="bf16", pipeline="torch", **given)
+    found = resolve(config, images(1000, 32, 32), torch.device(device))[0].run
+    assert (found.kernels, found.compile, found.cuda_graph) == (kernels, compile, cuda_graph)
+
+
+def test_settings_for_a_gpu_are_refused_without_one() -> None:
+    with pytest.raises(ConfigError, match="--cuda-graph on needs a GPU, and the device is cpu: use --cuda-graph off"):
+        resolved(images(100, 32, 32), cuda_graph="on")
+    with pytest.raises(ConfigError, match="--checkpoint-activations needs --compile off, and it is default"):
+        RunConfig().replace(checkpoint_activations=True, compile="default")
