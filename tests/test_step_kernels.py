@@ -18,25 +18,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("symmetric", "dtype"),
-    [(False, torch.float32), (True, torch.float32), (False, torch.float16)],
-    ids=["asymmetric", "symmetric", "float16"],
-)
-def test_steps_with_kernels_are_the_steps_without(
-    symmetric: bool, dtype: torch.dtype, require_backend: Callable[[str], None]
-) -> None:
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_steps_with_kernels_are_the_steps_without(symmetric: bool, require_backend: Callable[[str], None]) -> None:
     """From the same state each time: see test_step_parity on what rounding does to two float32 trajectories."""
     require_backend("triton")
     ours, plain = (
-        make_step(symmetric=symmetric, bn_splits=2, dtype=dtype, kernels=kernels, device=DEVICE)
-        for kernels in ("triton", "torch")
+        make_step(symmetric=symmetric, bn_splits=2, kernels=kernels, device=DEVICE) for kernels in ("triton", "torch")
     )
-    for step in (ours, plain):
-        if step.scaler is not None:
-            step.scaler.scale.fill_(64.0)  # the first steps of the usual scale would be skipped
     generator = torch.Generator().manual_seed(2)
-    close = 1e-4 if dtype == torch.float32 else 0.05
     for _ in range(2):
         for target, source in zip(ours.changed_tensors(), plain.changed_tensors(), strict=True):
             target.copy_(source)
@@ -45,14 +34,36 @@ def test_steps_with_kernels_are_the_steps_without(
             step(views, LR, EMA)
         for target, source in zip(ours.changed_tensors(), plain.changed_tensors(), strict=True):
             if target.is_floating_point() and source.any():
-                assert relative_error(target, source) <= close
+                assert relative_error(target, source) <= 1e-4
             else:
                 assert torch.equal(target, source)
     assert plain.read_metrics()["skipped_steps"] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the interpreter
+def test_error_of_a_float16_step_is_no_larger_than_without_kernels(require_backend: Callable[[str], None]) -> None:
+    """Against float32; gradients differ a lot here, because rounding moves activations across the kink of a ReLU."""
+    require_backend("triton")
+    views = random_views(torch.Generator().manual_seed(2), device=DEVICE)
+    exact, plain, ours = (
+        make_step(bn_splits=2, dtype=dtype, kernels=kernels, device=DEVICE)
+        for dtype, kernels in ((torch.float32, "torch"), (torch.float16, "torch"), (torch.float16, "triton"))
+    )
+    for step in (exact, plain, ours):
+        if step.scaler is not None:
+            step.scaler.scale.fill_(64.0)  # the first steps of the usual scale would be skipped
+        step(views, LR, EMA)
+        assert step.read_metrics()["skipped_steps"] == 0
+    for ours_is, plain_is, truth in (
+        (ours.update.momentum_buffer, plain.update.momentum_buffer, exact.update.momentum_buffer),
+        (ours.query.buffers, plain.query.buffers, exact.query.buffers),
+        (ours.queue.keys, plain.queue.keys, exact.queue.keys),
+    ):
+        assert relative_error(ours_is, truth) <= 1.3 * relative_error(plain_is, truth) + 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NaN in NumPy, which says so
 def test_a_bad_batch_leaves_no_trace_with_kernels(require_backend: Callable[[str], None]) -> None:
     require_backend("triton")
     step = make_step(bn_splits=2, kernels="triton", device=DEVICE)
