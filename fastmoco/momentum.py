@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastmoco.flat import FlatParameters
 
+_CACHED = 2**16  # floats at a time on a CPU, so that no temporary leaves its second-level cache
+
 
 @torch.no_grad()
 def momentum_update(
@@ -41,14 +43,19 @@ def momentum_update(
     Where ok is False, query, key and momentum_buffer stay bit for bit as they were, whatever the gradients hold.
     `grads` is not changed. He et al. 2020, equation 2 and algorithm 1.
     """
-    new_buffer = sgd_momentum * momentum_buffer + grads
-    if weight_decay:
-        new_buffer[:num_decayed].add_(query[:num_decayed], alpha=weight_decay)
-    new_query = query - lr * new_buffer
     # 1 − m in the precision of the caller: in float32, 1 − 0.999 is wrong in the fifth digit.
-    new_key = torch.lerp(key, new_query, (1.0 - ema_momentum).to(key.dtype))
-    for old, new in ((momentum_buffer, new_buffer), (query, new_query), (key, new_key)):
-        old.copy_(torch.where(ok, new, old))
+    share = (1.0 - ema_momentum).to(key.dtype)
+    size = len(query)
+    for start in range(0, size, _CACHED if query.device.type == "cpu" else size):
+        part = slice(start, start + _CACHED) if query.device.type == "cpu" else slice(size)
+        new_buffer = torch.add(grads[part], momentum_buffer[part], alpha=sgd_momentum)
+        decayed = min(len(new_buffer), max(0, num_decayed - start))
+        if weight_decay and decayed:
+            new_buffer[:decayed].add_(query[part][:decayed], alpha=weight_decay)
+        new_query = query[part] - lr * new_buffer
+        new_key = torch.lerp(key[part], new_query, share)
+        for old, new in ((momentum_buffer, new_buffer), (query, new_query), (key, new_key)):
+            torch.where(ok, new, old[part], out=old[part])
 
 
 class MomentumUpdate:
