@@ -20,6 +20,7 @@ from benchmarks.harness import Reading, seconds_per_call
 from benchmarks.plain import PlainStep, Task
 from benchmarks.resources import device_memory, peak_resident_bytes, reset_peak_resident, resident_bytes
 from fastmoco.encoder import build_encoder
+from fastmoco.graph import GraphedStep
 from fastmoco.key_queue import KeyQueue
 from fastmoco.moco import MoCo
 from fastmoco.step import TrainStep
@@ -37,17 +38,31 @@ BATCHES = 4  # different ones, so that no step finds its input in a cache
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder; `build` is given the task, the device, the 16-bit type and the compile mode."""
+    """One step of the ladder; `build` is given the task, the device, the 16-bit type and the compile mode.
+
+    dtype      another 16-bit type than the ladder's
+    cuda_only  whether it is left out on a CPU
+    """
 
     name: str
     change: str
     build: Callable[[Task, torch.device, torch.dtype, str], Step]
     channels_last: bool = True
     low_precision: bool = True
+    dtype: torch.dtype | None = None
+    cuda_only: bool = False
 
 
-def _ours(task: Task, device: torch.device, dtype: torch.dtype, compile: str) -> Step:
-    """TrainStep as the recipes have it."""
+def _ours(
+    task: Task,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: str = "off",
+    *,
+    kernels: str = "torch",
+    graph: bool = False,
+) -> Step:
+    """TrainStep as the recipes have it; the graph is captured from the first batch."""
     encoder = build_encoder(task.arch, stem=task.stem, dim=task.dim, bn_splits=task.bn_splits)
     step = TrainStep(
         MoCo(encoder).to(device),
@@ -58,8 +73,18 @@ def _ours(task: Task, device: torch.device, dtype: torch.dtype, compile: str) ->
         weight_decay=task.weight_decay,
         dtype=dtype,
         compile=compile,
+        kernels=kernels,
     )
-    return lambda views: step(views, task.lr, task.ema_momentum)
+    if not graph:
+        return lambda views: step(views, task.lr, task.ema_momentum)
+    captured: list[GraphedStep] = []
+
+    def run(views: Views) -> None:
+        if not captured:
+            captured.append(GraphedStep(step, views))
+        captured[0](views, task.lr, task.ema_momentum)
+
+    return run
 
 
 LADDER = (
@@ -69,8 +94,16 @@ LADDER = (
     Rung("amp", "+ 16-bit autocast", lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h)),
     Rung("one-pass", "+ SGD and EMA in one pass",
          lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h, one_pass=True)),
-    Rung("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h, "off")),
-    Rung("compile", "+ compiled encoders", _ours),
+    Rung("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h)),
+    Rung("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c)),
+    Rung("triton", "TrainStep with Triton kernels", lambda t, d, h, c: _ours(t, d, h, kernels="triton"),
+         cuda_only=True),
+    Rung("graph", "+ one CUDA graph", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
+         cuda_only=True),
+    Rung("graph-fp16", "the same in float16", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
+         dtype=torch.float16, cuda_only=True),
+    Rung("compile-graph", "compiled encoders, one CUDA graph",
+         lambda t, d, h, c: _ours(t, d, h, c, kernels="triton", graph=True), cuda_only=True),
 )  # fmt: skip
 
 
@@ -81,6 +114,7 @@ class Climber:
         self, rung: Rung, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
     ) -> None:
         self._task, self._device = task, device
+        dtype = rung.dtype or dtype
         memory = _Memory(device)
         began = time.perf_counter()
         torch.manual_seed(0)

@@ -151,6 +151,8 @@ def _climb(ladder: Ladder, settings: Settings, device: torch.device, console: Co
     }
     climbers, left_out, began = {}, {}, time.monotonic()
     for rung in ladder.rungs:
+        if rung.cuda_only and device.type != "cuda":
+            continue
         left_s = None if ladder.build_limit_s is None else ladder.build_limit_s - (time.monotonic() - began)
         try:
             with time_limit(left_s):

@@ -175,7 +175,7 @@ def test_drawn_jpegs_are_as_large_as_photographs(tmp_path: Path) -> None:
             ),
             "512 is more than the 100",
         ),
-        (lambda: step.main(step.Settings(rungs="plain,triton", quick=True)), "--rungs triton is unknown"),
+        (lambda: step.main(step.Settings(rungs="plain,marble", quick=True)), "--rungs marble is unknown"),
         (lambda: step.main(step.Settings(quick=True, queue=60, device="cpu")), "--queue 60 is no multiple"),
         (lambda: step.main(step.Settings(quick=True, profile=True)), "--out"),
     ],
