@@ -175,7 +175,7 @@ class RunOptions:
     log_every: int = 50
     """Steps between two readings of the loss."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints (None: the end of every epoch)."""
+    """Steps between two checkpoints (None: the end of an epoch, at most once a minute)."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     knn_every: int | None = None

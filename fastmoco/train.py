@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fastmoco import checkpoint
 from fastmoco.clock import StepClock
 from fastmoco.config import RunConfig
-from fastmoco.console import Fact, Reading, TrainingProgress, say, show_facts, summary_facts
+from fastmoco.console import Reading, TrainingProgress, say, show_facts
 from fastmoco.device import DTYPES, describe, make_deterministic, pick_device
 from fastmoco.errors import CheckpointError, ConfigError, DeviceError, DivergedError, ExitCode, Preempted, exit_code
 from fastmoco.files import temporary
@@ -26,6 +26,7 @@ from fastmoco.graph import GraphedStep
 from fastmoco.metrics import MetricsWriter, read_metrics
 from fastmoco.monitor import Monitor
 from fastmoco.pictures import curves, views_grid
+from fastmoco.report import end_facts, evaluation_line, start_facts
 from fastmoco.resolve import resolve
 from fastmoco.rundir import RunDirectory, default_run_name, read_status
 from fastmoco.schedules import ema_momentum_at, lr_at
@@ -39,6 +40,7 @@ from pipelines.ledger import FILE_NAME as LEDGER_NAME
 from pipelines.ledger import REPLACED, Ledger
 from pipelines.plans import Planner
 
+SAVE_SECONDS = 60.0  # between two checkpoints, unless steps were given: an epoch may take less time than saving
 SAVE_ATTEMPTS = 3  # checkpoints in a row that may fail before the run gives up
 
 
@@ -66,7 +68,8 @@ def train(config: RunConfig, console: Console) -> Path:
                     Ledger(str(directory.path / LEDGER_NAME), most=int(MAX_BAD_FRACTION * images))
                 )
             trainer = Trainer(config, dataset, directory, device, console, stop)
-            show_facts(console, "fastmoco train", trainer.facts(dataset, reasons))
+            query = trainer.state.model.query
+            show_facts(console, "fastmoco train", start_facts(config, dataset, query, reasons, device, directory.path))
             trainer.run()
         except BaseException as error:
             _note_failure(directory, error)
@@ -116,7 +119,8 @@ class Trainer:
         self.state = build_state(config, device, fingerprint(dataset.train))
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
         self.clock = StepClock(batch)
-        self._failed_saves = 0
+        self.chance_loss = math.log((model.moco_k or 0) + 1) * (2 if model.symmetric else 1)
+        self._failed_saves, self._saved_at = 0, -math.inf
         self._ledger, self._replaced = dataset.train.ledger, 0
 
     @property
@@ -135,8 +139,8 @@ class Trainer:
             batch, splits = self.config.optim.batch_size or 2, self.config.model.bn_splits or 1
             smaller = max(2 * splits, batch // 2 // splits * splits)
             raise DeviceError(
-                f"{describe(self.device)} has too little memory for --batch-size {batch}: try --batch-size {smaller}, "
-                f"then --resume is no longer possible, so give a new --out"
+                f"{describe(self.device)} has too little memory for --batch-size {batch}: start again with "
+                f"--batch-size {smaller} --overwrite, or with --checkpoint-activations"
             ) from error
         finally:
             self.metrics.close()
@@ -155,7 +159,8 @@ class Trainer:
             if pixels is not None:
                 numbers["knn_pixels_top1_percent"] = pixels
         self.metrics.write(0, 0, **numbers)
-        self._say_numbers("before training", numbers)
+        if numbers:
+            say(self.console, evaluation_line("before training", numbers))
         self._save()
 
     def _resume(self) -> None:
@@ -177,9 +182,8 @@ class Trainer:
             first_step=state.step,
             steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            chance_loss=math.log(state.queue.keys.shape[0] + 1) * (2 if config.model.symmetric else 1),
+            chance_loss=self.chance_loss,
         )
-        save_every = config.run.checkpoint_every or self.steps_per_epoch
         step = state.train_step if config.run.cuda_graph == "off" else None
         with progress:
             for views in clock.steps(self._until_stopped()):
@@ -196,8 +200,8 @@ class Trainer:
                     if epoch_ends and self._evaluation_is_due():
                         numbers = self.monitor.evaluate(state.model.query)
                         self.metrics.write(state.step, self.epoch, **numbers)
-                        self._say_numbers(f"epoch {self.epoch}", numbers)
-                    if state.step % save_every == 0 or state.step == self.total_steps:
+                        say(self.console, evaluation_line(f"epoch {self.epoch}", numbers))
+                    if self._save_is_due(epoch_ends):
                         self._save()
         if self.stop and state.step < self.total_steps:
             self._save(last_chance=True)
@@ -274,12 +278,18 @@ class Trainer:
         every = self.config.run.knn_every
         return bool(every) and (self.epoch % every == 0 or self.state.step == self.total_steps)
 
+    def _save_is_due(self, epoch_ends: bool) -> bool:
+        every, step = self.config.run.checkpoint_every, self.state.step
+        if every is not None:
+            return step % every == 0 or step == self.total_steps
+        return epoch_ends and (step == self.total_steps or time.monotonic() - self._saved_at >= SAVE_SECONDS)
+
     def _save(self, *, last_chance: bool = False) -> None:
         """Writes a checkpoint. A disk that refuses is given a few more chances; the last one that was written stays."""
         try:
             self.state.save(self.directory.checkpoints)
             checkpoint.prune(self.directory.checkpoints, self.config.run.keep_checkpoints)
-            self._failed_saves = 0
+            self._failed_saves, self._saved_at = 0, time.monotonic()
         except CheckpointError as error:
             self._failed_saves += 1
             if last_chance or self._failed_saves >= SAVE_ATTEMPTS or self.state.step == self.total_steps:
@@ -296,20 +306,11 @@ class Trainer:
     def _finish(self, seconds: float) -> None:
         self._save_backbone()
         records = read_metrics(self.metrics.path)
-        curves(records, self.directory.curves_png, math.log(self.state.queue.keys.shape[0] + 1))
+        curves(records, self.directory.curves_png, self.chance_loss)
         self._write_status(ExitCode.DONE)
-        knn = [record["knn_top1_percent"] for record in records if "knn_top1_percent" in record]
-        pixels = [r["knn_pixels_top1_percent"] for r in records if "knn_pixels_top1_percent" in r]
         paths = (self.directory.views_png, self.directory.curves_png, self.directory.backbone)
-        facts = summary_facts(
-            minutes=seconds / 60,
-            images_per_s=self.clock.images_per_s or 0.0,
-            knn_before_percent=knn[0] if len(knn) > 1 else None,
-            knn_after_percent=knn[-1] if knn else None,
-            raw_pixels_percent=pixels[0] if pixels else None,
-            files=[os.path.relpath(path) for path in paths],
-        )
-        show_facts(self.console, "done", facts)
+        files = [os.path.relpath(path) for path in paths]
+        show_facts(self.console, "done", end_facts(records, seconds, self.clock.images_per_s, files))
 
     def _save_backbone(self) -> None:
         """The query encoder's backbone under torchvision's names, in torchvision's layout."""
@@ -317,58 +318,6 @@ class Trainer:
         part = temporary(self.directory.backbone)
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, part)
         os.replace(part, self.directory.backbone)
-
-    def _say_numbers(self, when: str, numbers: dict[str, float]) -> None:
-        names = {
-            "knn_top1_percent": "kNN {:.1f} %",
-            "knn_pixels_top1_percent": "kNN of raw pixels {:.1f} %",
-            "alignment": "alignment {:.3f}",
-            "uniformity": "uniformity {:.3f}",
-            "effective_rank": "effective rank {:.1f}",
-        }
-        if numbers:
-            say(self.console, f"{when}: " + ", ".join(names[name].format(value) for name, value in numbers.items()))
-
-    def _speed(self) -> str:
-        """How a step is computed, in words."""
-        run = self.config.run
-        graph = ", one CUDA graph a step" if run.cuda_graph == "on" else ""
-        again = ", activations computed again" if run.checkpoint_activations else ""
-        return f"{run.kernels} kernels, compile {run.compile}{graph}{again}"
-
-    def facts(self, dataset: Dataset, reasons: dict[str, str]) -> list[Fact]:
-        """What was decided, and why, for the panel at the start."""
-        c, query = self.config, self.state.model.query
-        parameters = sum(p.numel() for p in query.parameters())
-        head = " → ".join(str(layer.out_features) for layer in query.head if isinstance(layer, torch.nn.Linear))
-        width = f" × {c.model.width:g}" if c.model.width != 1 else ""
-        facts = [
-            Fact("data", dataset.train.describe(), dataset.indexing),
-            Fact("evaluated on", dataset.test.describe() if dataset.test else "held-out images, or pairs of views"),
-            Fact("pipeline", f"{c.data.pipeline}, {c.data.workers} workers", reasons.get("pipeline", "")),
-            Fact("views", f"{c.augment.crop_size} pixels, augmentation {c.augment.aug}", reasons.get("crop_size", "")),
-            Fact("encoder", f"{c.model.arch}{width}, {parameters / 1e6:.1f} M parameters", reasons.get("arch", "")),
-            Fact("stem", f"{c.model.stem}", reasons.get("stem", "")),
-            Fact("head", f"{query.feature_dim} → {head}"),
-            Fact(
-                "queue",
-                f"{c.model.moco_k:,} keys, m {c.model.moco_m:g}, T {c.model.moco_t:g}",
-                reasons.get("moco_k", ""),
-            ),
-            Fact("batch", f"{c.optim.batch_size} images, {c.model.bn_splits} batch norm splits"),
-            Fact(
-                "optimiser",
-                f"SGD, lr {c.optim.lr:g}, wd {c.optim.wd:g}, {c.optim.epochs} epochs",
-                reasons.get("lr", ""),
-            ),
-            Fact("device", f"{describe(self.device)}, {c.run.amp}, {self._speed()}"),
-            Fact("folder", str(self.directory.path)),
-        ]
-        for path, reason in dataset.quarantine[:3]:
-            facts.append(Fact("left out", path, reason))
-        if len(dataset.quarantine) > 3:
-            facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in all"))
-        return facts
 
 
 def _note_failure(directory: RunDirectory, error: BaseException) -> None:
