@@ -179,10 +179,10 @@ def test_cosine_replaces_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "splits"), [(2, 1), (3, 1), (4, 2), (6, 2), (8, 4), (16, 8), (20, 4), (21, 1), (64, 8)]
+    ("batch", "splits"), [(2, 1), (16, 1), (32, 2), (34, 2), (63, 1), (66, 2), (64, 4), (120, 4), (128, 8), (200, 8)]
 )
-def test_the_splits_fit_the_batch(batch: int, splits: int) -> None:
-    assert resolved(images(100, 32, 32), batch_size=batch)["bn_splits"] == splits
+def test_the_splits_fit_the_batch_and_leave_16_images_each(batch: int, splits: int) -> None:
+    assert resolved(images(200, 32, 32), batch_size=batch)["bn_splits"] == splits
 
 
 def test_a_small_data_set_gets_a_small_batch_and_queue() -> None:
