@@ -18,6 +18,7 @@ from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner, eval_plans
 from pipelines.views import BatchPlan
 from tests.oddities import bad_files, encode, good_files, picture, write_files
+from tests.reference_crops import errors
 
 CPU = torch.device("cpu")
 BAD = bad_files()
@@ -49,30 +50,6 @@ def corpus_boxes(sizes: np.ndarray) -> np.ndarray:
     zeros = np.zeros_like(sizes)
     part = np.concatenate([sizes // (4, 8), np.maximum(1, sizes // (2, 3))], axis=1)
     return np.stack([np.concatenate([zeros, sizes], axis=1), part])
-
-
-def weights(start: int, length: int, source: int, side: int) -> np.ndarray:
-    """(side, source) float64: a triangle of half-width max(1, scale) around each output pixel's centre, normalised."""
-    scale = length / side
-    centres = start + (np.arange(side)[:, None] + 0.5) * scale
-    pixels = np.arange(source)[None] + 0.5
-    tent = np.maximum(0, 1 - np.abs(pixels - centres) / max(scale, 1))
-    tent[:, :start] = tent[:, start + length :] = 0
-    return tent / tent.sum(axis=1, keepdims=True)
-
-
-def reference(pixels: np.ndarray, box: np.ndarray, side: int) -> np.ndarray:
-    """(S, S, 3) float64, not rounded."""
-    top, left, height, width = box.tolist()
-    rows, columns = weights(top, height, pixels.shape[0], side), weights(left, width, pixels.shape[1], side)
-    return np.einsum("ij,jkc,lk->ilc", rows, pixels.astype(np.float64), columns, optimize=True)
-
-
-def errors(index: ImageIndex, plan: BatchPlan, images: torch.Tensor) -> np.ndarray:
-    """(V, B, S, S, 3): how far the crops of a plan are from the reference."""
-    side = images.shape[2]
-    wanted = [[reference(index.read(i), box, side) for i, box in zip(plan.indices, b, strict=True)] for b in plan.boxes]
-    return np.abs(images.cpu().numpy() - np.array(wanted))
 
 
 @needs_dali

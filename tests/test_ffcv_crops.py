@@ -22,6 +22,7 @@ from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner, eval_plans
 from pipelines.views import BatchPlan
 from tests.oddities import encode, good_files, picture, write_files
+from tests.reference_crops import errors
 from tools.make_ffcv import Settings, convert
 
 CPU = torch.device("cpu")
@@ -63,26 +64,6 @@ def drawn(tmp_path_factory) -> ImageIndex:
 def plan_of(indices: np.ndarray, boxes: np.ndarray) -> BatchPlan:
     views, count = boxes.shape[:2]
     return BatchPlan(0, 0, indices, boxes.astype(np.int32), np.zeros((views, count, 0), np.float32), np.arange(count))
-
-
-def weights(start: int, length: int, source: int, side: int) -> np.ndarray:
-    """(side, source) float64: a triangle of half-width max(1, scale) around each output pixel's centre, normalised."""
-    scale = length / side
-    centres = start + (np.arange(side)[:, None] + 0.5) * scale
-    tent = np.maximum(0, 1 - np.abs(np.arange(source)[None] + 0.5 - centres) / max(scale, 1))
-    tent[:, :start] = tent[:, start + length :] = 0
-    return tent / tent.sum(axis=1, keepdims=True)
-
-
-def errors(index: ImageIndex, plan: BatchPlan, images: torch.Tensor) -> np.ndarray:
-    """(V, B, S, S, 3): how far the crops of a plan are from float64, not rounded, of `index`'s own pixels."""
-    side, wanted = images.shape[2], np.empty(images.shape)
-    for view, boxes in enumerate(plan.boxes):
-        for row, (i, (top, left, height, width)) in enumerate(zip(plan.indices, boxes.tolist(), strict=True)):
-            pixels = index.read(int(i)).astype(np.float64)
-            rows, columns = weights(top, height, len(pixels), side), weights(left, width, pixels.shape[1], side)
-            wanted[view, row] = np.einsum("ij,jkc,lk->ilc", rows, pixels, columns, optimize=True)
-    return np.abs(images.cpu().numpy() - wanted)
 
 
 @needs_ffcv

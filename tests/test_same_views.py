@@ -31,6 +31,7 @@ from pipelines.torch_crops import CHUNK, TorchCrops
 from pipelines.two_view import TwoViewPipeline
 from pipelines.views import BatchPlan, CropSource, Views
 from tests.oddities import bad_files, encode, good_files, picture, write_files
+from tests.reference_crops import errors, reference
 from tools.make_ffcv import Settings, convert
 
 CPU = torch.device("cpu")
@@ -114,28 +115,11 @@ def planner_of(index: ImageIndex, batch: int, augmentation: Augmentation = V2) -
     return Planner(index.sizes, seed=5, batch_size=batch, augmentation=augmentation, shuffle_keys=True)
 
 
-def weights(start: int, length: int, source: int, side: int) -> np.ndarray:
-    """(side, source) float64: a triangle of half-width max(1, scale) around each output pixel's centre, normalised."""
-    scale = length / side
-    centres = start + (np.arange(side)[:, None] + 0.5) * scale
-    tent = np.maximum(0, 1 - np.abs(np.arange(source)[None] + 0.5 - centres) / max(scale, 1))
-    tent[:, :start] = tent[:, start + length :] = 0
-    return tent / tent.sum(axis=1, keepdims=True)
-
-
-def reference(pixels: np.ndarray, box: np.ndarray, side: int) -> np.ndarray:
-    """(S, S, 3) float64, not rounded."""
-    top, left, height, width = box.tolist()
-    rows, columns = weights(top, height, pixels.shape[0], side), weights(left, width, pixels.shape[1], side)
-    return np.einsum("ij,jkc,lk->ilc", rows, pixels.astype(np.float64), columns, optimize=True)
-
-
 def assert_pixels_agree(source: Source, index: ImageIndex, plan: BatchPlan, images: torch.Tensor) -> None:
     views, count, side = images.shape[:3]
     assert images.shape == (views, count, side, side, 3)
     assert images.dtype == torch.uint8
-    wanted = [[reference(index.read(i), box, side) for i, box in zip(plan.indices, b, strict=True)] for b in plan.boxes]
-    error = np.abs(images.cpu().numpy() - np.array(wanted))
+    error = errors(index, plan, images)
     assert error.mean() <= 2
     assert (error <= 12).mean() >= 0.999
     if source.worst is not None:
