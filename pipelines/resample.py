@@ -30,20 +30,19 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tens
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def crop_resize(images: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Crops of equally sized images, in two batched matrix products a view.
+def crop_resize(images: Tensor, boxes: Tensor, out: Tensor) -> None:
+    """Crops of equally sized images, in two batched matrix products a view, rounded to nearest.
 
     images  (B, H, C, W) uint8: with the channels between rows and columns, either product is one matrix a view
-    boxes   (V, B, 4) top, left, height, width in pixels, on the same device
-    Returns (V, B, S, S, C) uint8, rounded to nearest (in memory (V, B, S, C, S)).
+    boxes   (V, B, 4) top, left, height, width in pixels
+    out     (V, B, S, C, S) uint8, written
     """
     count, height, channels, width = images.shape
+    side = out.shape[-1]
     source = images.to(torch.float32).view(count, height * channels, width)
-    out = torch.empty((len(boxes), count, side, channels, side), dtype=torch.uint8, device=images.device)
     for view in range(len(boxes)):
         top, left, box_h, box_w = boxes[view].unbind(-1)
         rows, columns = filter_matrix(top, box_h, height, side), filter_matrix(left, box_w, width, side)
         wide = torch.bmm(source, columns.mT).view(count, height, channels * side)
         crops = torch.bmm(rows, wide).view(count, side, channels, side)
         out[view] = crops.add_(0.5).clamp_(0, 255)  # the conversion to uint8 cuts off, so this rounds
-    return out.permute(0, 1, 2, 4, 3)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pipelines.image_index import ImageIndex
+from pipelines.resample import crop_resize
 from pipelines.views import BatchPlan
 
 
@@ -30,3 +31,10 @@ def errors(index: ImageIndex, plan: BatchPlan, images: torch.Tensor) -> np.ndarr
     side = images.shape[2]
     wanted = [[reference(index.read(i), box, side) for i, box in zip(plan.indices, b, strict=True)] for b in plan.boxes]
     return np.abs(images.cpu().numpy() - np.array(wanted))
+
+
+def batched_crops(images: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """`crop_resize` into memory that was full of something else: (B, H, C, W) and (V, B, 4) to (V, B, S, S, C)."""
+    out = torch.full((*boxes.shape[:2], side, images.shape[2], side), 77, dtype=torch.uint8)
+    crop_resize(images, boxes, out)
+    return out.permute(0, 1, 2, 4, 3)

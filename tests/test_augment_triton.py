@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines import augment_torch
 from pipelines.augment import CIFAR, ORDERS, V1, V2, Augmentation, Column, sample_params
-from pipelines.resample import crop_resize
+from tests.reference_crops import batched_crops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
@@ -137,7 +137,7 @@ def assert_equal_levels(found: Tensor, expected: Tensor) -> None:
 def test_crops_equal_crop_resize(resample: ModuleType, height: int, width: int, side: int) -> None:
     images = torch.randint(256, (6, height, 3, width), dtype=torch.uint8)
     boxes = boxes_in(torch.tensor([[height, width]] * 6))
-    expected = crop_resize(images, torch.stack([boxes, boxes]), side)[0]
+    expected = batched_crops(images, torch.stack([boxes, boxes]), side)[0]
     found = resample.crop(uniform(resample, images), boxes.to(DEVICE), side, torch.arange(6, device=DEVICE))
     assert_equal_levels(found, expected)
 
@@ -154,7 +154,7 @@ def test_crops_of_images_of_different_sizes(resample: ModuleType) -> None:
     for row, image in enumerate(source.tolist()):
         alone = images[image].permute(0, 2, 1)[None].contiguous()
         box = boxes[row].expand(2, 1, 4)
-        assert_equal_levels(found[row], crop_resize(alone, box, 14)[0, 0])
+        assert_equal_levels(found[row], batched_crops(alone, box, 14)[0, 0])
 
 
 @pytest.mark.parametrize(("augmentation", "side"), [(CIFAR, 16), (V2, 16), (V1, 70)], ids=["one", "blur", "staged"])

