@@ -25,8 +25,8 @@ _IMAGES_A_PIECE = 64  # cropped by one core at a time: at 32 px their floats and
 class ResidentCrops:
     """A crop source over uint8 pixels on the device.
 
-    On CUDA one kernel crops a batch of any sizes. On a CPU, images of one size are cropped as two matrix products, and
-    images of different sizes one by one. Raises DataError where the data set does not fit.
+    On CUDA one kernel crops a batch of any sizes. On a CPU, small images of one size are cropped as two matrix
+    products, all others one by one. Raises DataError where the data set does not fit.
     """
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
@@ -77,12 +77,16 @@ class ResidentCrops:
     def _one_by_one(self, plan: BatchPlan) -> Tensor:
         views, count = plan.boxes.shape[:2]
         out = torch.empty((views, count, self._side, self._side, 3), dtype=torch.uint8)
-        for row, image in enumerate(plan.indices.tolist()):
+
+        def crop(row: int) -> None:
+            image = int(plan.indices[row])
             height, width = self._sizes[image].tolist()
             start = int(self._offsets[image])
             pixels = self._resident.pixels[start : start + 3 * height * width].view(height, width, 3)
             for view in range(views):
                 resize_box(pixels, plan.boxes[view, row].tolist(), out[view, row])
+
+        side_by_side(crop, range(count))
         return out
 
     def close(self) -> None:
