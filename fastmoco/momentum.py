@@ -46,8 +46,9 @@ def momentum_update(
     # 1 − m in the precision of the caller: in float32, 1 − 0.999 is wrong in the fifth digit.
     share = (1.0 - ema_momentum).to(key.dtype)
     size = len(query)
-    for start in range(0, size, _CACHED if query.device.type == "cpu" else size):
-        part = slice(start, start + _CACHED) if query.device.type == "cpu" else slice(size)
+    piece = _CACHED if query.device.type == "cpu" else size
+    for start in range(0, size, piece):
+        part = slice(start, start + piece)
         new_buffer = torch.add(grads[part], momentum_buffer[part], alpha=sgd_momentum)
         decayed = min(len(new_buffer), max(0, num_decayed - start))
         if weight_decay and decayed:

@@ -47,7 +47,10 @@ def test_a_folder_with_content_is_never_used_unasked(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_before_it_wrote_anything_can_be_repeated(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path / "run").close()
-    RunDirectory.open(tmp_path / "run").close()
+    again = RunDirectory.open(tmp_path / "run")
+    assert again.path == tmp_path / "run"
+    assert names(again.path) == {".lock"}
+    again.close()
 
 
 def test_overwrite_empties_the_folder_of_a_run(tmp_path: Path) -> None:
