@@ -5,13 +5,14 @@ N samples · C channels · H, W sides · s splits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco import batchnorm_cpu
 from fastmoco.errors import ConfigError
 
 
@@ -31,10 +32,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     Input x (N, C, H, W) of any floating type → the same shape and type; the statistics have the type of the parameters,
     float32, under autocast too. A group of channels-last rows is itself dense and channels-last, hence one native
-    kernel for each group and one concatenation. On one CPU core, N = 128, s = 8, forward and backward take the time of
-    one `nn.BatchNorm2d` over all N at 64×32×32, 1 to 1.5 times that at 128×16×16 and twice that at 512×4×4, in float32
-    and bfloat16. Reductions written out in torch took 5 to 25 times, folding the groups into the channels (which
-    copies to NCHW) 4 to 8 times.
+    kernel for each group: on a CPU in `fastmoco.batchnorm_cpu`, elsewhere with a concatenation after them. Reductions
+    written out in torch took 5 to 25 times as long on one core, folding the groups into the channels (which copies to
+    NCHW) 4 to 8 times.
 
     kernels             "torch", or "triton" for `fastmoco.batchnorm_triton` in training: see `use_kernels`
     updates_statistics  False while a forward is repeated for its activations alone: see `statistics_kept`
@@ -56,7 +56,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if self.training:
             self._check(input)
             if self.kernels == "triton":
-                return self._fused(input, relu, residual)
+                from fastmoco.batchnorm_triton import split_batch_norm  # Triton comes with torch's CUDA builds only
+
+                return self._fused(split_batch_norm, input, relu, residual)
+            if input.device.type == "cpu" and not torch.compiler.is_compiling():
+                return self._fused(batchnorm_cpu.split_batch_norm, input, relu, residual)
             y = self._groups(input)
         else:
             y = super().forward(input)
@@ -84,13 +88,17 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert variance is not None
         return (mean, variance) if self.updates_statistics else (mean.clone(), variance.clone())
 
-    def _fused(self, input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-        from fastmoco.batchnorm_triton import split_batch_norm  # Triton comes with torch's CUDA builds only
-
-        assert self.momentum is not None
-        statistics = self._statistics()
-        return split_batch_norm(
-            input, self.weight, self.bias, *statistics, self.num_splits, self.momentum, self.eps, relu, residual
+    def _fused(self, function: Callable[..., Tensor], input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+        return function(
+            input,
+            self.weight,
+            self.bias,
+            *self._statistics(),
+            self.num_splits,
+            self.momentum,
+            self.eps,
+            relu,
+            residual,
         )
 
     def _groups(self, input: Tensor) -> Tensor:

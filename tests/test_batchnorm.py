@@ -97,3 +97,36 @@ def test_what_cannot_be_split_is_refused() -> None:
         SplitBatchNorm2d(5, 4)(images(4, 5, 1))
     with pytest.raises(ConfigError, match="splits is 0"):
         SplitBatchNorm2d(5, 0)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_follows_is_the_same_in_one_function(
+    splits: int, relu: bool, with_residual: bool, dtype: torch.dtype
+) -> None:
+    """The groups in the cache, one by one, against whole operations one after the other: the same bits."""
+    parameters = torch.float32 if dtype == torch.bfloat16 else dtype
+    layers = [trained_layer(6, splits, parameters) for _ in range(2)]
+    inputs = [images(8, 6, 4, dtype).requires_grad_() for _ in range(2)]
+    residuals = [images(8, 6, 4, dtype).flip(1).neg().requires_grad_() for _ in range(2)]
+    upstream = images(8, 6, 4, dtype).flip(0)
+
+    found = layers[0](inputs[0], relu, residuals[0] if with_residual else None)
+    wanted = layers[1]._groups(inputs[1])
+    wanted = wanted + residuals[1] if with_residual else wanted
+    wanted = wanted.relu() if relu else wanted
+    assert torch.equal(found, wanted)
+    found.backward(upstream)
+    wanted.backward(upstream)
+    gradients = [(x.grad, residual.grad) for x, residual in zip(inputs, residuals, strict=True)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert torch.equal(ours, theirs)
+            assert ours.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)  # sums of the groups, in another order
+    for ours, theirs in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+        assert torch.equal(ours, theirs)
