@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 from pipelines.errors import DataError
 
 PREFETCHED = 4  # tasks waiting for each worker
+DEATH_IS_KNOWN_AFTER_S = 5.0  # at most, under load
 
 
 def start_worker(_: int) -> None:
@@ -44,14 +47,29 @@ def checked(loader: DataLoader) -> Iterator[Any]:
     while True:
         try:
             part = next(parts, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # Besides the loader's own word: a tensor's file descriptor is asked for at the worker that made it, and
+            # when that has died, by the point it had reached, this is refused, reset or at its end.
+            part = _death_among(getattr(parts, "_workers", ()))
+            if part is None:
                 raise
-            reason = str(error).splitlines()[0].rstrip(".")
-            part = DataError(f"{reason}: see whether memory ran out, then start again with --resume")
+            error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the loader's iterator
         if part is None:
             return
         if isinstance(part, DataError):
             del parts  # ends the workers here; from inside a traceback, it would take the loader five seconds
             raise part
         yield part
+
+
+def _death_among(workers: Sequence[BaseProcess]) -> DataError | None:
+    """What to tell of the first worker that is dead; its connections are closed before its end is known."""
+    if not workers:
+        return None
+    connection.wait([worker.sentinel for worker in workers], timeout=DEATH_IS_KNOWN_AFTER_S)
+    for worker in workers:
+        if (code := worker.exitcode) is not None:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            reason = f"DataLoader worker (pid {worker.pid}) {how}"
+            return DataError(f"{reason}: see whether memory ran out, then start again with --resume")
+    return None
