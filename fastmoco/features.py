@@ -25,7 +25,7 @@ def normalised(crops: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (crops.float() / scale - shift).permute(0, 3, 1, 2)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode: a linear probe differentiates what comes back
 def extract(
     function: Callable[[Tensor], Tensor],
     source: CropSource,
@@ -42,8 +42,11 @@ def extract(
     """
     batch = min(BATCH, len(positions))
     padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
-    parts = [
-        function(normalised(crops.images[0], mean, std)).float()
-        for crops in source.crops(eval_plans(index.sizes, padded, batch, side))
-    ]
-    return torch.cat(parts)[: len(positions)]
+    found = None
+    for number, crops in enumerate(source.crops(eval_plans(index.sizes, padded, batch, side))):
+        part = function(normalised(crops.images[0], mean, std)).float()
+        if found is None:  # in one piece, since a list and its concatenation would be held twice
+            found = part.new_empty((len(padded), *part.shape[1:]))
+        found[number * batch : (number + 1) * batch] = part
+    assert found is not None, "no images"
+    return found[: len(positions)]

@@ -31,14 +31,21 @@ def knn_classify(
     bank (N, D) and queries (M, D) float, bank_labels (N,) int64 in [0, num_classes), all on one device
     → (M,) int64. A feature of zeros has similarity 0 to every other. Raises ValueError on other shapes and labels.
     """
+    votes = knn_votes(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=num_classes)
+    return votes.argmax(1)
+
+
+@torch.no_grad()
+def knn_votes(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1, num_classes: int
+) -> Tensor:
+    """The votes of `knn_classify`: (M, num_classes), 0 for a class without a neighbour."""
     _check(bank, bank_labels, queries, k, temperature, num_classes)
     dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
     bank = F.normalize(bank.to(dtype), dim=1)
     chunk = max(1, _CHUNK_BYTES // (len(bank) * bank.element_size()))
-    predictions = [
-        _classify(bank, bank_labels, part.to(dtype), k, temperature, num_classes) for part in queries.split(chunk)
-    ]
-    return torch.cat(predictions)
+    votes = [_votes(bank, bank_labels, part.to(dtype), k, temperature, num_classes) for part in queries.split(chunk)]
+    return torch.cat(votes)
 
 
 def knn_accuracy(
@@ -56,13 +63,12 @@ def knn_accuracy(
     return 100 * (found == labels).double().mean().item()
 
 
-def _classify(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
+def _votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
     with torch.autocast(bank.device.type, enabled=False):
         similarity = F.normalize(queries, dim=1) @ bank.T
     values, neighbours = similarity.topk(min(k, len(bank)), dim=1)
     weights = ((values - values[:, :1]) / temperature).exp()
-    votes = weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[neighbours], weights)
-    return votes.argmax(1)
+    return weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[neighbours], weights)
 
 
 def _check(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> None:
