@@ -21,6 +21,7 @@ from benchmarks.plain import PlainStep, Task
 from benchmarks.resources import device_memory, peak_resident_bytes, reset_peak_resident, resident_bytes
 from fastmoco.encoder import build_encoder
 from fastmoco.graph import GraphedStep
+from fastmoco.host_memory import keep_freed_memory
 from fastmoco.key_queue import KeyQueue
 from fastmoco.moco import MoCo
 from fastmoco.step import TrainStep
@@ -40,8 +41,9 @@ BATCHES = 4  # different ones, so that no step finds its input in a cache
 class Rung:
     """One step of the ladder; `build` is given the task, the device, the 16-bit type and the compile mode.
 
-    dtype      another 16-bit type than the ladder's
-    cuda_only  whether it is left out on a CPU
+    dtype         another 16-bit type than the ladder's
+    keeps_memory  whether malloc keeps what is freed (`fastmoco.host_memory`), as `fastmoco train` has it on a CPU
+    only_on       "cuda" or "cpu", where the change means something on one of them alone
     """
 
     name: str
@@ -50,7 +52,8 @@ class Rung:
     channels_last: bool = True
     low_precision: bool = True
     dtype: torch.dtype | None = None
-    cuda_only: bool = False
+    keeps_memory: bool = False
+    only_on: str | None = None
 
 
 def _ours(
@@ -95,15 +98,16 @@ LADDER = (
     Rung("one-pass", "+ SGD and EMA in one pass",
          lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h, one_pass=True)),
     Rung("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h)),
-    Rung("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c)),
+    Rung("kept-memory", "+ freed memory kept", lambda t, d, h, c: _ours(t, d, h), keeps_memory=True, only_on="cpu"),
+    Rung("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c), keeps_memory=True),
     Rung("triton", "TrainStep with Triton kernels", lambda t, d, h, c: _ours(t, d, h, kernels="triton"),
-         cuda_only=True),
+         only_on="cuda"),
     Rung("graph", "+ one CUDA graph", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
-         cuda_only=True),
+         only_on="cuda"),
     Rung("graph-fp16", "the same in float16", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
-         dtype=torch.float16, cuda_only=True),
+         dtype=torch.float16, only_on="cuda"),
     Rung("compile-graph", "compiled encoders, one CUDA graph",
-         lambda t, d, h, c: _ours(t, d, h, c, kernels="triton", graph=True), cuda_only=True),
+         lambda t, d, h, c: _ours(t, d, h, c, kernels="triton", graph=True), only_on="cuda"),
 )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ class Climber:
     def __init__(
         self, rung: Rung, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
     ) -> None:
-        self._task, self._device = task, device
+        self._task, self._device, self._keeps_memory = task, device, rung.keeps_memory
         dtype = rung.dtype or dtype
         memory = _Memory(device)
         began = time.perf_counter()
@@ -129,6 +133,7 @@ class Climber:
         self._calls = max(1, round(seconds / step_s))
 
     def step(self) -> None:
+        keep_freed_memory(self._keeps_memory and self._device.type == "cpu")
         self._step(next(self._views))
 
     def __call__(self) -> Reading:

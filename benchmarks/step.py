@@ -151,7 +151,7 @@ def _climb(ladder: Ladder, settings: Settings, device: torch.device, console: Co
     }
     climbers, left_out, began = {}, {}, time.monotonic()
     for rung in ladder.rungs:
-        if rung.cuda_only and device.type != "cuda":
+        if rung.only_on not in (None, device.type):
             continue
         left_s = None if ladder.build_limit_s is None else ladder.build_limit_s - (time.monotonic() - began)
         try:

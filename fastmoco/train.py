@@ -23,6 +23,7 @@ from fastmoco.device import DTYPES, describe, make_deterministic, pick_device
 from fastmoco.errors import CheckpointError, ConfigError, DeviceError, DivergedError, ExitCode, Preempted, exit_code
 from fastmoco.files import temporary
 from fastmoco.graph import GraphedStep
+from fastmoco.host_memory import keep_freed_memory
 from fastmoco.metrics import MetricsWriter, read_metrics
 from fastmoco.monitor import Monitor
 from fastmoco.pictures import curves, views_grid
@@ -30,7 +31,7 @@ from fastmoco.report import end_facts, evaluation_line, start_facts
 from fastmoco.resolve import resolve
 from fastmoco.rundir import RunDirectory, default_run_name, read_status
 from fastmoco.schedules import ema_momentum_at, lr_at
-from fastmoco.state import build_state, fingerprint
+from fastmoco.state import build_state
 from fastmoco.stop import StopFlag
 from pipelines.augment import AUGMENTATIONS, with_scale
 from pipelines.backends import open_pipeline, open_source
@@ -55,6 +56,8 @@ def train(config: RunConfig, console: Console) -> Path:
         make_deterministic()
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    if device.type == "cpu":
+        keep_freed_memory()
     data = config.data
     dataset = load_dataset(data.data, data_root=data.data_root, limit=data.limit, bad_images=data.bad_images)
     config, reasons = resolve(config, dataset.train, device)
@@ -116,10 +119,11 @@ class Trainer:
         source = open_source(data.pipeline, dataset.train, side, device, data.workers)
         self.pipeline = open_pipeline(data.pipeline, dataset.train, planner, source, side, device, dtype, data.workers)
         self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, device, dtype)
-        self.state = build_state(config, device, fingerprint(dataset.train))
+        self.state = build_state(config, device, dataset.train)
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
         self.clock = StepClock(batch)
-        self.chance_loss = math.log((model.moco_k or 0) + 1) * (2 if model.symmetric else 1)
+        choices = (model.moco_k or 0) + (model.mechanism != "end-to-end")  # there the positive is one of the K keys
+        self.chance_loss = math.log(choices) * (2 if model.symmetric else 1)
         self._failed_saves, self._saved_at = 0, -math.inf
         self._ledger, self._replaced = dataset.train.ledger, 0
 
@@ -233,6 +237,7 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             milestones=optim.schedule or (),
             warmup_epochs=optim.warmup_epochs,
+            final_lr=optim.final_lr,
         )
 
     def _ema_momentum(self) -> float:
