@@ -89,6 +89,11 @@ class ModelConfig:
     """Softmax temperature (None: from the data)."""
     symmetric: bool = False
     """Use each view once as query and once as key; two queries an image."""
+    mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"
+    """Where keys come from: a queue filled by a key encoder that follows (MoCo), the batch itself with gradients into
+    both encoders, or a bank with one stored feature an image."""
+    bank_m: float = 0.5
+    """Momentum of a stored feature, with --mechanism memory-bank."""
     bn_splits: int | None = None
     """Groups of a batch that are normalised apart, as if on so many devices; 1 is plain batch norm."""
 
@@ -101,8 +106,26 @@ class ModelConfig:
         require(self, "moco_m", lambda v: 0 <= v <= 1, "a number from 0 to 1", "the authors use 0.999")
         require(self, "moco_t", lambda v: v > 0, "a temperature above 0", "the authors use 0.07, and 0.2 in v2")
         require(self, "bn_splits", lambda v: v > 0, "1 or more", "1 is plain batch norm")
+        require(self, "bank_m", lambda v: 0 <= v < 1, "a number from 0 to below 1", "Wu et al. use 0.5")
         if self.mlp and self.head is not None:
             raise ConfigError("--mlp and --head both define the projection head: drop one of the two")
+        self._check_mechanism()
+
+    def _check_mechanism(self) -> None:
+        """Refuse settings of the queue's key encoder where there is none."""
+        if self.mechanism == "queue":
+            return
+        if self.moco_m not in (None, 0.0) or self.moco_m_cos:
+            found = "--moco-m-cos is set" if self.moco_m_cos else f"--moco-m is {self.moco_m:g}"
+            raise ConfigError(
+                f"{found}, and --mechanism {self.mechanism} has no key encoder that follows slowly: use --moco-m 0 "
+                "--no-moco-m-cos, or --mechanism queue"
+            )
+        if self.mechanism == "memory-bank" and self.symmetric:
+            raise ConfigError(
+                "--symmetric exchanges queries and keys of a batch, and with --mechanism memory-bank keys come from "
+                "the bank: use --no-symmetric, or --mechanism queue"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +143,9 @@ class OptimConfig:
     epochs: int | None = None
     """Passes over the data (None: from the data)."""
     cos: bool = False
-    """Lower the learning rate to 0 along a half cosine."""
+    """Lower the learning rate to --final-lr along a half cosine."""
+    final_lr: float = 0.0
+    """Where --cos ends."""
     schedule: tuple[int, ...] | None = None
     """Epochs at which the learning rate is divided by 10."""
     warmup_epochs: int = 0
@@ -132,6 +157,7 @@ class OptimConfig:
         check_types(self)
         require(self, "batch_size", lambda v: v >= 2, "2 or more", "batch norm has no statistics of one image")
         require(self, "lr", lambda v: v > 0, "a number above 0", "the authors use 0.03 for a batch of 256")
+        require(self, "final_lr", lambda v: v >= 0, "0 or more")
         require(self, "wd", lambda v: v >= 0, "0 or more", "the authors use 0.0001")
         require(self, "sgd_momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1", "the authors use 0.9")
         require(self, "epochs", lambda v: v > 0, "1 or more")
@@ -140,6 +166,12 @@ class OptimConfig:
         require(self, "schedule", lambda v: list(v) == sorted({*v}) and all(e > 0 for e in v), rising)
         if self.cos and self.schedule is not None:
             raise ConfigError("--cos and --schedule both define the learning rate: drop one of the two")
+        if self.final_lr and (self.schedule is not None or self.final_lr > (self.lr or self.final_lr)):
+            found = "--schedule ends elsewhere" if self.schedule is not None else f"the start, --lr, is {self.lr:g}"
+            raise ConfigError(
+                f"--final-lr is {self.final_lr:g}, the end of a cosine that falls, and {found}: use --cos with a "
+                "--final-lr below --lr"
+            )
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
                 f"--warmup-epochs is {self.warmup_epochs}, expected fewer than the {self.epochs} of --epochs: lower it"

@@ -5,11 +5,16 @@ K queue · C embedding · N keys that enter
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.errors import ConfigError
+from fastmoco.mechanisms import Contrast
+from fastmoco.moco import MoCo
+from pipelines.views import Views
 
 
 class KeyQueue(nn.Module):
@@ -20,6 +25,8 @@ class KeyQueue(nn.Module):
     He et al. 2020, algorithm 1 (`enqueue`, `dequeue`).
     """
 
+    NAME: ClassVar[str] = "queue"
+    TWINS: ClassVar[bool] = False
     keys: Tensor
     pointer: Tensor
 
@@ -29,6 +36,14 @@ class KeyQueue(nn.Module):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
+        """Fresh keys are the positives, all that the queue holds the negatives."""
+        return [Contrast(q, k, self.keys) for q, k in model(views, symmetric)]
+
+    def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
+        """The keys of the step enter; as in the authors' symmetric code, those of view 0 before those of view 1."""
+        self.enqueue(torch.cat([contrast.k for contrast in reversed(contrasts)]), ok)
 
     @torch.no_grad()
     def enqueue(self, k: Tensor, ok: Tensor | None = None) -> None:

@@ -19,15 +19,21 @@ class MoCo(nn.Module):
     """A query encoder that learns, and a key encoder that starts as its copy and follows it (`fastmoco.momentum`).
 
     Both stay in training mode: the key encoder normalises with the statistics of its batch too.
+
+    With `twins`, for end-to-end training, keys have a gradient too: the key encoder is the query encoder's twin, of the
+    same weights at every step, and `TrainStep` adds up the gradients of both.
     """
 
-    def __init__(self, query: Encoder) -> None:
+    def __init__(self, query: Encoder, *, twins: bool = False) -> None:
         super().__init__()
         self.query = query
-        self.key = copy.deepcopy(query).requires_grad_(False)
+        self.key = copy.deepcopy(query).requires_grad_(twins)
+        self.twins = twins
 
     def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (q, k), each (B, C) float32 of unit norm with row i of both from the same image; k has no gradient.
+        """Pairs (q, k), each (B, C) float32 of unit norm with row i of both from the same image.
+
+        k has a gradient only where the encoders are twins.
 
         Asymmetric, one pair in the order of `views.query`:
 
@@ -40,14 +46,18 @@ class MoCo(nn.Module):
         In each pair one side went through its encoder in the shuffled order, so that split batch norm groups a query
         and its key with different images (He et al. 2020, section 3.3, "Shuffling BN").
         """
-        pairs = [(_embed(self.query, views.query), _unshuffle(self._keys(views.key), views.key_order))]
+        pairs = [(self.queries(views.query), _unshuffle(self._keys(views.key), views.key_order))]
         if symmetric:
-            pairs.append((_embed(self.query, views.key), self._keys(views.query)[views.key_order]))
+            pairs.append((self.queries(views.key), self._keys(views.query)[views.key_order]))
         return pairs
 
-    @torch.no_grad()
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, C) of unit norm, with gradient."""
+        return _embed(self.query, x)
+
     def _keys(self, x: Tensor) -> Tensor:
-        return _embed(self.key, x)
+        with torch.set_grad_enabled(self.twins and torch.is_grad_enabled()):
+            return _embed(self.key, x)
 
 
 def _embed(encoder: Encoder, x: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def start_facts(
     head = " → ".join(str(layer.out_features) for layer in query.head if isinstance(layer, torch.nn.Linear))
     width = f" × {model.width:g}" if model.width != 1 else ""
     twice = ", symmetric" if model.symmetric else ""
-    queue = f"{model.moco_k:,} keys, m {model.moco_m:g}, T {model.moco_t:g}{twice}"
+    following = {"queue": f"m {model.moco_m:g}", "memory-bank": f"m {model.bank_m:g}"}.get(model.mechanism, "twins")
+    queue = f"{model.moco_k:,} keys, {following}, T {model.moco_t:g}{twice}"
     sgd = f"SGD, lr {optim.lr:g}, wd {optim.wd:g}, {optim.epochs} epochs"
     facts = [
         Fact("data", dataset.train.describe(), dataset.indexing),
@@ -47,7 +48,7 @@ def start_facts(
         Fact("encoder", f"{model.arch}{width}, {parameters / 1e6:.1f} M parameters", reasons.get("arch", "")),
         Fact("stem", str(model.stem), reasons.get("stem", "")),
         Fact("head", f"{query.feature_dim} → {head}"),
-        Fact("queue", queue, reasons.get("moco_k", "")),
+        Fact(model.mechanism.replace("-", " "), queue, reasons.get("moco_k", "")),
         Fact("batch", f"{optim.batch_size} images, {model.bn_splits} batch norm splits"),
         Fact("optimiser", sgd, reasons.get("lr", "")),
         Fact("device", f"{describe(device)}, {config.run.amp}, {_step(config)}"),

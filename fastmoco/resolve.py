@@ -50,7 +50,10 @@ def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tupl
     if given["lr"] is None and batch != values["batch_size"]:
         filled["lr"] = values["lr"] * batch / values["batch_size"]
         reasons["lr"] = f"{values['lr']:g} for a batch of {values['batch_size']}, scaled to {batch}"
-    filled["moco_k"] = _queue_size(config, filled.get("moco_k"), len(images))
+    if given["mechanism"] != "queue":
+        filled["moco_m"] = 0.0
+    filled["moco_k"], why = _dictionary_size(config, filled.get("moco_k"), len(images), batch)
+    reasons |= {"moco_k": why} if why else {}
     if given["stem"] == "auto":
         filled["stem"] = "cifar" if small else "imagenet"
         reasons["stem"] = f"crops of {side} pixels"
@@ -112,15 +115,41 @@ def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:
     }
 
 
-def _queue_size(config: RunConfig, usual: int | None, images: int) -> int:
-    """A queue holds every image at most once, so that no key is a negative of its own image's query."""
-    given = config.model.moco_k
+def _dictionary_size(config: RunConfig, usual: int | None, images: int, batch: int) -> tuple[int, str]:
+    """K, and the reason where the mechanism determines it.
+
+    A queue holds every image at most once, so that no key is a negative of its own image's query.
+    """
+    given, mechanism = config.model.moco_k, config.model.mechanism
+    if mechanism == "end-to-end":
+        return _batch_as_dictionary(given, batch), "the dictionary is the batch"
+    if mechanism == "memory-bank" and images == batch:
+        raise ConfigError(
+            f"--batch-size {batch} is all the images, and --mechanism memory-bank draws its negatives from those "
+            f"outside the batch: use --batch-size {max(2, batch // 2)} or less"
+        )
     if given is None:
         assert usual is not None
-        return min(usual, images)
+        return min(usual, images), ""
     if given > images and not config.run.allow_large_queue:
         raise ConfigError(
             f"--moco-k {given} is larger than the {images:,} images, so that an image would be its own negative: "
             f"use --moco-k {images} or less, or --allow-large-queue"
         )
-    return given
+    return given, ""
+
+
+def _batch_as_dictionary(given: int | None, batch: int) -> int:
+    """K of end-to-end training, which is the batch: a gradient reaches the keys of this step and no others."""
+    if given in (None, batch):
+        return batch
+    if given > batch:
+        raise ConfigError(
+            f"--moco-k {given} is larger than the batch of {batch}: with --mechanism end-to-end the dictionary is the "
+            "batch, because every key needs its gradient, so a large one takes the memory of a large batch: use "
+            f"--moco-k {batch}, --batch-size {given}, or --mechanism queue"
+        )
+    raise ConfigError(
+        f"--moco-k {given} is smaller than the batch of {batch}: with --mechanism end-to-end the dictionary is the "
+        f"batch: use --moco-k {batch} or --batch-size {given}"
+    )

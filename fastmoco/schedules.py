@@ -23,13 +23,16 @@ def lr_at(
     steps_per_epoch: int,
     milestones: Sequence[int] = (),
     warmup_epochs: int = 0,
+    final_lr: float = 0.0,
     per_step: bool = False,
 ) -> float:
     """The learning rate of a step.
 
-        cosine    base_lr · ½ (1 + cos(π (e − w) / (E − w)))         Loshchilov and Hutter 2017, without restarts
+        cosine    final_lr + (base_lr − final_lr) · ½ (1 + cos(π (e − w) / (E − w)))
         step      base_lr · 0.1 ^ (number of milestones ≤ e)
         constant  base_lr
+
+    The first is that of Loshchilov and Hutter 2017, equation 5, without restarts.
 
     e is the epoch, a whole number as in the authors' code, or with `per_step` the fraction step / steps_per_epoch;
     E = epochs, w = warmup_epochs. In the first w epochs the rate is base_lr · (step + 1) / (w · steps_per_epoch), which
@@ -40,7 +43,7 @@ def lr_at(
         return base_lr * (step + 1) / warmup_steps
     epoch = step / steps_per_epoch if per_step else step // steps_per_epoch
     if schedule == "cosine":
-        return base_lr * _half_cosine((epoch - warmup_epochs) / (epochs - warmup_epochs))
+        return final_lr + (base_lr - final_lr) * _half_cosine((epoch - warmup_epochs) / (epochs - warmup_epochs))
     if schedule == "step":
         return base_lr * 0.1 ** sum(milestone <= epoch for milestone in milestones)
     if schedule == "constant":

@@ -17,6 +17,7 @@ from fastmoco.device import DTYPES
 from fastmoco.encoder import build_encoder, feature_dim
 from fastmoco.errors import CheckpointError
 from fastmoco.key_queue import KeyQueue
+from fastmoco.mechanisms import BatchKeys, Dictionary, MemoryBank
 from fastmoco.moco import MoCo
 from fastmoco.rundir import versions
 from fastmoco.step import TrainStep
@@ -25,14 +26,14 @@ from pipelines.image_index import ImageIndex
 
 @dataclass
 class TrainState:
-    """Model, queue, optimiser and sums; `step` counts the steps that are done.
+    """Model, dictionary, optimiser and sums; `step` counts the steps that are done.
 
     There is no state of a loader or of a random number generator: what a step sees follows from (seed, step).
     """
 
     config: RunConfig
     model: MoCo
-    queue: KeyQueue
+    dictionary: Dictionary
     train_step: TrainStep
     data_fingerprint: str
     step: int = 0
@@ -40,7 +41,8 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors by the names they have in a checkpoint."""
         named = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        named |= {f"queue/{name}": tensor for name, tensor in self.queue.state_dict().items()}
+        kept = self.dictionary.state_dict()
+        named |= {f"{self.dictionary.NAME}/{name}": tensor for name, tensor in kept.items()}
         for group, tensors in self.train_step.state_dict().items():
             named |= {f"step/{group}/{name}": tensor for name, tensor in tensors.items()}
         return named
@@ -85,23 +87,25 @@ class TrainState:
             )
 
 
-def build_state(config: RunConfig, device: torch.device, data_fingerprint: str) -> TrainState:
-    """Step 0 of a run: weights, queue and training step, all from the seed. `config` has no open fields."""
+def build_state(config: RunConfig, device: torch.device, images: ImageIndex) -> TrainState:
+    """Step 0 of a run on these images: weights, dictionary and training step, all from the seed.
+
+    `config` has no open fields.
+    """
     m, optim = config.model, config.optim
     assert m.arch is not None
     assert m.bn_splits is not None
-    assert m.moco_k is not None
     assert m.moco_t is not None
     assert optim.wd is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
         query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
-        queue = KeyQueue(m.moco_k, m.moco_dim, torch.Generator().manual_seed(config.run.seed))
-    model, queue = MoCo(query).to(device), queue.to(device)
+    dictionary = _build_dictionary(config, len(images)).to(device)
+    model = MoCo(query, twins=dictionary.TWINS).to(device)
     train_step = TrainStep(
         model,
-        queue,
+        dictionary,
         temperature=m.moco_t,
         symmetric=m.symmetric,
         sgd_momentum=optim.sgd_momentum,
@@ -112,7 +116,19 @@ def build_state(config: RunConfig, device: torch.device, data_fingerprint: str) 
         kernels=config.run.kernels,
         checkpoint_activations=config.run.checkpoint_activations,
     )
-    return TrainState(config, model, queue, train_step, data_fingerprint)
+    return TrainState(config, model, dictionary, train_step, fingerprint(images))
+
+
+def _build_dictionary(config: RunConfig, images: int) -> KeyQueue | BatchKeys | MemoryBank:
+    """What keys and negatives come from, on the CPU, so that the random ones of the start are the same everywhere."""
+    m, seed = config.model, config.run.seed
+    if m.mechanism == "end-to-end":
+        return BatchKeys()
+    assert m.moco_k is not None
+    generator = torch.Generator().manual_seed(seed)
+    if m.mechanism == "memory-bank":
+        return MemoryBank(images, m.moco_dim, generator, negatives=m.moco_k, momentum=m.bank_m, seed=seed)
+    return KeyQueue(m.moco_k, m.moco_dim, generator)
 
 
 def fingerprint(images: ImageIndex) -> str:

@@ -1,12 +1,12 @@
 """One training step, from views to the next parameters, without a host read.
 
-B batch · C embedding · K queue · N keys of a step (B, or 2B when symmetric)
+B batch · C embedding · K negatives · N keys of a step (B, or 2B when symmetric)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch import Tensor
 from fastmoco.batchnorm import use_kernels
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.flat import FlatParameters
-from fastmoco.info_nce import info_nce
+from fastmoco.info_nce import in_batch_info_nce, info_nce
 from fastmoco.kernels import check_kernels
-from fastmoco.key_queue import KeyQueue
+from fastmoco.mechanisms import Contrast, Dictionary
 from fastmoco.moco import MoCo
 from fastmoco.momentum import MomentumUpdate
 from pipelines.views import Views
@@ -46,9 +46,13 @@ class LossScaler:
         self.good_steps.copy_(torch.where(grow, 0, good_steps))
 
 
-class TrainStep:
+D = TypeVar("D", bound=Dictionary)
+
+
+class TrainStep(Generic[D]):
     """`step(views, lr, ema_momentum)`: forward, InfoNCE, backward, update, enqueue.
 
+    dictionary              where keys and negatives come from: a `KeyQueue`, or another of `fastmoco.mechanisms`
     temperature             τ of InfoNCE
     symmetric               exchange the views too; the losses add up, both sets of keys enter the queue
     sgd_momentum            momentum of SGD
@@ -60,18 +64,21 @@ class TrainStep:
                             torch's batch norm, which the compiler fuses itself: for them, loss and update alone
     checkpoint_activations  keep less for the backward and compute it again (`fastmoco.encoder.Backbone`)
 
-    A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics,
-    queue and pointer stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
+    A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics and
+    dictionary stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
     the host learns of it from `read_metrics`.
 
-    The model and the queue must be on their device. The model's parameters move into flat buffers here: load weights
-    into it before or after, but do not move it again.
+    Where the encoders are twins, both learn: the gradients of the two add up, and the key encoder is given the query
+    encoder's new weights whatever ema_momentum is.
+
+    The model and the dictionary must be on their device. The model's parameters move into flat buffers here: load
+    weights into it before or after, but do not move it again.
     """
 
     def __init__(
         self,
         model: MoCo,
-        queue: KeyQueue,
+        dictionary: D,
         *,
         temperature: float,
         symmetric: bool,
@@ -87,18 +94,20 @@ class TrainStep:
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
         if temperature <= 0:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
-        check_kernels(kernels, queue.keys.device)
+        assert model.twins == dictionary.TWINS, "keys have a gradient where their mechanism needs one, and only there"
+        self.device = next(model.parameters()).device
+        check_kernels(kernels, self.device)
         mode = _COMPILE_MODES[compile]
         assert mode is None or not checkpoint_activations, "a compiled forward decides itself what it keeps"
         self.model = model.train()
-        self.queue = queue
+        self.dictionary = dictionary
         self.temperature = temperature
         self.symmetric = symmetric
         self.dtype = dtype
-        self.device = queue.keys.device
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
-        assert self.query.values.device == self.device, (self.query.values.device, self.device)
+        elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
+        assert not elsewhere, (elsewhere, self.device)
         self.update = MomentumUpdate(
             self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=kernels
         )
@@ -108,10 +117,12 @@ class TrainStep:
 
             self._info_nce = info_nce_triton.info_nce
         use_kernels(model, kernels if mode is None else "torch")
-        model.query.backbone.checkpoint_activations = checkpoint_activations
+        for encoder in (model.query, model.key):  # of the key encoder, only where its keys have a gradient
+            encoder.backbone.checkpoint_activations = checkpoint_activations
         self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._no_momentum = torch.zeros_like(self.ema_momentum)
         # Counts are float64, exact to 2^53, so that one stacked tensor brings them all to the host.
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in _SUMS}
         if mode is not None:
@@ -133,28 +144,36 @@ class TrainStep:
         statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
 
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            pairs = self.model(views, self.symmetric)
-        loss = torch.stack([self._info_nce(q, k, self.queue.keys, self.temperature) for q, k in pairs]).sum()
+            contrasts = self.dictionary.contrasts(self.model, views, self.symmetric)
+        loss = torch.stack([self._loss(contrast) for contrast in contrasts]).sum()
         scale = None if self.scaler is None else self.scaler.scale
         (loss if scale is None else loss * scale).backward()
         loss = loss.detach()
+        if self.key.grads is not None:
+            self.query.grads.add_(self.key.grads)
+            self.key.grads.zero_()
         # The largest magnitude, one pass without a temporary: NaN and infinity both come through. That the gradients
         # are still scaled changes no verdict, because the scale is 1 or more.
         ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
 
-        self.update(self.lr, self.ema_momentum, ok, scale)
+        self.update(self.lr, self._no_momentum if self.model.twins else self.ema_momentum, ok, scale)
         for flat, before in zip((self.query, self.key), statistics, strict=True):
             flat.buffers.copy_(torch.where(ok, flat.buffers, before))
-        # As in the authors' symmetric code, the keys of view 0 enter before those of view 1.
-        self.queue.enqueue(torch.cat([k for _, k in reversed(pairs)]), ok)
+        self.dictionary.remember(contrasts, views, ok)
         if self.scaler is not None:
             self.scaler.update(ok)
         self._count(loss, ok)
 
+    def _loss(self, contrast: Contrast) -> Tensor:
+        q, k, negatives = contrast
+        if negatives is None:
+            return in_batch_info_nce(q, k, self.temperature)
+        return self._info_nce(q, k, negatives, self.temperature)
+
     def changed_tensors(self) -> list[Tensor]:
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
-        assert self.query.grads is not None
-        tensors = [self.query.grads, self.update.momentum_buffer, self.queue.keys, self.queue.pointer]
+        tensors = [self.update.momentum_buffer, *self.dictionary.state_dict().values()]
+        tensors += [flat.grads for flat in (self.query, self.key) if flat.grads is not None]
         tensors += [tensor for flat in (self.query, self.key) for tensor in (flat.values, flat.buffers)]
         tensors += self._sums.values()
         if self.scaler is not None:
@@ -189,7 +208,7 @@ class TrainStep:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The step's own state, live tensors: momentum buffer by parameter name, loss scaler, sums.
 
-        Model and queue are saved by who owns them.
+        Model and dictionary are saved by who owns them.
         """
         torn = "the model was moved, or its gradients set to None, after the step took over its parameters"
         assert self.query.is_intact(), torn

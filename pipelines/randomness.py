@@ -15,8 +15,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike
 
-_ROUND_A, _ROUND_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
+WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85
+_ROUND_A, _ROUND_B = np.uint64(ROUND_A), np.uint64(ROUND_B)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
@@ -29,6 +30,7 @@ class Domain(IntEnum):
     ORDER = 2
     SHUFFLE = 3
     SUBSET = 4
+    NEGATIVES = 5
 
 
 def philox(
@@ -51,7 +53,7 @@ def philox_words(counters: list[np.ndarray] | tuple[np.ndarray, ...], key: tuple
     for _ in range(10):
         a, b = c0 * _ROUND_A, c2 * _ROUND_B
         c0, c1, c2, c3 = (b >> _32) ^ c1 ^ np.uint64(k0), b & _LOW, (a >> _32) ^ c3 ^ np.uint64(k1), a & _LOW
-        k0, k1 = (k0 + _WEYL_A) & 0xFFFFFFFF, (k1 + _WEYL_B) & 0xFFFFFFFF
+        k0, k1 = (k0 + WEYL_A) & 0xFFFFFFFF, (k1 + WEYL_B) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 

@@ -102,7 +102,7 @@ def test_capturing_leaves_the_state_as_it_was(dtype: torch.dtype) -> None:
 def test_every_tensor_that_a_run_changes_is_listed() -> None:
     step = started(dtype=torch.float16)
     listed = {tensor.untyped_storage().data_ptr() for tensor in step.changed_tensors()}
-    live = {**step.model.state_dict(), **step.queue.state_dict()}
+    live = {**step.model.state_dict(), **step.dictionary.state_dict()}
     live |= {n: t for named in step.state_dict().values() for n, t in named.items()}
     before = {name: tensor.clone() for name, tensor in live.items()}
     step(batches(2)[1], LR, EMA)
@@ -192,7 +192,7 @@ def test_a_cuda_graph_follows_the_eager_step(kernels: str, compile: str, dtype: 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         if number == 0:
-            torch.testing.assert_close(captured.queue.keys, eager.queue.keys, rtol=close, atol=close)
+            torch.testing.assert_close(captured.dictionary.keys, eager.dictionary.keys, rtol=close, atol=close)
             torch.testing.assert_close(captured.query.buffers, eager.query.buffers, rtol=close, atol=close)
             first, wanted = captured.read_metrics(), eager.read_metrics()
             assert first["skipped_steps"] == wanted["skipped_steps"]
@@ -202,8 +202,8 @@ def test_a_cuda_graph_follows_the_eager_step(kernels: str, compile: str, dtype: 
     assert found["steps"] == wanted["steps"] == 99
     assert found["loss"] == pytest.approx(wanted["loss"], rel=0.05)
     if dtype != torch.float16:  # two trajectories of float16 may skip different steps
-        assert captured.queue.pointer.item() == eager.queue.pointer.item()
-        assert torch.nn.functional.cosine_similarity(captured.queue.keys, eager.queue.keys).mean() > 0.95
+        assert captured.dictionary.pointer.item() == eager.dictionary.pointer.item()
+        assert torch.nn.functional.cosine_similarity(captured.dictionary.keys, eager.dictionary.keys).mean() > 0.95
     assert captured.query.is_intact()
     assert captured.key.is_intact()
 
@@ -234,4 +234,4 @@ def test_activations_are_computed_again_inside_a_cuda_graph(kernels: str) -> Non
         for batch in views:
             captured(batch, LR, EMA)
     torch.testing.assert_close(steps[0].query.buffers, steps[1].query.buffers, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(steps[0].queue.keys, steps[1].queue.keys, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(steps[0].dictionary.keys, steps[1].dictionary.keys, rtol=1e-3, atol=1e-3)

@@ -57,7 +57,7 @@ def test_error_of_a_float16_step_is_no_larger_than_without_kernels(require_backe
         assert step.read_metrics()["skipped_steps"] == 0
     for ours_is, plain_is, truth in (
         (ours.query.buffers, plain.query.buffers, exact.query.buffers),
-        (ours.queue.keys, plain.queue.keys, exact.queue.keys),
+        (ours.dictionary.keys, plain.dictionary.keys, exact.dictionary.keys),
     ):
         assert relative_error(ours_is, truth) <= 1.3 * relative_error(plain_is, truth) + 1e-3
     assert relative_error(ours.update.momentum_buffer, exact.update.momentum_buffer) <= 0.5

@@ -55,7 +55,7 @@ def make_step(
 def whole_state(step: TrainStep) -> dict[str, Tensor]:
     """Everything a step may change, copied."""
     state = {f"model.{n}": t for n, t in step.model.state_dict().items()}
-    state |= {f"queue.{n}": t for n, t in step.queue.state_dict().items()}
+    state |= {f"queue.{n}": t for n, t in step.dictionary.state_dict().items()}
     state |= {f"momentum.{n}": t for n, t in step.state_dict()["momentum_buffer"].items()}
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
@@ -72,11 +72,11 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 def reference_of(step: TrainStep, *, bn_splits: int, symmetric: bool, lr: float = LR) -> ReferenceMoCo:
     """The paper's algorithm from the state that `step` starts in."""
-    backbone = narrow_resnet("resnet18", 0.125, bn_splits).to(step.queue.keys.dtype)
+    backbone = narrow_resnet("resnet18", 0.125, bn_splits).to(step.dictionary.keys.dtype)
     backbone.load_state_dict(step.model.query.backbone.state_dict())
     f_q = nn.Sequential(backbone, copy.deepcopy(step.model.query.head))
     return ReferenceMoCo(
-        f_q, copy.deepcopy(f_q), step.queue.keys.clone(), lr=lr, ema_momentum=EMA, symmetric=symmetric, **HYPER
+        f_q, copy.deepcopy(f_q), step.dictionary.keys.clone(), lr=lr, ema_momentum=EMA, symmetric=symmetric, **HYPER
     )
 
 
@@ -85,7 +85,7 @@ def follow(reference: ReferenceMoCo, step: TrainStep) -> None:
     for ours, theirs in ((step.model.query, reference.f_q), (step.model.key, reference.f_k)):
         for source, target in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
             target.copy_(source)
-    reference.queue.copy_(step.queue.keys)
+    reference.queue.copy_(step.dictionary.keys)
     buffers = step.state_dict()["momentum_buffer"].values()
     for parameter, buffer in zip(reference.f_q.parameters(), buffers, strict=True):
         reference.sgd.state[parameter]["momentum_buffer"] = buffer.clone()
@@ -121,8 +121,8 @@ def test_twenty_steps_are_the_papers(symmetric: bool, bn_splits: int, shuffle: b
         step(views, LR, EMA)
         assert step.read_metrics()["loss"] == pytest.approx(expected, rel=1e-11)
     reference.average_key_encoder()  # our step has done already what the reference does when the next one begins
-    assert step.queue.pointer.item() == reference.pointer
-    torch.testing.assert_close(step.queue.keys, reference.queue, rtol=0, atol=1e-11)
+    assert step.dictionary.pointer.item() == reference.pointer
+    torch.testing.assert_close(step.dictionary.keys, reference.queue, rtol=0, atol=1e-11)
     for ours, theirs in ((step.model.query, reference.f_q), (step.model.key, reference.f_k)):
         for (name, found), expected in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             if not name.endswith("num_batches_tracked"):
@@ -150,7 +150,7 @@ def test_each_of_twenty_float32_steps_is_the_papers(
         assert relative_error(parameters(step.model.query), parameters(reference.f_q)) <= 1e-5
         key = EMA * parameters(reference.f_k) + (1 - EMA) * parameters(reference.f_q)
         assert relative_error(parameters(step.model.key), key) <= 1e-5
-        assert relative_error(step.queue.keys, reference.queue) <= 1e-5
+        assert relative_error(step.dictionary.keys, reference.queue) <= 1e-5
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
@@ -216,12 +216,12 @@ def test_the_scale_grows_after_enough_good_steps() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_falls_on_one_batch(dtype: torch.dtype) -> None:
     step = make_step(dtype=dtype, bn_splits=4)
-    queue = copy.deepcopy(step.queue.state_dict())
+    queue = copy.deepcopy(step.dictionary.state_dict())
     views = random_views(torch.Generator().manual_seed(5))
     losses = []
     for _ in range(15):
         step(views, 0.05, 1.0)  # key encoder and queue stand still: a fixed target
-        step.queue.load_state_dict(queue)
+        step.dictionary.load_state_dict(queue)
         losses.append(step.read_metrics()["loss"])
     losses = [loss for loss in losses if not math.isnan(loss)]  # float16 skips while its scale is too high
     assert len(losses) >= 10
@@ -238,13 +238,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
     straight = make_step(dtype=dtype)
     for views in batches[:2]:
         straight(views, LR, EMA)
-    saved = copy.deepcopy((straight.model.state_dict(), straight.queue.state_dict(), straight.state_dict()))
+    saved = copy.deepcopy((straight.model.state_dict(), straight.dictionary.state_dict(), straight.state_dict()))
     for views in batches[2:]:
         straight(views, LR, EMA)
 
     resumed = make_step(dtype=dtype)
     resumed.model.load_state_dict(saved[0])
-    resumed.queue.load_state_dict(saved[1])
+    resumed.dictionary.load_state_dict(saved[1])
     resumed.load_state_dict(saved[2])
     for views in batches[2:]:
         resumed(views, LR, EMA)
@@ -288,7 +288,7 @@ def test_a_step_reads_nothing_from_the_device(dtype: torch.dtype) -> None:
     with NoHostRead():
         step(views, LR, EMA)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            step.queue.pointer.item()
+            step.dictionary.pointer.item()
     assert step.read_metrics()["steps"] == 1
 
 
