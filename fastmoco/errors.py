@@ -35,6 +35,10 @@ class DeviceError(RuntimeError):
     """The device failed, is absent or ran out of memory."""
 
 
+class RankLostError(RuntimeError):
+    """Another rank of the run is gone, or silent for too long: resumable from the last checkpoint."""
+
+
 class Preempted(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop (SIGTERM or SIGINT), has saved its state and can be resumed."""
 
@@ -48,9 +52,18 @@ _CODES: dict[type[BaseException], ExitCode] = {
     DeviceError: ExitCode.DEVICE,
     torch.OutOfMemoryError: ExitCode.DEVICE,
     Preempted: ExitCode.PREEMPTED,
+    RankLostError: ExitCode.PREEMPTED,
 }
 
 
 def exit_code(error: BaseException) -> ExitCode | None:
     """The exit code of an error that people can do something about; None for a fault of our own."""
     return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+
+
+def error_named(name: str, message: str) -> Exception:
+    """An error that another rank has met, to be raised here too; a fault of our own is one of that rank."""
+    kind = next((kind for kind in _CODES if kind.__name__ == name), None)
+    if kind is None or not issubclass(kind, Exception):
+        return RankLostError(f"another rank failed ({name}: {message.partition(chr(10))[0]}): go on with --resume")
+    return kind(message)
