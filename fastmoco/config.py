@@ -15,7 +15,19 @@ from typing import Any, Literal
 from fastmoco.config_checks import as_object, check_types, group_types, known, parse_json, require
 from fastmoco.errors import ConfigError
 
-Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"]
+Arch = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext50_32x8d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +60,8 @@ class AugmentConfig:
 
     crop_size: int | None = None
     """Side of a view in pixels (None: the images' own if small and uniform, else 224)."""
-    aug: Literal["v1", "v2", "cifar"] | None = None
-    """Augmentation of MoCo v1, of v2, or of the authors' CIFAR demo (None: from the data)."""
+    aug: Literal["v1", "v2", "cifar", "byol"] | None = None
+    """Augmentation of MoCo v1, of v2, of the authors' CIFAR demo, or of BYOL (None: from the data)."""
     aug_plus: bool = False
     """The same as --aug v2."""
     crop_scale_min: float | None = None

@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "resnet101": _Shape(Bottleneck, (3, 4, 23, 3)),
     "resnet152": _Shape(Bottleneck, (3, 8, 36, 3)),
     "resnext50_32x4d": _Shape(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext50_32x8d": _Shape(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=8),  # of the MoCo paper
     "resnext101_32x8d": _Shape(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
     "resnext101_64x4d": _Shape(Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4),
     "wide_resnet50_2": _Shape(Bottleneck, (3, 4, 6, 3), width_per_group=128),

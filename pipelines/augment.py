@@ -76,7 +76,10 @@ V1 = Augmentation(name="v1", scale=(0.2, 1.0), jitter_p=1.0, hue=0.4, grey_first
 V2 = Augmentation(name="v2", scale=(0.2, 1.0), blur_p=0.5)
 # The authors' CIFAR-10 demo.
 CIFAR = Augmentation(name="cifar", scale=(0.08, 1.0), mean=CIFAR_MEAN, std=CIFAR_STD)
-AUGMENTATIONS = {a.name: a for a in (V1, V2, CIFAR)}
+# Grill et al., "Bootstrap your own latent", 2020, table 6. There one view is always blurred and the other at times, and
+# only that one solarised; here each view has the mean of their probabilities, so that either may be the query.
+BYOL = Augmentation(name="byol", scale=(0.08, 1.0), saturation=0.2, blur_p=0.55, solarise_p=0.1)
+AUGMENTATIONS = {a.name: a for a in (V1, V2, CIFAR, BYOL)}
 
 
 def with_scale(augmentation: Augmentation, smallest: float) -> Augmentation:

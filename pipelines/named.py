@@ -61,12 +61,13 @@ def _mnist(name: str, root: Path) -> Dataset:
         "mnist": ("MNIST", {}),
         "fashion-mnist": ("FashionMNIST", {}),
         "emnist": ("EMNIST", {"split": "balanced"}),  # 47 classes of equal size: letters that look alike are merged
+        "emnist-byclass": ("EMNIST", {"split": "byclass"}),  # digits, capitals and small letters: 62 classes
     }[name]
 
     def part(train: bool) -> ImageIndex:
         data = _torchvision(kind, root, train=train, **options)
         grey = data.data.numpy()
-        if name == "emnist":
+        if kind == "EMNIST":
             grey = grey.transpose(0, 2, 1)  # it is distributed lying on its side, mirrored
         pixels = np.repeat(grey[..., None], 3, axis=3)
         return ImageIndex.from_pixels(f"{name}/{_split(train)}", pixels, data.targets.numpy(), tuple(data.classes))
@@ -98,6 +99,7 @@ ARRAYS: dict[str, Callable[[str, Path], Dataset]] = {
     "mnist": _mnist,
     "fashion-mnist": _mnist,
     "emnist": _mnist,
+    "emnist-byclass": _mnist,
 }
 NAMES = (*ARRAYS, "imagenette", "shapes")
 

@@ -70,6 +70,8 @@ def test_flags_are_those_of_the_authors_code() -> None:
         ({"mlp": True, "head": (2048,)}, ["--mlp", "--head"]),
         ({"cos": True, "schedule": (120, 160)}, ["--cos", "--schedule"]),
         ({"schedule": (160, 120)}, ["--schedule", "rising"]),
+        ({"lr": 0.1, "final_lr": 0.2}, ["--final-lr is 0.2", "--lr, is 0.1"]),
+        ({"schedule": (3,), "final_lr": 0.2}, ["--final-lr is 0.2", "--schedule", "--cos"]),
         ({"epochs": 5, "warmup_epochs": 5}, ["--warmup-epochs is 5", "fewer than the 5"]),
         ({"aug_plus": True, "aug": "v1"}, ["--aug-plus", "v1"]),
         ({"resume": True, "overwrite": True}, ["--resume", "--overwrite"]),

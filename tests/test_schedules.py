@@ -26,6 +26,13 @@ def test_cosine_per_step() -> None:
     assert lr(40, "cosine", per_step=True) == pytest.approx(0.0)
 
 
+def test_cosine_ends_where_it_is_told() -> None:
+    # Half of the way from 0.4 to 0.1 after half of the steps.
+    found = [lr(step, "cosine", final_lr=0.1, per_step=True) for step in (0, 20, 40)]
+    assert found == pytest.approx([0.4, 0.25, 0.1])
+    assert lr(39, "cosine", final_lr=0.1) == pytest.approx(0.1 + 0.15 * (1 - math.sqrt(0.5)))
+
+
 def test_milestones_divide_by_ten() -> None:
     # MoCo v1: 0.03, a tenth from epoch 120 on, a hundredth from epoch 160 on.
     options = {"base_lr": 0.03, "epochs": 200, "milestones": (120, 160)}
