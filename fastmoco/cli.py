@@ -18,7 +18,9 @@ USAGE = """usage: fastmoco COMMAND [--debug]
 
   train [RECIPE] [FLAGS]   pretrain; without flags, on a generated data set     (fastmoco train --help)
   recipes                  the named runs, and what to expect of each
+  export RUN --to LIBRARY  the backbone for torchvision, timm, detectron2, main_lincls.py or ONNX
   scan DATA                read every image once: bad files, duplicates, mean and std; training then starts at once
+  eval RUN_OR_CHECKPOINT   what the features are worth: kNN, linear probe, few labels, fine-tuning, collapse, pictures
   views DATA               a picture of the views that a seed, an epoch and a pipeline make
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable."""
@@ -63,6 +65,12 @@ def _recipes(argv: list[str]) -> None:
         print(f"{name:<24}{function.__doc__}")
 
 
+def _export(argv: list[str]) -> None:
+    from fastmoco.export_command import export_command
+
+    export_command(argv)
+
+
 def _scan(argv: list[str]) -> None:
     from fastmoco.scan_command import scan_command
 
@@ -75,11 +83,19 @@ def _views(argv: list[str]) -> None:
     views_command(argv)
 
 
+def _eval(argv: list[str]) -> None:
+    from fastmoco.eval_command import eval_command
+
+    eval_command(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "recipes": _recipes,
+    "export": _export,
     "scan": _scan,
     "views": _views,
+    "eval": _eval,
 }
 
 

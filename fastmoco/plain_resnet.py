@@ -29,19 +29,22 @@ def plain_resnet(arch: str, stem: str, width: float) -> resnet.ResNet:
     shape = ARCHITECTURES[arch]
     block = resnet.Bottleneck if shape.block.expansion == 4 else resnet.BasicBlock
     model = resnet.ResNet(block, list(shape.layers), groups=shape.groups, width_per_group=shape.width_per_group)
-    if stem == "cifar" or width != 1:
-        channels, (kernel, stride) = round(_CHANNELS * width), (3, 1) if stem == "cifar" else (7, 2)
-        model.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
-        model.bn1 = nn.BatchNorm2d(channels)
-    if stem == "cifar":
-        model.maxpool = nn.Identity()  # type: ignore[assignment] - torchvision declares no type for it
     if width != 1:
-        model.inplanes = round(_CHANNELS * width)
+        channels = model.inplanes = round(_CHANNELS * width)
+        model.conv1, model.bn1 = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False), nn.BatchNorm2d(channels)
         for stage, blocks in enumerate(shape.layers):
             planes = round(_CHANNELS * 2**stage * width)
             setattr(model, f"layer{stage + 1}", model._make_layer(block, planes, blocks, stride=1 if stage == 0 else 2))
-    model.fc = nn.Identity()  # type: ignore[assignment]
+    if stem == "cifar":
+        set_cifar_stem(model)
+    model.fc = nn.Identity()  # type: ignore[assignment] - torchvision infers a narrower type
     return model
+
+
+def set_cifar_stem(model: nn.Module) -> None:
+    """Gives a ResNet of torchvision or timm a 3×3 convolution of stride 1 and no pooling, for small images."""
+    channels = model.get_parameter("conv1.weight").shape[0]
+    model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
 
 
 def shapes_of(arch: str, stem: str, width: float) -> dict[str, tuple[int, ...]]:

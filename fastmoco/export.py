@@ -1,0 +1,91 @@
+"""A backbone into a file for another library, which is kept only if what is loaded back gives the same features.
+
+B batch · S side of a view · D features
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmoco.backbone_files import Backbone
+from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.export_formats import FORMATS, Format, Model
+from fastmoco.files import sync, temporary
+
+IMAGES = 16
+TOLERANCE = 1e-5  # of the largest feature, or of 1 where that is larger
+
+
+class Exported(NamedTuple):
+    """path, size_bytes; apart, the largest difference of a feature; checked_with, what loaded the file."""
+
+    path: Path
+    size_bytes: int
+    apart: float
+    checked_with: str
+
+
+def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = False) -> Exported:
+    """Writes the backbone for `target`, a key of `export_formats.FORMATS`.
+
+    The file gets its name only after the features of 16 images, computed by what was loaded back from the disk, agree
+    with the backbone's to TOLERANCE. Until then, and after any failure, what was there before stays, and nothing else.
+
+    Raises ConfigError: a wrong suffix, a file or link that is in the way, a disk that refuses, a backbone that the
+    target has no model for. Raises CheckpointError where the features differ, and BackendMissingError where ONNX is
+    asked for and not installed.
+    """
+    kind = FORMATS[target]
+    _check(backbone, target, kind, path, overwrite)
+    content = kind.write(backbone, path.name)
+    part = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:  # never through a link that somebody left there
+            file.write(content)
+        sync(part)
+        model, checked_with = kind.load(backbone, part)
+        apart = _compare(backbone, model, f"{path} was not written: what {checked_with} makes of it")
+        os.replace(part, path)
+        sync(path.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} ({error.strerror or error}): choose another with --out") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(path, len(content), apart, checked_with)
+
+
+def _check(backbone: Backbone, target: str, kind: Format, path: Path, overwrite: bool) -> None:
+    if not path.name.lower().endswith(kind.suffixes):
+        names = " or ".join(kind.suffixes)
+        raise ConfigError(f"--out is {path.name!a}, expected a name that ends with {names} for --to {target}")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"--out {path} is a link, a folder or a device, which is left alone: choose another name")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out {path} exists: use --overwrite to replace it, or choose another name")
+    if reason := kind.refusal(backbone):
+        fitting = [name for name, other in FORMATS.items() if not other.refusal(backbone)]
+        raise ConfigError(f"{target} builds no {backbone.arch} with {reason}: use --to {' or '.join(fitting)}")
+
+
+@torch.inference_mode()
+def _compare(backbone: Backbone, model: Model, what: str) -> float:
+    """The largest difference between a feature of the two, over 16 images. Raises CheckpointError above TOLERANCE."""
+    images = torch.randn(IMAGES, 3, backbone.side, backbone.side, generator=torch.Generator().manual_seed(0))
+    expected, found = backbone.module(images), model(images)
+    if found.shape != expected.shape:
+        raise CheckpointError(f"{what} gives features {list(found.shape)}, expected {list(expected.shape)}")
+    apart = _largest(found - expected)
+    if not apart <= TOLERANCE * max(1.0, _largest(expected)):  # so that NaN is refused
+        raise CheckpointError(f"{what} gives features that are {apart:.1e} off, at most {TOLERANCE:.0e} expected")
+    return apart
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
