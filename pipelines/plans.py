@@ -9,7 +9,7 @@ import numpy as np
 
 from pipelines.augment import Augmentation, sample_params
 from pipelines.boxes import sample_boxes
-from pipelines.order import epoch_order, steps_per_epoch
+from pipelines.order import epoch_order, shard, steps_per_epoch
 from pipelines.randomness import Domain, permutation
 from pipelines.views import BatchPlan
 
@@ -17,42 +17,71 @@ from pipelines.views import BatchPlan
 class Planner:
     """Plans of a run: `plan(step)` is a pure function of (seed, step), the sizes of the images and the settings.
 
-    sizes         (N, 2) int32 height and width of every image, upright
-    batch_size    B images a step; N must be at least B
-    shuffle_keys  whether the key batch gets an order of its own (needed where batch norm looks at groups)
+    sizes             (N, 2) int32 height and width of every image, upright
+    batch_size        B images a step, over all ranks; N must be at least B
+    shuffle_keys      whether the key batch gets an order of its own (needed where batch norm looks at groups)
+    rank, world_size  whose share of every step the plans are: one run of B/R rows. Joined in the order of the ranks
+                      they are the plan of a single one, whatever their number
     """
 
     def __init__(
-        self, sizes: np.ndarray, *, seed: int, batch_size: int, augmentation: Augmentation, shuffle_keys: bool
+        self,
+        sizes: np.ndarray,
+        *,
+        seed: int,
+        batch_size: int,
+        augmentation: Augmentation,
+        shuffle_keys: bool,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         assert len(sizes) >= batch_size, "fewer images than a batch"
+        assert batch_size % world_size == 0, f"a batch of {batch_size} does not divide over {world_size} ranks"
         self.sizes, self.seed, self.batch_size = sizes, seed, batch_size
         self.augmentation, self.shuffle_keys = augmentation, shuffle_keys
+        self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(sizes)))
 
     def indices(self, step: int) -> np.ndarray:
-        """(B,) int64: the images of a step."""
+        """(B,) int64: the images of a step, on all ranks."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def key_order(self, step: int) -> np.ndarray:
-        """(B,) int64: the order of a step's key batch."""
+        """(B,) int64: the order of a step's key batch, over all ranks."""
         if not self.shuffle_keys:
             return np.arange(self.batch_size)
         epoch, place = divmod(step, self.steps_per_epoch)
         return permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=place, epoch=epoch)
 
+    def shares(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(B/R,) int64 each: the images of the rows of this rank's query batch and of its key batch."""
+        indices = self.indices(step)
+        keys = indices[self.key_order(step)]
+        return shard(indices, self.rank, self.world_size), shard(keys, self.rank, self.world_size)
+
     def plan(self, step: int) -> BatchPlan:
-        epoch, indices, a = step // self.steps_per_epoch, self.indices(step), self.augmentation
-        return BatchPlan(
-            step=step,
-            epoch=epoch,
-            indices=indices,
-            boxes=sample_boxes(self.seed, epoch, indices, self.sizes[indices], a.scale, a.ratio),
-            params=sample_params(self.seed, epoch, indices, a),
-            key_order=self.key_order(step),
-        )
+        """This rank's share of a step."""
+        epoch = step // self.steps_per_epoch
+        queries, keys = self.shares(step)
+        if self.world_size > 1 and self.shuffle_keys:
+            indices = np.concatenate([queries, keys])
+            views = [
+                (part[:1] for part in self._views(epoch, queries)),
+                (part[1:] for part in self._views(epoch, keys)),
+            ]
+            boxes, params = (np.concatenate(parts, axis=1) for parts in zip(*views, strict=True))
+        else:
+            indices = queries
+            boxes, params = self._views(epoch, queries)
+        return BatchPlan(step, epoch, indices, boxes, params, self.key_order(step))
+
+    def _views(self, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (2, n, 4) and parameters (2, n, P) of both views of these images."""
+        a = self.augmentation
+        boxes = sample_boxes(self.seed, epoch, indices, self.sizes[indices], a.scale, a.ratio)
+        return boxes, sample_params(self.seed, epoch, indices, a)
 
     def plans(self, start: int, stop: int) -> Iterator[BatchPlan]:
         return (self.plan(step) for step in range(start, stop))

@@ -66,15 +66,15 @@ class TwoViewPipeline:
 
     def _views(self, plan: BatchPlan, crops: Crops | None) -> Views:
         """Colours a plan's crops; where there are none, the resident source crops and colours in one kernel."""
-        count = len(plan.indices)
-        source = np.concatenate([np.arange(count), count + plan.key_order])  # shuffles the keys on the way
+        source = plan.rows
+        count = len(source) // 2
         if crops is None:
             assert isinstance(self.source, ResidentCrops)
             images = self.source.views(plan, self.planner.augmentation, self.dtype, source)
         else:
             params = plan.params.reshape(2 * count, -1)[source]
             images = self._apply(crops.images.flatten(0, 1), params, source)
-        order, index = to_device(plan.key_order, self.device), to_device(plan.indices, self.device)
+        order, index = to_device(plan.key_order, self.device), to_device(plan.indices[:count], self.device)
         return Views(images[:count], images[count:], order, index)
 
     def _apply(self, crops: Tensor, params: np.ndarray, source: np.ndarray) -> Tensor:

@@ -1,6 +1,7 @@
 """The vocabulary every pipeline shares.
 
-B images a batch · S side of a crop in pixels · a pair is both views of one image, view 0 the query, view 1 the key.
+B images a batch · R ranks that share it · S side of a crop in pixels
+A pair is both views of one image, view 0 the query, view 1 the key.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from torch import Tensor
 class BatchPlan:
     """Which images a step sees, where they are cropped and how they are coloured: a pure function of (seed, step).
 
-    There are V = 2 views in training, and V = 1 in evaluation.
+    There are V = 2 views in training, and V = 1 in evaluation. Of several ranks each has its share of the rows of the
+    query batch, and of those of the key batch. Where these are other images, because the keys are shuffled over all
+    ranks, V = 1 and n = 2B/R: the images of its queries, then those of its keys.
 
     step       global step, from 0
     epoch      epoch of that step, from 0
-    indices    (B,) int64, positions in the ImageIndex
-    boxes      (2, B, 4) int32, top, left, height, width in pixels of
-                the whole, upright image
-    params     (2, B, P) float32, one row of `augment.COLUMNS` for every view
-    key_order  (B,) int64, row r of the key batch is the key view of image `indices[key_order[r]]`
+    indices    (n,) int64, positions in the ImageIndex; n = B on one rank
+    boxes      (V, n, 4) int32, top, left, height, width in pixels of the whole, upright image
+    params     (V, n, P) float32, one row of `augment.COLUMNS` for every view
+    key_order  (B,) int64, over all ranks: row r of the key batch is the key view of image number key_order[r] of the
+               query batch
     """
 
     step: int
@@ -34,6 +37,15 @@ class BatchPlan:
     boxes: np.ndarray
     params: np.ndarray
     key_order: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(2B/R,) which of the flattened V·n views makes each row of this rank's query batch, then of its key batch."""
+        views, count = self.boxes.shape[:2]
+        rows = np.arange(views * count)
+        if views == 2 and count == len(self.key_order):  # one rank, which shuffles its keys on the way
+            rows[count:] = count + self.key_order
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +69,13 @@ class CropSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Both views of a batch, ready for the encoders.
+    """Both views of a batch, or of a rank's share of it, ready for the encoders.
 
-    query      (B, 3, S, S) channels-last, normalised, in the training dtype
-    key        (B, 3, S, S) likewise; its rows are shuffled: row r belongs to the query in row key_order[r]
+    query      (B/R, 3, S, S) channels-last, normalised, in the training dtype
+    key        (B/R, 3, S, S) likewise; rows are shuffled: with those of all ranks one behind another, row r belongs to
+               the query in row key_order[r]
     key_order  (B,) int64 permutation on the device
-    index      (B,) int64 positions in the ImageIndex, in the order of `query`
+    index      (B/R,) int64 positions in the ImageIndex, in the order of `query`
     """
 
     query: Tensor

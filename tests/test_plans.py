@@ -19,8 +19,8 @@ def sizes_of(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(8, 90, (count, 2)).astype(np.int32)
 
 
-def planner_of(count: int, batch: int, *, seed: int = 1, shuffle: bool = True) -> Planner:
-    return Planner(sizes_of(count), seed=seed, batch_size=batch, augmentation=V2, shuffle_keys=shuffle)
+def planner_of(count: int, batch: int, *, seed: int = 1, shuffle: bool = True, **ranks: int) -> Planner:
+    return Planner(sizes_of(count), seed=seed, batch_size=batch, augmentation=V2, shuffle_keys=shuffle, **ranks)
 
 
 def assert_same(a: BatchPlan, b: BatchPlan) -> None:
@@ -126,6 +126,37 @@ def test_shards_make_up_the_batch(ranks: int) -> None:
 def test_a_batch_that_does_not_divide_is_a_fault() -> None:
     with pytest.raises(AssertionError, match="16 does not divide over 3"):
         shard(np.arange(16), 0, 3)
+
+
+def test_a_planner_of_a_batch_that_does_not_divide_is_a_fault() -> None:
+    with pytest.raises(AssertionError, match="16 does not divide over 3"):
+        planner_of(40, 16, rank=0, world_size=3)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_views_of_all_ranks_are_those_of_one(ranks: int, shuffle: bool) -> None:
+    """Row by row of the query batch and of the key batch: image, box and colour."""
+    whole = planner_of(40, 16, shuffle=shuffle).plan(3)
+    plans = [planner_of(40, 16, shuffle=shuffle, rank=rank, world_size=ranks).plan(3) for rank in range(ranks)]
+
+    def rows(plan: BatchPlan, field: str) -> list[np.ndarray]:
+        """The query batch and the key batch in that field."""
+        if field == "indices":
+            values = np.tile(plan.indices, len(plan.boxes))
+        else:
+            values = getattr(plan, field).reshape(len(plan.boxes) * len(plan.indices), -1)
+        return np.split(values[plan.rows], 2)
+
+    for plan in plans:
+        assert len(plan.rows) == 32 // ranks
+        np.testing.assert_array_equal(plan.key_order, whole.key_order)
+    for field in ("indices", "boxes", "params"):
+        for batch in (0, 1):
+            found = np.concatenate([rows(plan, field)[batch] for plan in plans])
+            np.testing.assert_array_equal(found, rows(whole, field)[batch], err_msg=field)
+    if shuffle:
+        assert (rows(whole, "indices")[1] == whole.indices[whole.key_order]).all()
 
 
 def test_epoch_order_and_length() -> None:
