@@ -32,7 +32,7 @@ def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str
     sizes = f"{len(index):,} decoded images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on {device}"
     if needed <= SHARE_OF_FREE_MEMORY * free:
         return "resident", sizes
-    if index.records is not None and importlib.util.find_spec("ffcv"):
+    if index.records is not None and index.records.in_beton and importlib.util.find_spec("ffcv"):
         return "ffcv", f"{sizes}: too many to keep there, and they are in a .beton file"
     if device.type == "cuda" and importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         return "dali", f"{sizes}: too many to keep there, and DALI decodes on the device"

@@ -269,7 +269,8 @@ def _labels(labels: np.ndarray, manifest: Manifest, shown: str) -> np.ndarray | 
 def _index(path: str, tables: Tables, manifest: Manifest, labels: np.ndarray | None) -> ImageIndex:
     samples = tables.samples
     raw = samples["mode"] == RAW
-    records = Records(path, samples["pointer"].astype(np.int64), tables.lengths, raw, tuple(manifest.names))
+    files, offsets = np.zeros(len(samples), dtype=np.int32), samples["pointer"].astype(np.int64)
+    records = Records((path,), files, offsets, tables.lengths, raw, tuple(manifest.names))
     sizes = np.stack([samples["height"], samples["width"]], axis=1).astype(np.int32)
     return ImageIndex(manifest.dataset, sizes, labels, tuple(manifest.class_names), records=records)
 

@@ -210,7 +210,7 @@ class _Batches:
             try:
                 data = self._index.read_bytes(image)
             except DataError:
-                if self._index.paths is None:
+                if not self._index.is_encoded(image):
                     raise
                 data = b""  # `read` says what is wrong with the file, or puts another image in its place
             header = plain_jpeg(data)

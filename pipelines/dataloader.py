@@ -97,7 +97,7 @@ class _Pairs(Dataset):
 
 def _open(index: ImageIndex, i: int) -> Image.Image:
     """Pillow's own decoder for an everyday JPEG, as users have it; the common definition for all else."""
-    if index.paths is not None:
+    if index.is_encoded(i):
         try:
             with Image.open(io.BytesIO(index.read_bytes(i))) as image:
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):

@@ -1,4 +1,4 @@
-"""Any input → what to pretrain on and what to evaluate on: a folder, a list of paths, or the name of a data set."""
+"""Any input → what to pretrain on and what to evaluate on: a folder, a list of paths, archives, or a name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pipelines.image_files import TEST_FOLDERS, ImageFiles, find_splits, list_fo
 from pipelines.image_index import Dataset, ImageIndex
 from pipelines.manifest import Manifest
 from pipelines.named import ARRAYS, NAMES, array_dataset, imagenette_folders, shapes
+from pipelines.tar_shards import Shards, find_shards, labels_of, list_members, read_sizes
 
 __all__ = ["NAMES", "BadImages", "DataFiles", "Dataset", "ImageIndex", "find_files", "load_dataset"]
 
@@ -33,8 +34,9 @@ def load_dataset(
 
     data        a name of `NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
                 a folder, with `train` and `val` in it, of class folders, or of images at any depth (`image_files`);
-                a text file of paths; or a `.beton` file of `tools/make_ffcv.py`, where val.beton, valid.beton,
-                validation.beton or test.beton in the folder of a train.beton is evaluated on
+                a text file of paths; tar archives, a folder of them or a pattern such as
+                `train-{000..146}.tar` (`tar_shards`); or a `.beton` file of `tools/make_ffcv.py`, where val.beton,
+                valid.beton, validation.beton or test.beton in the folder of a train.beton is evaluated on
     data_root   where named data sets are downloaded to
     limit       at most so many images of each part, for a trial: spread over the classes, or evenly over the order
     bad_images  what an unusable file does: stop with an error, or leave it out and write it into the ledger
@@ -50,6 +52,9 @@ def load_dataset(
         return _limited(array_dataset(data, root), limit)
     if data.endswith(".beton"):
         return _limited(_from_beton(Path(data).expanduser().absolute()), limit)
+    shards = None if data in NAMES else find_shards(data)
+    if shards is not None:
+        return _from_shards(shards, limit, bad_images)
     files = find_files(data, data_root=root)
     known = manifest.find(files.path, root)
     named = [(files.train, files.train_name)] + ([] if files.test is None else [(files.test, files.test_name)])
@@ -57,7 +62,7 @@ def load_dataset(
     return Dataset(
         *(part.images for part in parts),
         quarantine=tuple(entry for part in parts for entry in part.ledger),
-        skipped=sum(part.skipped for part, _ in named),
+        skipped=sum(part.skipped for part in parts),
         indexing="" if known is None else _indexing(sum(part.opened for part in parts)),
     )
 
@@ -66,6 +71,34 @@ def _from_beton(path: Path) -> Dataset:
     tests = [path.with_name(f"{name}.beton") for name in TEST_FOLDERS] if path.name == "train.beton" else []
     test = next((candidate for candidate in tests if candidate.exists()), None)
     return Dataset(read_index(str(path)), None if test is None else read_index(str(test)))
+
+
+def _from_shards(shards: Shards, limit: int | None, bad_images: BadImages) -> Dataset:
+    parts = [_shards_part(archives, limit, bad_images) for archives in shards if archives]
+    if len(parts) == 2:
+        train, test = (part.images for part in parts)
+        if train.labels is not None and test.labels is not None and train.class_names != test.class_names:
+            raise DataError(
+                f"the archives of {printable(train.name)} and {printable(test.name)} have other classes "
+                f"({len(train.class_names)} and {len(test.class_names)}); expected the same, or a classes.txt"
+            )
+    return Dataset(
+        *(part.images for part in parts),
+        quarantine=tuple(entry for part in parts for entry in part.ledger),
+        skipped=sum(part.skipped for part in parts),
+    )
+
+
+def _shards_part(archives: tuple[str, ...], limit: int | None, bad_images: BadImages) -> _Part:
+    members = list_members(archives)
+    labels, class_names = labels_of(archives, members.files)
+    positions = limit_positions(len(members.files.paths), labels, limit)
+    records = members.records.select(positions)
+    sizes, bad = read_sizes(records)
+    some = None if labels is None else labels[positions]
+    name = os.path.join(os.path.basename(os.path.dirname(archives[0])), os.path.basename(archives[0]))
+    whole = ImageIndex(name, sizes, some, class_names, records=records)
+    return _without_bad(whole, bad, bad_images, skipped=members.files.skipped, opened=len(positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +164,11 @@ def _check_same_classes(train: ImageFiles, train_folder: str, test: ImageFiles, 
 
 
 class _Part(NamedTuple):
-    """An index, the files that were left out of it with their reasons, and how many files were opened for it."""
+    """An index; the images left out of it with their reasons, files passed over, and how many were opened for it."""
 
     images: ImageIndex
     ledger: tuple[tuple[str, str], ...]
+    skipped: int
     opened: int
 
 
@@ -151,20 +185,30 @@ def _index(
     positions = limit_positions(len(files.paths), labels, limit)
     paths = [files.paths[i] for i in positions]
     sizes, bad, opened = (*read_headers(paths), len(paths)) if known is None else known.headers(paths)
-    allowed = MAX_BAD_FRACTION * len(paths) if bad_images == "quarantine" else 0
+    some = None if labels is None else labels[positions]
+    whole = ImageIndex(name, sizes, some, class_names or files.class_names(), paths=tuple(paths))
+    return _without_bad(whole, bad, bad_images, skipped=files.skipped, opened=opened)
+
+
+def _without_bad(
+    whole: ImageIndex, bad: list[tuple[int, str]], bad_images: BadImages, *, skipped: int, opened: int
+) -> _Part:
+    """The index without the images of `bad`, (position, reason). Raises DataError where none or so many may be bad."""
+    allowed = MAX_BAD_FRACTION * len(whole) if bad_images == "quarantine" else 0
     if len(bad) > allowed:
         remedy = (
             f"at most {MAX_BAD_FRACTION:.0%} may be left out"
             if bad_images == "quarantine"
             else "mend or remove them, or ask for bad images to be quarantined"
         )
-        raise DataError(f"{len(bad):,} of {len(paths):,} images of {printable(name)} are bad; {remedy}. {bad[0][1]}")
-    some = None if labels is None else labels[positions]
-    whole = ImageIndex(name, sizes, some, class_names or files.class_names(), paths=tuple(paths))
+        raise DataError(
+            f"{len(bad):,} of {len(whole):,} images of {printable(whole.name)} are bad; {remedy}. {bad[0][1]}"
+        )
     if not bad:
-        return _Part(whole, (), opened)
-    good = np.delete(np.arange(len(paths)), [i for i, _ in bad])
-    return _Part(whole.select(good), tuple((paths[i], reason) for i, reason in bad), opened)
+        return _Part(whole, (), skipped, opened)
+    good = np.delete(np.arange(len(whole)), [i for i, _ in bad])
+    left_out = tuple((whole.path(i), reason) for i, reason in bad)
+    return _Part(whole.select(good), left_out, skipped, opened)
 
 
 def _indexing(opened: int) -> str:

@@ -44,7 +44,7 @@ class FfcvCrops:
     """
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
-        if index.records is None:
+        if index.records is None or not index.records.in_beton:
             raise DataError(
                 f"--pipeline ffcv reads .beton files, and {printable(index.name)} is not one: convert it with "
                 f"`python tools/make_ffcv.py DATA OUT.beton`, and train on that"
@@ -52,9 +52,9 @@ class FfcvCrops:
         self._library = _Library()
         self._index, self._records, self._side, self._device = index, index.records, side, device
         try:
-            self._file = os.open(index.records.path, os.O_RDONLY)
+            self._file = os.open(index.records.paths[0], os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"cannot read {printable(index.records.path)}: {error.strerror}") from error
+            raise DataError(f"cannot read {printable(index.records.paths[0])}: {error.strerror}") from error
         self._memory = _Memory(pinned=device.type == "cuda")
         self._decoders: list[_Decoder] = []  # not in use
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="crops")

@@ -35,23 +35,35 @@ def read_header(path: str) -> tuple[int, int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a listed pipe must not wait for a writer
         try:
-            head = os.read(descriptor, HEAD_BYTES)
-            length = os.fstat(descriptor).st_size
-            tail = head if length == len(head) else os.pread(descriptor, TAIL_BYTES, max(0, length - TAIL_BYTES))
-            size = _size_if_whole(head, tail, length)
-            if size is not None:
-                return size
-            with open(descriptor, "rb", closefd=False) as file:
-                file.seek(0)
-                data = file.read()
+            return read_part_header(descriptor, 0, None, path)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise bad_image(path, ValueError(error.strerror or str(error))) from error
+
+
+def read_part_header(descriptor: int, start: int, length: int | None, name: str) -> tuple[int, int]:
+    """`read_header` of the image in `length` bytes of an open file from `start` (None: all there are), called `name`.
+
+    Raises DataError, and OSError where the file cannot be read.
+    """
+    head = os.pread(descriptor, HEAD_BYTES if length is None else min(HEAD_BYTES, length), start)
+    if length is None:
+        length = os.fstat(descriptor).st_size - start
+    tail = head
+    if length != len(head):
+        tail_bytes = min(TAIL_BYTES, length)
+        tail = os.pread(descriptor, tail_bytes, start + length - tail_bytes)
+    size = _size_if_whole(head, tail, length)
+    if size is not None:
+        return size
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(start)
+        data = file.read(length)
     size = _size_if_whole(data, data, len(data))
     if size is not None:
         return size
-    height, width, _ = decode(data, path).shape
+    height, width, _ = decode(data, name).shape
     return height, width
 
 

@@ -19,28 +19,47 @@ from pipelines.ledger import LEFT_OUT, REPLACED, Entry, Ledger, grey
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Where N images lie in one file.
+    """Where N images lie inside of larger files.
 
-    path     the file, absolute
+    paths    the files, absolute
+    files    (N,) int32, which of them holds each image
     offsets  (N,) int64, first byte of every image
     lengths  (N,) int64, its bytes
     raw      (N,) bool, H·W·3 bytes of RGB rather than an encoded image
     names    what the images are called, for messages
     """
 
-    path: str
+    paths: tuple[str, ...]
+    files: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
     raw: np.ndarray
     names: tuple[str, ...]
 
+    @property
+    def in_beton(self) -> bool:
+        """Whether they are one `.beton` file, rather than tar archives."""
+        return self.paths[0].endswith(".beton")
+
     def select(self, positions: np.ndarray) -> Records:
-        names = tuple(self.names[i] for i in positions.tolist())
-        return Records(self.path, self.offsets[positions], self.lengths[positions], self.raw[positions], names)
+        """Of the files only those that are needed are kept, so that a small selection is small."""
+        used, files = np.unique(self.files[positions], return_inverse=True)
+        return Records(
+            tuple(self.paths[i] for i in used.tolist()),
+            files.astype(np.int32),
+            self.offsets[positions],
+            self.lengths[positions],
+            self.raw[positions],
+            tuple(self.names[i] for i in positions.tolist()),
+        )
+
+    def path(self, i: int) -> str:
+        """The file that holds image i."""
+        return self.paths[self.files[i]]
 
     def read(self, i: int) -> bytes:
         """The bytes of image i. Raises OSError, also where the file ends before them."""
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path(i), "rb", buffering=0) as file:
             data = os.pread(file.fileno(), int(self.lengths[i]), int(self.offsets[i]))
         if len(data) != self.lengths[i]:
             raise OSError("the file ends before it")
@@ -49,7 +68,7 @@ class Records:
 
 @dataclass(frozen=True, eq=False)
 class ImageIndex:
-    """N images: files (`paths`), parts of one file (`records`) or an array in memory (`pixels`), one of the three.
+    """N images: files (`paths`), parts of files (`records`) or an array in memory (`pixels`), one of the three.
 
     name         what people call it, in tables and logs
     sizes        (N, 2) int32, height and width after EXIF orientation
@@ -57,7 +76,7 @@ class ImageIndex:
     class_names  names of the labels 0, 1, ...; empty without labels
     paths        N absolute paths; undecodable bytes of a name are kept as surrogate escapes, so that `open` finds them
     pixels       (N, H, W, 3) uint8 RGB
-    records      where in a `.beton` file they lie
+    records      where in a `.beton` file or in tar archives they lie
     ledger       where an image that has become bad is written down and replaced by a grey one; None to make it an error
     """
 
@@ -74,7 +93,7 @@ class ImageIndex:
         places = [
             place for place in (self.paths, self.pixels, self.records and self.records.offsets) if place is not None
         ]
-        assert len(places) == 1, "images are files, parts of one file, or an array"
+        assert len(places) == 1, "images are files, parts of files, or an array"
         count = len(places[0])
         assert self.sizes.shape == (count, 2)
         assert self.sizes.dtype == np.int32
@@ -92,6 +111,10 @@ class ImageIndex:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def is_encoded(self, i: int) -> bool:
+        """Whether image i is the bytes of an image file, rather than pixels in memory or in a `.beton`."""
+        return self.pixels is None and not (self.records is not None and self.records.raw[i])
 
     def read(self, i: int, reduction: int = 1) -> np.ndarray:
         """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed.
@@ -111,7 +134,7 @@ class ImageIndex:
 
     def _read(self, i: int, reduction: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
-        if self.records is not None and self.records.raw[i]:
+        if not self.is_encoded(i):
             return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
         image = decode(self._bytes(i), self.display_name(i), reduction)
         if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
@@ -123,7 +146,7 @@ class ImageIndex:
 
     def read_bytes(self, i: int) -> bytes:
         """The encoded bytes of image i. Raises DataError where it is unreadable, or kept as pixels in a `.beton`."""
-        if self.records is not None and self.records.raw[i]:
+        if not self.is_encoded(i):
             raise DataError(
                 f"{self.display_name(i)} is kept as raw pixels, and this pipeline takes encoded images only: use "
                 f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
@@ -143,11 +166,15 @@ class ImageIndex:
                 f"cannot read {self.display_name(i)} ({reason}); check that the file is still there and readable"
             ) from error
 
+    def path(self, i: int) -> str:
+        """Where image i is: its path, or its name and the file that holds it."""
+        if self.records is not None:
+            return f"{self.records.names[i]} in {self.records.path(i)}"
+        return self.paths[i] if self.paths is not None else f"image {i} of {self.name}"
+
     def display_name(self, i: int) -> str:
         """How messages name image i: its path with control, bidi and undecodable characters escaped."""
-        if self.records is not None:
-            return printable(f"{self.records.names[i]} in {self.records.path}")
-        return printable(self.paths[i]) if self.paths is not None else f"image {i} of {self.name}"
+        return printable(self.path(i))
 
     def select(self, positions: np.ndarray) -> ImageIndex:
         """The images at `positions` (M,) integers, in that order; pixels are copied, class names stay whole."""
@@ -178,8 +205,14 @@ class ImageIndex:
         else:
             sides = "of no size"
         classes = "no labels" if self.labels is None else f"{len(self.class_names)} classes"
-        place = "in memory" if self.pixels is not None else "in files" if self.paths is not None else "in a .beton file"
-        return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {place}"
+        return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {self._place()}"
+
+    def _place(self) -> str:
+        if self.records is None:
+            return "in memory" if self.pixels is not None else "in files"
+        if self.records.in_beton:
+            return "in a .beton file"
+        return f"in {len(self.records.paths):,} tar archives" if len(self.records.paths) > 1 else "in a tar archive"
 
 
 @dataclass(frozen=True, eq=False)

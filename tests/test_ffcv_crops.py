@@ -172,7 +172,7 @@ def test_a_file_that_became_shorter_is_named(drawn, tmp_path):
     assert drawn.records is not None
     path = tmp_path / "cut.beton"
     for suffix in ("", ".json"):
-        Path(f"{path}{suffix}").write_bytes(Path(f"{drawn.records.path}{suffix}").read_bytes())
+        Path(f"{path}{suffix}").write_bytes(Path(f"{drawn.records.paths[0]}{suffix}").read_bytes())
     index = read_index(str(path))
     assert index.records is not None
     source = FfcvCrops(index, 16, CPU, 2)
@@ -189,7 +189,7 @@ def test_another_image_in_its_place_is_named(drawn, tmp_path):
     assert drawn.records is not None
     path = tmp_path / "other.beton"
     for suffix in ("", ".json"):
-        Path(f"{path}{suffix}").write_bytes(Path(f"{drawn.records.path}{suffix}").read_bytes())
+        Path(f"{path}{suffix}").write_bytes(Path(f"{drawn.records.paths[0]}{suffix}").read_bytes())
     index = read_index(str(path))
     assert index.records is not None
     source = FfcvCrops(index, 16, CPU, 2)
@@ -240,7 +240,7 @@ print(torch.get_num_threads(), numba.get_num_threads() == numba.config.NUMBA_NUM
 def test_global_settings_stay_as_they_are(drawn):
     """FFCV's package sets the thread counts of torch and numba to 1, for the whole process."""
     assert drawn.records is not None
-    command = [sys.executable, "-W", "error", "-c", QUIET, drawn.records.path]
+    command = [sys.executable, "-W", "error", "-c", QUIET, drawn.records.paths[0]]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.stdout == "2 True False\n", done.stderr
 

@@ -140,7 +140,7 @@ def in_share(i: int, proportion: float) -> bool:
 
 def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
     """The bytes of image i if they are a JPEG that any decoder reads as `decode` does, else None."""
-    if index.pixels is not None or (index.records is not None and index.records.raw[i]):
+    if not index.is_encoded(i):
         return None
     data = index.read_bytes(i)
     with open_image(io.BytesIO(data)) as image:
