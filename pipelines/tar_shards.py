@@ -2,7 +2,7 @@
 
 An archive is a sequence of samples, files whose names agree up to the first dot after the last slash: `0042.jpg` is an
 image and `0042.cls` its label. Where no image has a `.cls`, the folders inside of the archives are the classes, if
-every image lies one folder deep and there are at least two. Other files are passed over.
+every image lies directly in one of at least two that stand side by side. Other files are passed over.
 
 Images are read where they lie, at their offsets, so archives may lie on a slow or a shared disk. Only uncompressed
 archives can be: what is compressed has no offsets.
@@ -220,8 +220,10 @@ def _ends_with_zeros(path: str) -> bool:
 def _classes(images: Sequence[_Image], archives: Sequence[str]) -> tuple[str, ...] | None:
     labels = [image.label for image in images]
     if all(label is None for label in labels):
-        folders = [os.path.dirname(image.name).removeprefix("./") for image in images]
-        deep = any("/" in folder or not folder for folder in folders)
+        folders = [os.path.dirname(os.path.normpath(f"/{image.name}")) for image in images]
+        top = os.path.commonpath(folders)
+        folders = [os.path.relpath(folder, top) for folder in folders]
+        deep = any(os.sep in folder or folder == os.curdir for folder in folders)
         return None if deep or len(set(folders)) < 2 else tuple(folders)
     for image, label in zip(images, labels, strict=True):
         if not label:
