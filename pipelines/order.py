@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.randomness import Domain, permutation
+from pipelines.randomness import Domain, permutation, philox, uniform
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """(count,) int64: every image once, in the order of this epoch."""
     return permutation(seed, Domain.ORDER, count, epoch=epoch)
+
+
+def archive_order(seed: int, epoch: int, archives: np.ndarray, buffer: int) -> np.ndarray:
+    """(N,) int64: every image once, archive after archive, for disks that are fast only in long reads.
+
+    archives (N,) int is the archive of each image. Archives come in a random order, and then no image moves further
+    than `buffer` places: the image at place p goes where p + buffer · u sorts it, u uniform in [0, 1). That mixes like
+    a shuffle buffer of so many images, and is a function of (seed, epoch), so that any step can be found again.
+    """
+    names, files = np.unique(archives, return_inverse=True)
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[permutation(seed, Domain.ORDER, len(names), slot=1, epoch=epoch)] = np.arange(len(names))
+    in_line = np.argsort(rank[files], kind="stable")
+    moved = uniform(philox(seed, Domain.ORDER, slot=2, sample=np.arange(len(archives)), epoch=epoch)[0])
+    return in_line[np.argsort(np.arange(len(archives)) + buffer * moved, kind="stable")]
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

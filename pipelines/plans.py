@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +22,7 @@ class Planner:
     shuffle_keys      whether the key batch gets an order of its own (needed where batch norm looks at groups)
     rank, world_size  whose share of every step the plans are: one run of B/R rows. Joined in the order of the ranks
                       they are the plan of a single one, whatever their number
+    order             epoch → (N,) int64, the images in the order of an epoch; unset, any order of all of them
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Planner:
         shuffle_keys: bool,
         rank: int = 0,
         world_size: int = 1,
+        order: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         assert len(sizes) >= batch_size, "fewer images than a batch"
         assert batch_size % world_size == 0, f"a batch of {batch_size} does not divide over {world_size} ranks"
@@ -41,7 +43,7 @@ class Planner:
         self.augmentation, self.shuffle_keys = augmentation, shuffle_keys
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(sizes)))
+        self._order = lru_cache(maxsize=2)(order or (lambda epoch: epoch_order(seed, epoch, len(sizes))))
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of a step, on all ranks."""
