@@ -39,6 +39,20 @@ def bars(rows: Sequence[tuple[str, float, float, float]], unit: str, control: st
     return _svg(figure, "Bars: " + "; ".join(f"{name} {short(median)} {unit}" for name, median, _, _ in rows))
 
 
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], targets: Sequence[float], x: str, y: str) -> str:
+    """A line through the points of every name, and a dashed one for every target."""
+    figure, axes = _figure(6.4, 3.4)
+    for colour, (name, points) in zip(list(_COLOURS.values()) * len(lines), lines.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, marker=".", markersize=4, label=name)
+    for target in targets:
+        axes.axhline(target, color="#999999", linewidth=1, linestyle=(0, (5, 4)))
+    axes.set_xlabel(x, color=_FAINT)
+    axes.set_ylabel(y, color=_FAINT)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    return _svg(figure, f"{y} over {x}: " + "; ".join(f"{n} {points[-1][1]:.1f}" for n, points in lines.items()))
+
+
 def roofline_picture(placed: Mapping[str, Any], ceilings: Mapping[str, float]) -> str:
     """Log-log: FLOP/s over FLOPs a byte, one roof for each number format in use, layer groups on it, rates below it.
 

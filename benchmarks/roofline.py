@@ -44,11 +44,12 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
+from benchmarks.headlines import PLAIN
 from benchmarks.ladder import LADDER
 from benchmarks.plain import Task
 from benchmarks.plots import roofline_picture
 from benchmarks.step import MATRIX_SIDES
-from benchmarks.traffic import Ceilings, count_step, group_of, groups_of
+from benchmarks.traffic import Ceilings, Group, count_step, group_of, groups_of
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
 
@@ -85,14 +86,14 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     if settings.quick:
         settings = replace(settings, seconds=0.05, repetitions=2)
     device = pick_device(settings.device)
-    steps, trained = _measured(settings)
+    measured = _measured(settings, device)
     ceilings = measure_ceilings(device, settings)
     result = {
         "benchmark": "roofline",
         "environment": environment(device),
         "settings": asdict(settings) | {"out": None, "results": None},
         "ceilings": ceilings,
-        "steps": [_place(found, trained, ceilings, device) for found in steps],
+        "steps": [_place(one, ceilings) for one in measured],
     }
     _show_ceilings(console, ceilings)
     for placed in result["steps"]:
@@ -105,25 +106,73 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
-def _measured(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Measured:
+    """A task, and what was measured of it: name, number format and images/s. `main_format` is that of our step."""
+
+    name: str
+    task: Task
+    main_format: str
+    rates: list[tuple[str, str, float]]
+
+
+def _measured(settings: Settings, device: torch.device) -> list[Measured]:
     """What step.py and train.py have written, or what step.py measures now."""
-    if settings.results is None:
-        with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
-            task = step_script.Settings(
-                config=settings.config,
-                batch_size=settings.batch_size,
-                rungs="plain,trainstep",
-                device=settings.device,
-                quick=settings.quick,
-                repetitions=3,
-                out=Path(scratch),
+    if settings.results is not None:
+        found = read(settings.results)
+        measured = [_of_step(result, device) for result in found.of("step").values()]
+        # the count is of an encoder of full width
+        trained = [result for result in found.of("train").values() if result["task"].get("width", 1) == 1]
+        measured += [_of_training(result, device) for result in trained]
+        if not measured:
+            raise ConfigError(
+                f"{settings.results} has no result of step.py or train.py: run one with --out there first"
             )
-            step_script.main(task, Console(file=io.StringIO()))
-            return list(read(Path(scratch)).of("step").values()), []
-    found = read(settings.results)
-    if not (steps := list(found.of("step").values())):
-        raise ConfigError(f"{settings.results} has no result of step.py: run benchmarks/step.py --out there first")
-    return steps, list(found.of("train").values())
+        return measured
+    with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
+        step = step_script.Settings(
+            config=settings.config,
+            batch_size=settings.batch_size,
+            rungs="plain,trainstep",
+            device=settings.device,
+            quick=settings.quick,
+            repetitions=3,
+            out=Path(scratch),
+        )
+        step_script.main(step, Console(file=io.StringIO()))
+        return [_of_step(result, device) for result in read(Path(scratch)).of("step").values()]
+
+
+def _of_step(result: dict[str, Any], device: torch.device) -> Measured:
+    """The rungs of a ladder."""
+    low, known = _SHORT[result["dtype"]], {rung.name: rung for rung in LADDER}
+    rates = []
+    for name, one in result["rungs"].items():
+        rung = known.get(name)
+        if rung is None:  # of an older ladder
+            continue
+        form = low if rung.dtype is None else _SHORT[str(rung.dtype)]
+        rates.append((name, form if rung.low_precision else _float32(device), one["images_per_s"]["median"]))
+    return Measured(result["benchmark"], Task(**result["task"]), low, rates)
+
+
+def _of_training(result: dict[str, Any], device: torch.device) -> Measured:
+    """Every pipeline end to end, and the step alone."""
+    amp = result["step"]["amp"]
+    names = {"ours": "step alone", PLAIN: "plain step alone"}
+    cases = {names[key]: (key, one) for key, one in result["step_only"].items()}
+    cases |= {f"{name}, from files": (name, one) for name, one in result["cases"].items()}
+    rates = []
+    for name, (key, one) in cases.items():
+        form = amp if key != PLAIN and amp != "fp32" else _float32(device)
+        rates.append((name, form, one["images_per_s"]["median"]))
+    task = {key: value for key, value in result["task"].items() if key != "width"}
+    return Measured(result["benchmark"], Task(**task), amp, rates)
+
+
+def _float32(device: torch.device) -> str:
+    """cuDNN multiplies float32 in TF32 unless it is told otherwise, and nobody tells it."""
+    return "tf32" if device.type == "cuda" else "fp32"
 
 
 def measure_ceilings(device: torch.device, settings: Settings) -> dict[str, Summary]:
@@ -163,21 +212,16 @@ def _precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _place(
-    found: dict[str, Any], trained: list[dict[str, Any]], measured: dict[str, Summary], device: torch.device
-) -> dict[str, Any]:
+def _place(measured: Measured, found: dict[str, Summary]) -> dict[str, Any]:
     """A task under the ceilings: its groups for each number format in use, and every rate that was measured of it."""
-    task, low = Task(**found["task"]), _SHORT[found["dtype"]]
-    rates = [(n, _format(n, low, device), rung["images_per_s"]["median"]) for n, rung in found["rungs"].items()]
-    rates += _end_to_end(trained, task, _format("plain", low, device))
-    formats, points = {}, []
-    for name in dict.fromkeys(form for _, form, _ in rates):
-        ceilings = Ceilings(measured[name].median, measured[COPY].median)
+    task, formats, points = measured.task, {}, []
+    for name in dict.fromkeys(form for _, form, _ in measured.rates):
+        ceilings = Ceilings(found[name].median, found[COPY].median)
         kernels = count_step(task, 4 if name in ("fp32", "tf32") else 2)
         whole = group_of(kernels, ceilings)
         described = {group: _described(part) for group, part in groups_of(kernels, ceilings).items()}
         formats[name] = _described(whole) | {"images_per_s": task.batch_size / whole.seconds, "groups": described}
-    for name, form, rate in rates:
+    for name, form, rate in measured.rates:
         at = formats[form]
         points.append(
             {
@@ -189,36 +233,13 @@ def _place(
                 "share_of_roof": rate / at["images_per_s"],
             }
         )
-    return {
-        "name": found["benchmark"].removeprefix("step-"),
-        "task": asdict(task),
-        "main_format": low if low in formats else next(iter(formats)),
-        "formats": formats,
-        "points": points,
-    }
+    main_format = measured.main_format if measured.main_format in formats else next(iter(formats))
+    placed = {"name": measured.name, "task": asdict(task), "main_format": main_format}
+    return placed | {"formats": formats, "points": points}
 
 
-def _described(group: Any) -> dict[str, Any]:
+def _described(group: Group) -> dict[str, Any]:
     return asdict(group) | {"intensity": group.intensity, "bound": group.bound}
-
-
-def _format(rung: str, low: str, device: torch.device) -> str:
-    """The number format of a rung's convolutions: cuDNN multiplies float32 in TF32 unless told otherwise."""
-    known = {known.name: known for known in LADDER}[rung]
-    if not known.low_precision:
-        return "tf32" if device.type == "cuda" else "fp32"
-    return low if known.dtype is None else _SHORT[str(known.dtype)]
-
-
-def _end_to_end(trained: list[dict[str, Any]], task: Task, plain: str) -> Iterator[tuple[str, str, float]]:
-    """Name, number format and rate of what train.py measured of the same work."""
-    same = ("arch", "side", "batch_size", "bn_splits")
-    for result in trained:
-        measured = result["task"]
-        if measured.get("width", 1) == 1 and all(measured.get(key) == getattr(task, key) for key in same):
-            for name, case in result["cases"].items():
-                form = plain if name == "plain" else result["step"]["amp"]
-                yield f"{name}, end to end", form, case["images_per_s"]["median"]
 
 
 def _show_ceilings(console: Console, ceilings: dict[str, Summary]) -> None:

@@ -1,0 +1,69 @@
+"""The numbers in the README, from the newest committed results: nobody types them.
+
+uv run python -m benchmarks.readme_numbers            # rewrites the block between the markers
+uv run python -m benchmarks.readme_numbers --check    # fails where the block is not what the results give
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.collected import RESULTS, Collection, newest_by_hardware
+from benchmarks.harness import run_script
+from benchmarks.headlines import headlines
+from fastmoco.errors import ConfigError
+from fastmoco.files import write_atomically
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN = "<!-- numbers: written by python -m benchmarks.readme_numbers -->"
+END = "<!-- end of numbers -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Writes the README's numbers from benchmarks/results, or checks them."""
+
+    check: bool = False
+    """Change nothing; fail where they differ."""
+
+
+def main(settings: Settings, readme: Path = README, results: Path = RESULTS) -> bool:
+    """Whether the README was changed. Raises ConfigError for one without markers or, with `check`, other numbers."""
+    text = readme.read_text(encoding="utf-8")
+    found = re.search(rf"{re.escape(BEGIN)}\n.*?{re.escape(END)}", text, re.DOTALL)
+    if found is None:
+        raise ConfigError(f"{readme.name} has no place for numbers: expected the lines {BEGIN} and {END}")
+    block = numbers(results)
+    if found[0] == block:
+        return False
+    if settings.check:
+        raise ConfigError(
+            f"{readme.name} has other numbers than benchmarks/results: run python -m benchmarks.readme_numbers"
+        )
+    write_atomically(readme, text[: found.start()] + block + text[found.end() :])
+    return True
+
+
+def numbers(results: Path = RESULTS) -> str:
+    """The block with its markers: a table for every hardware, GPUs first."""
+    collections = list(newest_by_hardware(results))
+    collections.sort(key=lambda pair: (pair[1].newest["gpu"] is None, pair[0]))
+    tables = [_table(hardware, collection) for hardware, collection in collections]
+    return "\n\n".join([BEGIN, *tables, END])
+
+
+def _table(hardware: str, collection: Collection) -> str:
+    newest = collection.newest
+    machine = newest["gpu"] or f"{newest['cores']} cores of {newest['cpu']}"
+    where = f"[benchmarks/results/{hardware}](benchmarks/results/{hardware})"
+    rows = ["| | | |", "|---|---:|---|"]
+    rows += [f"| {line.what} | {line.value} | {line.beside} |" for line in headlines(collection)]
+    return f"On {machine}, {newest['date'][:10]} ({where}):\n\n" + "\n".join(rows)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(tyro.cli(Settings)))

@@ -1,0 +1,144 @@
+"""What the suites consist of: scripts with their arguments, and how long each may take.
+
+Limits are about twice what a part takes on an idle machine. Those of the cpu suite add up to less than 20 minutes on
+two cores; those of a numbered part of the gpu suite to less than nine minutes on one H200.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Suite = Literal["cpu", "gpu"]
+DATA, OUT, WHOLE = "{data}", "{out}", "{whole}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script to run: its folder is `name`.
+
+    number     of the group that runs in one go
+    arguments  where {data} is the folder that `needs` names, {out} the part's own folder and {whole} the suite's
+    after      left out unless a result of this benchmark is there: what it reads
+    again      run also where it is done: what it reads may have changed
+    """
+
+    number: int
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    needs: str | None = None
+    after: str | None = None
+    again: bool = False
+    quick: bool = True  # whether the script knows --quick
+
+
+def _part(number: int, name: str, line: str, limit_s: float, **more: str | bool) -> Part:
+    """From a command line; every script but the report writes to its own folder."""
+    script, *arguments = line.split()
+    return Part(number, name, script, (*arguments, "--out", OUT), limit_s, **more)  # type: ignore[arg-type]
+
+
+def _report(number: int) -> Part:
+    return Part(number, "report", "report.py", (WHOLE,), 30, again=True, quick=False)
+
+
+def _accuracy(number: int, recipe: str, seed: int) -> Part:
+    """One run of the authors' 200 epochs; a run that was stopped goes on where it was."""
+    line = f"accuracy.py --data {DATA} --runs {OUT}/runs --recipes {recipe} --seeds {seed}"
+    return _part(number, f"accuracy-{recipe}-seed{seed}", line, 530, needs=CIFAR)
+
+
+CIFAR, IMAGENETTE, PHOTOS = "cifar10", "imagenette", "imagenet-60"
+
+CPU = (
+    _part(
+        1,
+        "pipelines-cifar10",
+        "pipelines.py --data {data} --limit 10000 --crop-size 32 --batch-size 512 --seconds 2 --repetitions 3",
+        110,
+        needs=CIFAR,
+    ),
+    _part(
+        2,
+        "pipelines-imagenette",
+        "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 2"
+        " --repetitions 3",
+        110,
+        needs=IMAGENETTE,
+    ),
+    _part(
+        3,
+        "pipelines-photos",
+        "pipelines.py --data {data} --crop-size 224 --batch-size 20 --seconds 1 --repetitions 3",
+        110,
+        needs=PHOTOS,
+    ),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 200),
+    _part(
+        5,
+        "train",
+        "train.py --config cifar --data {data} --limit 10000 --batch-size 32 --seconds 2 --repetitions 3",
+        180,
+        needs=CIFAR,
+    ),
+    _part(
+        6,
+        "peers",
+        "peers.py --config cifar --data {data} --limit 10000 --batch-size 32 --seconds 2 --repetitions 3",
+        200,
+        needs=CIFAR,
+    ),
+    _part(
+        7,
+        "accuracy",
+        "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 4 --limit 2500"
+        " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
+        120,
+        needs=CIFAR,
+    ),
+    _part(
+        8,
+        "scaling",
+        "scaling.py --config cifar --data {data} --limit 10000 --batch-size 32 --seconds 0.5 --repetitions 2",
+        150,
+        needs=CIFAR,
+    ),
+    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 40, after="step"),
+    _report(10),
+)
+
+GPU = (
+    _part(1, "step", "step.py --suite gpu", 520),
+    _part(
+        2,
+        "pipelines-cifar10",
+        "pipelines.py --data {data} --crop-size 32 --batch-size 512 --seconds 3",
+        260,
+        needs=CIFAR,
+    ),
+    _part(
+        2,
+        "pipelines-imagenette",
+        "pipelines.py --data {data} --crop-size 224 --batch-size 256 --seconds 3",
+        260,
+        needs=IMAGENETTE,
+    ),
+    _part(3, "train-cifar10", "train.py --config cifar --data {data} --seconds 3", 260, needs=CIFAR),
+    _part(
+        3, "train-imagenette", "train.py --config r50 --data {data} --seconds 3 --repetitions 3", 270, needs=IMAGENETTE
+    ),
+    _part(4, "peers-cifar10", "peers.py --config cifar --data {data} --seconds 3 --repetitions 3", 260, needs=CIFAR),
+    _part(
+        4, "peers-imagenette", "peers.py --config r50 --data {data} --seconds 3 --repetitions 3", 270, needs=IMAGENETTE
+    ),
+    _part(5, "scaling-cifar10", "scaling.py --config cifar --data {data} --seconds 0.5", 260, needs=CIFAR),
+    _part(5, "scaling-imagenette", "scaling.py --config r50 --data {data} --seconds 0.5", 270, needs=IMAGENETTE),
+    *(_accuracy(6 + seed, "cifar10-demo", seed) for seed in range(3)),
+    *(_accuracy(9 + seed, "cifar10-demo-symmetric", seed) for seed in range(3)),
+    _part(12, "roofline", "roofline.py --results {whole}", 120, after="step"),
+    _report(12),
+)
+
+SUITES: dict[Suite, tuple[Part, ...]] = {"cpu": CPU, "gpu": GPU}
