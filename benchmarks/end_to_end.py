@@ -158,7 +158,7 @@ def step_only(engine: Engine, task: Task) -> Case:
 
 
 def start_fork_server(device: torch.device) -> None:
-    """The process that all DataLoaders fork their workers from, with torch in it: no case is charged with its memory."""
+    """What all DataLoaders fork their workers from, with torch in it: no case is charged with its memory."""
     list(DataLoader([0], **worker_options(1, device)))  # type: ignore[arg-type]
 
 
