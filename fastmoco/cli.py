@@ -1,4 +1,4 @@
-"""fastmoco train · recipes · scan · views: the command line.
+"""fastmoco train · recipes · sweep · scan · views: the command line.
 
 Errors are one line and an exit code; a traceback only with --debug.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 from fastmoco.arguments import nearest, parse
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError, ExitCode, Preempted, exit_code
-from fastmoco.recipes import RECIPES, recipe
+from fastmoco.recipes import check_data, recipe
 
 USAGE = """usage: fastmoco COMMAND [--debug]
 
   train [RECIPE] [FLAGS]   pretrain; without flags, on a generated data set     (fastmoco train --help)
-  recipes                  the named runs, and what to expect of each
+  recipes [NAME]           the named runs, and what to expect of each; or one of them in full
+  sweep RECIPE --vary ...  a run for every value of a flag, a table and a plot   (fastmoco sweep --help)
   export RUN --to LIBRARY  the backbone for torchvision, timm, detectron2, main_lincls.py or ONNX
   scan DATA                read every image once: bad files, duplicates, mean and std; training then starts at once
   eval RUN_OR_CHECKPOINT   what the features are worth: kNN, linear probe, few labels, fine-tuning, collapse, pictures
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> None:
     config = parse_train(argv)
+    if argv and not argv[0].startswith("-"):
+        check_data(argv[0], config)
     from fastmoco.console import make_console  # after the arguments are known to be right: torch takes seconds to load
     from fastmoco.train import train
 
@@ -59,10 +62,15 @@ def _train(argv: list[str]) -> None:
 
 
 def _recipes(argv: list[str]) -> None:
-    if argv:
-        raise ConfigError(f"fastmoco recipes takes no arguments; found {' '.join(argv)!r}")
-    for name, function in RECIPES.items():
-        print(f"{name:<24}{function.__doc__}")
+    from fastmoco.recipes.show import recipes_command
+
+    recipes_command(argv)
+
+
+def _sweep(argv: list[str]) -> None:
+    from fastmoco.sweep_command import sweep_command
+
+    sweep_command(argv, parse_train)
 
 
 def _export(argv: list[str]) -> None:
@@ -92,6 +100,7 @@ def _eval(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "recipes": _recipes,
+    "sweep": _sweep,
     "export": _export,
     "scan": _scan,
     "views": _views,

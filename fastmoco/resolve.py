@@ -9,7 +9,7 @@ from fastmoco.config import RunConfig
 from fastmoco.device import pick_amp
 from fastmoco.errors import ConfigError
 from fastmoco.kernels import check_kernels
-from fastmoco.recipes import cifar10_demo, imagenet_v1, shapes
+from fastmoco.recipes import recipe
 from pipelines.backends import choose, default_workers
 from pipelines.image_index import ImageIndex
 
@@ -69,9 +69,8 @@ def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tupl
 
 
 def _nearest_recipe(data: str, small: bool) -> tuple[str, RunConfig]:
-    if data == "shapes":
-        return "shapes", shapes()
-    return ("cifar10-demo", cifar10_demo()) if small else ("imagenet-v1", imagenet_v1())
+    name = "shapes" if data == "shapes" else "cifar10-demo" if small else "imagenet-v1"
+    return name, recipe(name)
 
 
 def _crop_size(images: ImageIndex) -> int:

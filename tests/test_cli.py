@@ -95,7 +95,8 @@ def test_bad_arguments_are_2(run, tmp_path: Path, arguments: list[str], said: st
     [
         (["trian"], "unknown command 'trian'; did you mean train?"),
         (["train", "shapse"], "unknown recipe 'shapse'; did you mean 'shapes'"),
-        (["recipes", "now"], "fastmoco recipes takes no arguments; found 'now'"),
+        (["recipes", "mnits"], "unknown recipe 'mnits'; did you mean 'mnist'"),
+        (["recipes", "mnist", "now"], "fastmoco recipes takes one name at most; found 'mnist now'"),
     ],
 )
 def test_unknown_words_are_2_with_the_nearest(capsys, argv: list[str], said: str) -> None:

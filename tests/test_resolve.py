@@ -221,10 +221,9 @@ def test_every_choice_of_consequence_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_says_what_to_expect(name: str) -> None:
+def test_no_setting_of_a_recipe_is_replaced(name: str) -> None:
     config = recipe(name)
     assert RunConfig.from_json(config.to_json()) == config
-    assert "%" in (RECIPES[name].__doc__ or "") or name == "shapes"
     found, _ = resolve(config, images(70_000, 32, 32), CPU)
     for field, value in config.flat().items():
         if value is not None and value != "auto":
