@@ -52,7 +52,8 @@ class Settings:
     """Images/s of one training step without a loader, from the plain step to ours, one change at a time."""
 
     suite: Literal["cpu", "gpu"] | None = None
-    """The ladders that suit a machine, in one go; --config and what overrides it are then not looked at."""
+    """The ladders that suit a machine, in one go; --config and what overrides it are then not looked at. With --quick,
+    the tiny task alone."""
     config: Literal["cifar", "r50"] = "cifar"
     """ResNet-18 at 32 px, or ResNet-50 at 224 px, as in the recipes."""
     arch: str | None = None
@@ -107,9 +108,9 @@ def main(settings: Settings, console: Console | None = None) -> list[dict[str, A
 
 def _ladders(settings: Settings) -> list[Ladder]:
     cifar, r50 = CONFIGS["cifar"], CONFIGS["r50"]
-    if settings.suite == "cpu":
+    if settings.suite == "cpu" and not settings.quick:
         return [Ladder("cifar-cpu", replace(cifar, batch_size=64))]
-    if settings.suite == "gpu":  # with the readings, some 40 s a ladder, within nine minutes
+    if settings.suite == "gpu" and not settings.quick:  # with the readings, some 40 s a ladder, within nine minutes
         return [
             Ladder("cifar", cifar, build_limit_s=100),
             Ladder("r50", r50, build_limit_s=200),
