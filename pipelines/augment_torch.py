@@ -39,14 +39,15 @@ def apply(
     source = np.arange(count) if source is None else source
     out = torch.empty((count, side, side, 3), dtype=dtype, device=crops.device)
     mean, std = (torch.tensor(v, device=crops.device).view(1, 3, 1, 1) for v in (augmentation.mean, augmentation.std))
+    scale, offset = 1 / std, -mean / std
+    gather = _Gather(crops)
 
     def apply_to(rows: np.ndarray) -> None:
-        index = to_device(rows, crops.device)
-        images = crops[to_device(source[rows], crops.device)].permute(0, 3, 1, 2)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        images = gather(to_device(source[rows], crops.device))
         colour(images, params[rows], augmentation)
-        images = images.sub_(mean).div_(std).permute(0, 2, 3, 1)
-        out.index_copy_(0, index, images.to(dtype, memory_format=torch.contiguous_format))
+        images = images.mul_(scale).add_(offset).to(dtype)  # while in planes, or it takes thrice as long
+        images = images.permute(0, 2, 3, 1).contiguous()
+        out.flatten(1).index_copy_(0, to_device(rows, crops.device), images.flatten(1))
 
     if crops.is_cuda:
         for rows in _groups(params, count):
@@ -54,6 +55,21 @@ def apply(
     else:
         side_by_side(apply_to, _groups(params, max(1, _GROUP_BYTES // (3 * side * side * 4))))
     return out.permute(0, 3, 1, 2)
+
+
+class _Gather:
+    """Chosen crops as float32 planes (V, 3, S, S) in [0, 1]. Crops (N, S, S, 3) uint8 of any strides."""
+
+    def __init__(self, crops: Tensor) -> None:
+        # In the order in which a crop lies in memory, so that it is copied in one piece.
+        axes = sorted((1, 2, 3), key=crops.stride, reverse=True)
+        stored = crops.permute(0, *axes)
+        self._shape, self._rows = stored.shape[1:], stored.flatten(1)
+        self._planes = [1 + axes.index(axis) for axis in (3, 1, 2)]
+
+    def __call__(self, index: Tensor) -> Tensor:
+        chosen = self._rows.index_select(0, index).view(-1, *self._shape).permute(0, *self._planes)
+        return chosen.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
 
 def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> None:
@@ -78,10 +94,16 @@ def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> No
 
 
 def _groups(params: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Row numbers of views that share a jitter order (or have none), at most `most` at a time."""
+    """Row numbers of views that share a jitter order (or have none), at most `most` at a time.
+
+    Within a group the grey views follow one another, and so do the flipped: neither, flipped, both, grey.
+    """
     order = np.where(_is_jittered(params), params[:, Column.ORDER], -1.0)
+    grey, flipped = params[:, Column.GREY] != 0, params[:, Column.FLIP] != 0
+    places = np.where(grey, 3 - flipped, flipped)
     for value in np.unique(order):
         rows = np.flatnonzero(order == value)
+        rows = rows[np.argsort(places[rows], kind="stable")]
         yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
@@ -97,8 +119,8 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """clip(factor · x + (1 − factor) · mean luma, 0, 1), in place."""
-    mean = luma(images).mean((-2, -1), keepdim=True)
-    return torch.lerp(mean, images, factor, out=images).clamp_(0, 1)
+    mean = luma(images.mean((-2, -1), keepdim=True))
+    return images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)  # `lerp` is slow where a view has one number
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -109,26 +131,23 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of HSV by `shift` full circles, in place; value and saturation stay.
 
-    With m = min, C = max − min and the hue h in [0, 6), the channels are m + C · clip(w, 0, 1) for
-    w = |h − 3| − 1, 2 − |h − 2| and 2 − |h − 4| (Smith, "Color gamut transform pairs", 1978, in its closed form).
+    With m = min, C = max − min and a circle of length 6, a channel is m + C · clip(d − 1, 0, 1), where d is the way
+    round the circle from the hue opposite the channel's own (3, 5 and 7) to that of the pixel: d = 3 − ||y| − 3| for a
+    difference y of at most one circle (after Smith, "Color gamut transform pairs", 1978). The hue itself needs no case
+    distinction: it has the sign of g − b and the size 1 + (g + b − r − m) / C, from 0 to 3.
     """
     red, green, blue = images.unbind(1)
-    largest = torch.maximum(torch.maximum(red, green), blue)
-    smallest = torch.minimum(torch.minimum(red, green), blue)
-    chroma = largest - smallest
-    scale = chroma.clamp_min(1e-12).reciprocal_()
-    # Comparisons and `where` are an order of magnitude slower on a CPU than arithmetic, so the sector is weighed.
-    is_red = torch.eq(largest, red).float()
-    is_green = torch.eq(largest, green).float().mul_(1 - is_red)
-    is_blue = 1 - is_red - is_green
-    hue = (green - blue).mul_(is_red).addcmul_(blue - red, is_green).addcmul_(red - green, is_blue).mul_(scale)
-    hue.add_(is_green, alpha=2).add_(is_blue, alpha=4)
-    hue.add_(6 * shift.view(-1, 1, 1))
-    hue.sub_((hue / 6).floor_(), alpha=6)  # remainder_ takes ten times as long
-    for channel, (middle, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        wave = (hue - middle).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(smallest, wave, chroma, out=images[:, channel])
-    return images
+    largest = torch.maximum(red, green)
+    largest = torch.maximum(largest, blue, out=largest)
+    smallest = torch.minimum(red, green)
+    smallest = torch.minimum(smallest, blue, out=smallest)
+    chroma = largest.sub_(smallest)
+    hue = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp_min(1e-12)).add_(1).copysign_(green - blue)
+    opposite = 6 * shift.view(-1, 1, 1, 1) - torch.tensor([3.0, 5.0, 7.0], device=images.device).view(3, 1, 1)
+    opposite.sub_((opposite / 6).round_(), alpha=6)  # within half a circle, so that the sum below is within one
+    wave = (hue.unsqueeze(1) + opposite).abs_().sub_(3).abs_().clamp_(1, 2)
+    chroma.unsqueeze_(1)
+    return torch.addcmul(smallest.unsqueeze(1).add(chroma, alpha=2), chroma, wave, value=-1, out=images)
 
 
 _JITTER = {
@@ -168,7 +187,12 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
 
 def _on_subset(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:
     """Replaces the chosen views by what the operation makes of them. `chosen` is on the host, so nothing waits."""
-    if not chosen.any():
+    places = np.flatnonzero(chosen)
+    if len(places) == 0:
         return
-    index = to_device(np.flatnonzero(chosen), images.device)
+    if places[-1] - places[0] < len(places):  # they follow one another
+        part = images[places[0] : places[-1] + 1]
+        part.copy_(operation(part))
+        return
+    index = to_device(places, images.device)
     images[index] = operation(images[index])
