@@ -24,25 +24,25 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tens
     places = torch.arange(side, device=start.device, dtype=torch.float32) + 0.5
     pixels = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
     centre = (start + places * scale) / reach
-    weights = ((pixels / reach)[:, None, :] - centre[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
     inside = (pixels > start) & (pixels < start + length)
-    weights.mul_(inside[:, None, :])
+    pixels = torch.where(inside, pixels / reach, torch.inf)  # out of every triangle's reach
+    weights = (pixels[:, None, :] - centre[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def crop_resize(images: Tensor, boxes: Tensor, out: Tensor) -> None:
-    """Crops of equally sized images, in two batched matrix products a view, rounded to nearest.
+    """Crops of equally sized images, in two batched matrix products for all views, rounded to nearest.
 
-    images  (B, H, C, W) uint8: with the channels between rows and columns, either product is one matrix a view
+    images  (B, H, C, W) uint8: with the channels between rows and columns, either product is one matrix an image
     boxes   (V, B, 4) top, left, height, width in pixels
     out     (V, B, S, C, S) uint8, written
     """
     count, height, channels, width = images.shape
-    side = out.shape[-1]
-    source = images.to(torch.float32).view(count, height * channels, width)
-    for view in range(len(boxes)):
-        top, left, box_h, box_w = boxes[view].unbind(-1)
-        rows, columns = filter_matrix(top, box_h, height, side), filter_matrix(left, box_w, width, side)
-        wide = torch.bmm(source, columns.mT).view(count, height, channels * side)
-        crops = torch.bmm(rows, wide).view(count, side, channels, side)
-        out[view] = crops.add_(0.5).clamp_(0, 255)  # the conversion to uint8 cuts off, so this rounds
+    views, side = len(boxes), out.shape[-1]
+    top, left, box_h, box_w = boxes.transpose(0, 1).reshape(-1, 4).unbind(-1)  # (B·V,), the views of an image together
+    rows, columns = filter_matrix(top, box_h, height, side), filter_matrix(left, box_w, width, side)
+    # Weights are not negative and sum to 1: a half stays a half, nothing leaves 0 to 255, and uint8 cuts off.
+    source = images.to(torch.float32).add_(0.5).view(count, height, channels * width)
+    tall = torch.bmm(rows.view(count, views * side, height), source).view(count * views, side * channels, width)
+    crops = torch.bmm(tall, columns.mT).view(count, views, side, channels, side)
+    out.copy_(crops.transpose(0, 1))

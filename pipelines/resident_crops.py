@@ -19,7 +19,7 @@ from pipelines.resident_pixels import load
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
 
-_IMAGES_A_PIECE = 64  # cropped by one core at a time: at 32 px their floats and filters take a megabyte
+_IMAGES_A_PIECE = 32  # cropped by one core at a time: at 32 px their floats and filters take a megabyte
 
 
 class ResidentCrops:
@@ -66,10 +66,10 @@ class ResidentCrops:
     def _all_at_once(self, plan: BatchPlan) -> Tensor:
         views, count = plan.boxes.shape[:2]
         out = torch.empty((views, count, self._side, 3, self._side), dtype=torch.uint8)
-        indices, boxes = torch.from_numpy(plan.indices), torch.from_numpy(plan.boxes)
+        indices, boxes, pixels = torch.from_numpy(plan.indices), torch.from_numpy(plan.boxes), self._resident.pixels
 
         def crop(part: slice) -> None:
-            crop_resize(self._resident.pixels[indices[part]], boxes[:, part], out[:, part])
+            crop_resize(pixels.index_select(0, indices[part]), boxes[:, part], out[:, part])
 
         side_by_side(crop, [slice(start, start + _IMAGES_A_PIECE) for start in range(0, count, _IMAGES_A_PIECE)])
         return out.permute(0, 1, 2, 4, 3)
