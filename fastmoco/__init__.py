@@ -28,7 +28,7 @@ def load_backbone(
     side         S of the views in pixels, in place of the one it was trained with
 
     The backbone is torchvision's `ResNet` with an identity for `fc`, in evaluation mode, float32, on the CPU; before it
-    goes a `preprocessing.Preprocessing`. Raises CheckpointError or ConfigError (both ValueError), one line that says why.
+    goes a `preprocessing.Preprocessing`. Raises CheckpointError or ConfigError, ValueErrors of one line that say why.
     """
     from fastmoco.backbone_files import read_backbone
     from fastmoco.preprocessing import Preprocessing

@@ -32,7 +32,7 @@ from fastmoco.config import RunConfig
 from fastmoco.config_checks import nearest
 from fastmoco.encoder import ARCHITECTURES, STEMS, feature_dim
 from fastmoco.errors import CheckpointError, ConfigError
-from fastmoco.plain_resnet import COUNTERS, identify, plain_resnet, shapes_of
+from fastmoco.plain_resnet import COUNTERS, identify, plain_resnet
 from fastmoco.rundir import read_config
 from fastmoco.torch_files import PICKLE, ZIP, read_torch
 from pipelines.augment import AUGMENTATIONS, CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -141,8 +141,10 @@ def _usual(stem: str) -> tuple[int, tuple[float, float, float], tuple[float, flo
 
 def _module(tensors: Mapping[str, Tensor], arch: str, stem: str, width: float, origin: str) -> nn.Module:
     """The model around these tensors, whose shapes are known to be right."""
+    with torch.device("meta"):  # without weights of its own
+        module = plain_resnet(arch, stem, width)
     state: dict[str, Tensor] = {}
-    for name in shapes_of(arch, stem, width):
+    for name in module.state_dict():
         if name.endswith(COUNTERS):
             state[name] = tensors.get(name, torch.zeros(())).to(torch.int64)
             continue
@@ -151,8 +153,6 @@ def _module(tensors: Mapping[str, Tensor], arch: str, stem: str, width: float, o
         state[name] = tensors[name].to(torch.float32, copy=True).contiguous()
         if not state[name].isfinite().all():
             raise CheckpointError(f"{origin} has values in {name} that are not finite: take an earlier checkpoint")
-    with torch.device("meta"):
-        module = plain_resnet(arch, stem, width)
     module.load_state_dict(state, assign=True)
     return module.eval()
 

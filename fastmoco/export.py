@@ -5,7 +5,9 @@ B batch · S side of a view · D features
 
 from __future__ import annotations
 
+import copy
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,11 @@ from fastmoco.export_formats import FORMATS, Format, Model
 from fastmoco.files import sync, temporary
 
 IMAGES = 16
-TOLERANCE = 1e-5  # of the largest feature, or of 1 where that is larger
+TOLERANCE = 1e-5  # of the largest feature, or absolute where no feature is larger than 1
 
 
 class Exported(NamedTuple):
-    """path, size_bytes; apart, the largest difference of a feature; checked_with, what loaded the file."""
+    """path, size_bytes; apart, as TOLERANCE the largest difference of a feature; checked_with, what loaded the file."""
 
     path: Path
     size_bytes: int
@@ -34,7 +36,8 @@ def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = Fal
     """Writes the backbone for `target`, a key of `export_formats.FORMATS`.
 
     The file gets its name only after the features of 16 images, computed by what was loaded back from the disk, agree
-    with the backbone's to TOLERANCE. Until then, and after any failure, what was there before stays, and nothing else.
+    with the backbone's to TOLERANCE (see `_compare`). Until then, and after any failure, what was there before stays,
+    and nothing else.
 
     Raises ConfigError: a wrong suffix, a file or link that is in the way, a disk that refuses, a backbone that the
     target has no model for. Raises CheckpointError where the features differ, and BackendMissingError where ONNX is
@@ -57,7 +60,8 @@ def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = Fal
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror or error}): choose another with --out") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # an error on the way has been said already
+            part.unlink()
     return Exported(path, len(content), apart, checked_with)
 
 
@@ -76,14 +80,20 @@ def _check(backbone: Backbone, target: str, kind: Format, path: Path, overwrite:
 
 @torch.inference_mode()
 def _compare(backbone: Backbone, model: Model, what: str) -> float:
-    """The largest difference between a feature of the two, over 16 images. Raises CheckpointError above TOLERANCE."""
+    """max |found − expected| / max(1, |expected|) over the features of 16 images.
+
+    Raises CheckpointError above TOLERANCE, unless it is the rounding of float32: a model of few steps can magnify that,
+    and another order of summation is then as far from the features in float64 as the backbone's own order is.
+    """
     images = torch.randn(IMAGES, 3, backbone.side, backbone.side, generator=torch.Generator().manual_seed(0))
     expected, found = backbone.module(images), model(images)
     if found.shape != expected.shape:
         raise CheckpointError(f"{what} gives features {list(found.shape)}, expected {list(expected.shape)}")
-    apart = _largest(found - expected)
-    if not apart <= TOLERANCE * max(1.0, _largest(expected)):  # so that NaN is refused
-        raise CheckpointError(f"{what} gives features that are {apart:.1e} off, at most {TOLERANCE:.0e} expected")
+    apart = _largest(found - expected) / max(1.0, _largest(expected))
+    if not apart <= TOLERANCE:  # so that NaN is refused
+        exact = copy.deepcopy(backbone.module).double()(images.double())
+        if not _largest(found - exact) <= 2 * _largest(expected - exact):
+            raise CheckpointError(f"{what} gives features that are {apart:.1e} off, at most {TOLERANCE:.0e} expected")
     return apart
 
 

@@ -51,7 +51,7 @@ def export_command(argv: list[str]) -> None:
         Fact("from", backbone.origin),
         Fact("backbone", describe(backbone), f"views of {backbone.side} pixels"),
         Fact("normalisation", f"mean {_words(backbone.mean)}, std {_words(backbone.std)}"),
-        Fact("checked", f"features of {IMAGES} images within {done.apart:.1e}", done.checked_with),
+        Fact("checked", f"the features of {IMAGES} images agree to {max(done.apart, 1e-7):.0e}", done.checked_with),
         Fact("written", str(path), f"{done.size_bytes / 2**20:.1f} MiB"),
         Fact("load it", load_lines(backbone, options.to, os.path.relpath(path))),
     ]
@@ -68,11 +68,11 @@ def describe(backbone: Backbone) -> str:
 def load_lines(backbone: Backbone, target: str, name: str) -> str:
     """The Python, the command or the settings that load the file."""
     restem = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity(); "
-    make = f"{backbone.arch}(); {restem if backbone.stem == 'cifar' else ''}model.load_state_dict"
     read = f"safetensors.torch.load_file({name!r})" if name.endswith(".safetensors") else f"torch.load({name!r})"
+    load = f"{restem if backbone.stem == 'cifar' else ''}model.load_state_dict({read}, strict=False)"
     return {
-        "torchvision": f"model = torchvision.models.{make}({read}, strict=False)",
-        "timm": f"model = timm.models.{make}({read}, strict=False)",
+        "torchvision": f"model = torchvision.models.{backbone.arch}(); {load}",
+        "timm": f"model = timm.create_model({backbone.arch!r}); {load}",
         "detectron2": f"MODEL.WEIGHTS {name} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB "
         f"MODEL.PIXEL_MEAN [{_words(backbone.mean, 255)}] MODEL.PIXEL_STD [{_words(backbone.std, 255)}]",
         "lincls": f"python main_lincls.py -a {backbone.arch} --pretrained {name} DATA",

@@ -99,10 +99,11 @@ def _load_torchvision(backbone: Backbone, path: Path) -> tuple[Model, str]:
 
 def _in_torchvision(backbone: Backbone, state: State) -> Model:
     """torchvision's own model with these weights; only its classifier may be missing."""
-    model = torchvision.models.get_model(backbone.arch, weights=None)
-    if backbone.stem == "cifar":
-        set_cifar_stem(model)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    with torch.device("meta"):  # without weights of its own: whatever the file lacks, but for fc, cannot be computed
+        model = torchvision.models.get_model(backbone.arch, weights=None)
+        if backbone.stem == "cifar":
+            set_cifar_stem(model)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert sorted(missing) == _CLASSIFIER, missing
     assert unexpected == [], unexpected
     model.fc = nn.Identity()
@@ -179,7 +180,7 @@ def _load_detectron2(backbone: Backbone, path: Path) -> tuple[Model, str]:
     assert all(_DETECTRON2_NAME.fullmatch(name) for name in arrays), sorted(arrays)
     back = {detectron2_name(name): name for name in _state(backbone)}
     state = {back[name]: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    return _in_torchvision(backbone, state), "torchvision, under detectron2's names (not by detectron2 itself)"
+    return _in_torchvision(backbone, state), f"{_version('torchvision')}; detectron2 was not run"
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def set_cifar_stem(model: nn.Module) -> None:
     model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
 
 
-def shapes_of(arch: str, stem: str, width: float) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a backbone's tensors; none is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in plain_resnet(arch, stem, width).state_dict().items()}
-
-
 def identify(shapes: Shapes) -> tuple[str, str, float]:
     """(arch, stem, width) of the backbone that has exactly these tensors, the counters of batch norm aside.
 
@@ -77,12 +71,18 @@ def identify(shapes: Shapes) -> tuple[str, str, float]:
     if not candidates:
         kind = "bottleneck" if bottleneck else "basic"
         raise ValueError(f"its stages have {layers} {kind} blocks, as none of {', '.join(ARCHITECTURES)}")
-    reasons = [_difference(shapes, shapes_of(name, stem, width)) for name in candidates]
-    for name, reason in zip(candidates, reasons, strict=True):
+    reasons = []
+    for name in candidates:
+        reason = _difference(shapes, _shapes(name, stem, width))
         if reason is None:
             return name, stem, width
-    closest = "; ".join(f"{name}: {reason}" for name, reason in zip(candidates, reasons, strict=True))
-    raise ValueError(f"its tensors fit none of the known architectures ({closest})")
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"its tensors fit none of the known architectures ({'; '.join(reasons)})")
+
+
+def _shapes(arch: str, stem: str, width: float) -> Shapes:
+    with torch.device("meta"):  # allocates nothing
+        return {name: tuple(tensor.shape) for name, tensor in plain_resnet(arch, stem, width).state_dict().items()}
 
 
 def _blocks(shapes: Shapes, stage: int) -> int:
