@@ -1,0 +1,370 @@
+"""End to end from the same image files, beside what else people pretrain with: lightly, and the authors' own code.
+
+    uv sync --group bench
+    uv run python benchmarks/peers.py --config cifar --data cifar10 --out benchmarks/results
+    uv run python benchmarks/peers.py --config r50 --data imagenette --out benchmarks/results
+    uv run python benchmarks/peers.py --quick
+
+images/s are images of the data set, two views each. All have the same images, encoder, batch, queue, temperature,
+optimiser and augmentation. Every peer has two rows: as its example or its authors run it, and at its best, which is
+bfloat16 autocast where the device has it, channels-last, pinned memory and the fastest of three numbers of workers. In
+the peers' favour: cuDNN may try its algorithms in every row, their DataLoaders never come to the end of an epoch,
+lightly neither splits its batch norm nor shuffles keys, and at 32 px the authors' code has its images decoded before
+the clock starts, as `resident` has. fastmoco is as `fastmoco train` runs it, without evaluations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose pipelines.py hides the package
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import forkserver
+from typing import Any, Literal, Protocol
+
+import torch
+import tyro
+from rich.console import Console
+
+from benchmarks.archives import unpacked
+from benchmarks.end_to_end import Case, Engine, Images, augmentation_name, growth, held, measure, open_case, our_engine
+from benchmarks.harness import (
+    Reading,
+    environment,
+    make_console,
+    ratios,
+    run_script,
+    short,
+    show,
+    summarise,
+    take_turns,
+    write_json,
+)
+from benchmarks.ladder import CONFIGS, synthetic_views
+from benchmarks.peer_demo import DemoStep, default_loading, demo_dataset
+from benchmarks.peer_lightly import DEFAULT as LIGHTLY_LOADING
+from benchmarks.peer_lightly import LightlyStep, lightly_dataset, require_lightly
+from benchmarks.peer_loader import Loading, endless_views, tuned
+from benchmarks.plain import Task
+from benchmarks.sample_data import open_index, stored_bytes
+from fastmoco.config import Arch, RunConfig
+from fastmoco.device import DTYPES, pick_amp, pick_device
+from fastmoco.errors import ConfigError
+from fastmoco.resolve import resolve
+from pipelines.augment import AUGMENTATIONS
+from pipelines.backends import default_workers
+from pipelines.errors import BackendMissingError
+from pipelines.image_index import ImageIndex
+from pipelines.views import Views
+
+OURS = {"fastmoco-resident": "resident", "fastmoco-torch": "torch"}
+PEERS = ("lightly", "lightly-best", "authors", "authors-best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Images/s of pretraining from files, beside lightly and the authors' code as they come and at their best."""
+
+    config: Literal["cifar", "r50"] = "cifar"
+    """ResNet-18 at 32 px with batches of 512, or ResNet-50 at 224 px with batches of 256."""
+    data: str | None = None
+    """A folder, tar file, list, .beton file or named data set. Unset: JPEGs drawn for the occasion."""
+    limit: int | None = None
+    """At most so many images of it."""
+    batch_size: int | None = None
+    """Another number of images a step."""
+    arch: Arch | None = None
+    """Another ResNet."""
+    symmetric: bool = False
+    """Every view once as query and once as key, as the demo has for an option."""
+    workers: int = default_workers()
+    """Processes of fastmoco's torch pipeline. The peers at their best have as many, half or twice as many."""
+    rows: str = ",".join((*OURS, *PEERS))
+    """Which, separated by commas."""
+    seconds: float = 5.0
+    """How long each reading takes, without its warm-up."""
+    repetitions: int = 5
+    """Rounds in which everyone has a turn."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    quick: bool = False
+    """A tiny task, one worker, short readings: whether it works, not how fast it is."""
+    out: Path | None = None
+    """Folder for the JSON file."""
+
+
+class PeerStep(Protocol):
+    """One of a peer's training steps, and the mean loss since that was last asked for."""
+
+    def __call__(self, views: Views) -> object: ...
+
+    def read_loss(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender that is open. `terms` is what it runs with, in words."""
+
+    case: Case
+    terms: str
+    tuning: dict[int, float] | None = None
+
+
+def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
+    """Measures, prints a table and returns what it writes. Raises ConfigError, DataError and DivergedError."""
+    console = console or make_console()
+    if settings.quick:
+        settings = replace(settings, seconds=0.3, repetitions=2, workers=1)
+    names, task, device = _names(settings.rows), _task(settings), pick_device(settings.device)
+    torch.backends.cudnn.benchmark = True  # for every row, as the authors' script does
+    result: dict[str, Any] = {"benchmark": f"peers-{settings.config}", "environment": environment(device)}
+    with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
+        index = open_index(unpacked(settings.data), task.side, settings.limit, Path(scratch))
+        if len(index) < task.batch_size:
+            raise ConfigError(f"--batch-size {task.batch_size} is more than the {len(index)} images: use fewer")
+        result |= {
+            "settings": asdict(settings) | {"out": None},
+            "task": asdict(task),
+            "data": {"images": len(index), "stored_bytes": stored_bytes(index), "description": index.describe()},
+            "left_out": {},
+        }
+        rows = _open_all(names, index, Path(scratch), task, settings, device, result["left_out"])
+        try:
+            runs = {name: lambda r=row: measure(r.case, settings.seconds, device) for name, row in rows.items()}
+            readings = take_turns(runs, settings.repetitions)
+        finally:
+            for row in rows.values():
+                row.case.close()
+    result["rows"] = _summaries(readings, rows)
+    result["ratios"] = _ratios(readings)
+    _show(console, result)
+    if settings.out is not None:
+        kind = settings.config + ("-symmetric" if settings.symmetric else "")
+        write_json(settings.out / f"peers-{kind}.json", result)
+    return result
+
+
+def _names(rows: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in rows.split(",") if name.strip()))
+    for name in names:
+        if name not in (*OURS, *PEERS):
+            raise ConfigError(f"--rows {name} is unknown: expected some of {','.join((*OURS, *PEERS))}")
+    if not names:
+        raise ConfigError(f"--rows is empty: name some of {','.join((*OURS, *PEERS))}")
+    return names
+
+
+def _task(settings: Settings) -> Task:
+    """What a step computes; the queue is a multiple of the keys of a step, which the authors' code needs."""
+    task = CONFIGS[settings.config]
+    if settings.config == "cifar":
+        task = replace(task, lr=0.06)
+    if settings.quick:
+        task = replace(task, arch="resnet18", side=16 if settings.config == "cifar" else 96, batch_size=8, queue=64)
+        task = replace(task, bn_splits=2)
+    task = replace(task, arch=settings.arch or task.arch, batch_size=settings.batch_size or task.batch_size)
+    keys = task.batch_size * (2 if settings.symmetric else 1)
+    return replace(task, queue=max(keys, task.queue - task.queue % keys))
+
+
+def _start_fork_server(peers: list[str]) -> None:
+    """What the peers' workers need is imported once, by the server that they are forked from."""
+    modules = ["pipelines.torch_crops", "benchmarks.peers"]  # every worker imports this script again
+    if any(name.startswith("lightly") for name in peers):
+        modules += ["lightly.transforms", "lightly.data"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    forkserver.ensure_running()
+
+
+def _open_all(
+    names: list[str],
+    index: ImageIndex,
+    scratch: Path,
+    task: Task,
+    settings: Settings,
+    device: torch.device,
+    left_out: dict[str, str],
+) -> dict[str, Row]:
+    """The contenders that can run here; why the others cannot goes into `left_out`."""
+    rows: dict[str, Row] = {}
+    ours, peers = [name for name in names if name in OURS], [name for name in names if name in PEERS]
+    try:
+        require_lightly()
+    except BackendMissingError as error:
+        left_out |= {name: str(error) for name in peers if name.startswith("lightly")}
+        peers = [name for name in peers if name not in left_out]
+    if peers:
+        _start_fork_server(peers)
+    try:
+        if ours:
+            rows |= _open_ours(ours, Images(index, scratch, settings.workers), task, settings, device)
+        for name in peers:
+            try:
+                rows[name] = _open_peer(name, index, task, settings, device)
+            except torch.OutOfMemoryError as error:
+                left_out[name] = str(error).splitlines()[0]
+        if not rows:
+            raise ConfigError(f"nothing to measure: {'; '.join(left_out.values())}")
+    except BaseException:
+        for row in rows.values():
+            row.case.close()
+        raise
+    return rows
+
+
+def _open_ours(
+    names: list[str], images: Images, task: Task, settings: Settings, device: torch.device
+) -> dict[str, Row]:
+    """One training step behind both pipelines, which use it in turn."""
+    config = _run_config(settings, task, images.index, device)
+    engine = our_engine(config, task, images.index, device)
+    run, rows = config.run, {}
+    terms = [run.amp, f"{run.kernels} kernels", *(["CUDA graph"] if run.cuda_graph == "on" else [])]
+    for name in names:
+        pipeline = OURS[name]
+        case = open_case(pipeline, images, task, device, DTYPES[run.amp], settings.workers, engine)
+        workers = [] if pipeline == "resident" else [_count(settings.workers)]
+        rows[name] = Row(case, ", ".join(terms + workers))
+    return rows
+
+
+def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch.device) -> RunConfig:
+    """The task as a run, with what the trainer chooses by itself on this device."""
+    given = RunConfig().replace(
+        data=index.name,
+        pipeline="torch",
+        workers=settings.workers,
+        aug=augmentation_name(task.side),
+        crop_size=task.side,
+        arch=task.arch,
+        stem=task.stem,
+        moco_dim=task.dim,
+        moco_k=task.queue,
+        moco_m=task.ema_momentum,
+        moco_t=task.temperature,
+        bn_splits=task.bn_splits,
+        symmetric=settings.symmetric,
+        batch_size=task.batch_size,
+        lr=task.lr,
+        wd=task.weight_decay,
+        sgd_momentum=task.sgd_momentum,
+        allow_large_queue=True,  # a queue's cost does not depend on what is in it
+    )
+    return resolve(given, index, device)[0]
+
+
+def _open_peer(name: str, index: ImageIndex, task: Task, settings: Settings, device: torch.device) -> Row:
+    """Builds and warms up its step, and finds its number of workers."""
+    at_best = name.endswith("-best")
+    amp = "bf16" if at_best and pick_amp("auto", device) == "bf16" else "fp32"  # float16 would need loss scaling
+    switches: dict[str, Any] = {"symmetric": settings.symmetric, "channels_last": at_best, "dtype": DTYPES[amp]}
+    augmentation = AUGMENTATIONS[augmentation_name(task.side)]
+    began = time.perf_counter()
+    if name.startswith("lightly"):
+        engine = _engine(lambda: LightlyStep(task, device, **switches), task, device)
+        before, loading = held(device), LIGHTLY_LOADING
+        dataset = lightly_dataset(index, augmentation, task.side)
+    else:
+        steps = len(index) // task.batch_size
+        engine = _engine(lambda: DemoStep(task, device, steps_per_epoch=steps, **switches), task, device)
+        before, loading = held(device), default_loading(task.side)
+        dataset = demo_dataset(index, augmentation, task.side)
+    open_s, held_by_data = time.perf_counter() - began, growth(before, held(device))
+
+    def case_with(loading: Loading) -> Case:
+        def batches() -> Iterator[Views]:
+            return endless_views(dataset, task.batch_size, device, loading)
+
+        round_of = max(1, min(loading.workers, default_workers()))  # more than there are cores do not end together
+        return Case(batches, engine, task.batch_size, round_of, held_by_data, open_s)
+
+    if not at_best:
+        loading = replace(loading, workers=1) if settings.quick else loading
+        return Row(case_with(loading), f"{amp}, {_count(loading.workers)}")
+    choices = {max(1, n) for n in (settings.workers // 2, settings.workers, 2 * settings.workers)}
+    cases = {workers: case_with(tuned(workers)) for workers in sorted(choices)}
+    rates = {n: measure(case, settings.seconds / 2, device)["images_per_s"] for n, case in cases.items()}
+    fastest = max(rates, key=lambda n: rates[n])
+    return Row(cases[fastest], f"{amp}, channels-last, {_count(fastest)}", rates)
+
+
+def _engine(build: Callable[[], PeerStep], task: Task, device: torch.device) -> Engine:
+    synthetic = synthetic_views(task, device, torch.float32, channels_last=False)
+    before, began = held(device), time.perf_counter()
+    torch.manual_seed(0)
+    step = build()
+    for views in synthetic[:2]:
+        step(views)
+    step.read_loss()
+    return Engine(
+        step,
+        step.read_loss,
+        synthetic,
+        keeps_memory=False,
+        held=growth(before, held(device)),
+        warm_up_s=time.perf_counter() - began,
+    )
+
+
+def _count(workers: int) -> str:
+    return f"{workers} worker{'' if workers == 1 else 's'}"
+
+
+def _summaries(readings: dict[str, list[Reading]], rows: dict[str, Row]) -> dict[str, Any]:
+    """By name: medians of all that was read, the terms, and what opening took."""
+    found: dict[str, Any] = {}
+    for name, taken in readings.items():
+        found[name] = {key: summarise([reading[key] for reading in taken]) for key in taken[0]}
+        found[name] |= {"terms": rows[name].terms, "open_s": rows[name].case.open_s, "tuning": rows[name].tuning}
+    return found
+
+
+def _ratios(readings: dict[str, list[Reading]]) -> dict[str, Any]:
+    """Ours to each peer, round by round: `{"fastmoco-torch": {"lightly": ...}}`."""
+    rates = {name: [reading["images_per_s"] for reading in taken] for name, taken in readings.items()}
+    return {
+        ours: {peer: ratios(rates[ours], rates[peer]) for peer in PEERS if peer in rates}
+        for ours in OURS
+        if ours in rates
+    }
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    task, data, settings = result["task"], result["data"], result["settings"]
+    on_gpu = all("nvml_bytes" in one for one in result["rows"].values())
+    rows = []
+    for name, one in result["rows"].items():
+        rows.append(
+            (
+                name,
+                one["terms"],
+                str(one["images_per_s"]),
+                *(f"{of[name].median:.2f}×" if name in of else "–" for of in result["ratios"].values()),
+                short(one["data_wait_percent"].median),
+                short(one["cpu_ms_per_image"].median),
+                short(one["host_bytes"].median / 1e6),
+                *([short(one["nvml_bytes"].median / 1e6)] if on_gpu else []),
+                short(one["open_s"]),
+            )
+        )
+    columns = ("", "with", "images/s", *(f"{ours.split('-')[1]} is" for ours in result["ratios"]), "data wait %")
+    columns = (*columns, "CPU ms/image", "host MB", *(["GPU MB"] if on_gpu else []), "opening s")
+    rows += [(name, "not measured", *[""] * (len(columns) - 2)) for name in result["left_out"]]
+    note = f"{data['description']}, {data['stored_bytes'] / 1e6:,.0f} MB as stored"
+    if data["stored_bytes"] / 2**30 < result["environment"]["memory_gib"] / 2:
+        note += ", read from the page cache"
+    note += "".join(f"\n{name}: {reason}" for name, reason in result["left_out"].items())
+    twice = ", symmetric" if settings["symmetric"] else ""
+    sizes = f"{task['arch']}, {task['side']} px, batch {task['batch_size']}, queue {task['queue']:,}{twice}"
+    show(console, f"end to end from files, beside the peers, {sizes}", columns, rows, note)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(tyro.cli(Settings)))
