@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
@@ -19,6 +21,7 @@ from pipelines.errors import DataError
 from pipelines.ledger import REPLACED, Entry, Ledger
 from pipelines.plans import Planner
 from tests.oddities import encode, fill, picture
+from tools import make_ffcv
 
 CPU = torch.device("cpu")
 
@@ -55,6 +58,46 @@ def test_every_pipeline_puts_grey_in_its_place(folder, tmp_path, name, require_b
         int(i) for v in views for i, view in zip(v.index, v.query, strict=True) if view.flatten(1).std(1).max() < 1e-4
     }
     assert flat == {2, 7, 15}
+
+
+def test_ffcv_puts_grey_in_the_place_of_a_bad_record(tmp_path, require_backend):
+    """In the open `.beton`: one overwritten, one by another picture, and the last cut off with the end of the file."""
+    require_backend("ffcv")
+    folder, beton = tmp_path / "f", tmp_path / "train.beton"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i:02}.jpg").write_bytes(encode(picture(20 + i, 40), "JPEG"))
+    convert = make_ffcv.Settings(data=str(folder), out=str(beton), workers=1)
+    with Progress(disable=True) as progress:
+        make_ffcv.convert(load_dataset(str(folder), data_root=tmp_path).train, convert, progress)
+    ledger = Ledger(str(tmp_path / "quarantine.jsonl"), most=3)
+    index = load_dataset(str(beton), data_root=tmp_path).with_ledger(ledger).train
+    planner = Planner(index.sizes, seed=0, batch_size=len(index), augmentation=V1, shuffle_keys=False)
+    source = open_source("ffcv", index, 8, CPU, 2)
+    assert index.records is not None
+    (last,) = np.flatnonzero(index.records.offsets == index.records.offsets.max()).tolist()
+    noise, other = {2, 7} if last not in (2, 7) else {3, 8}
+    with beton.open("r+b") as file:
+        for i, content in ((noise, b"no image"), (other, encode(picture(9, 9), "JPEG"))):
+            file.seek(index.records.offsets[i])
+            file.write(content.ljust(index.records.lengths[i], b"\0")[: index.records.lengths[i]])
+        file.truncate(index.records.offsets[last] + index.records.lengths[last] - 1)
+    pipeline = open_pipeline("ffcv", index, planner, source, 8, CPU, torch.float32, 2)
+    views = [next(iter(pipeline.views(step, step + 1))) for step in (0, 1)]  # two epochs
+    entries = ledger.entries()
+    assert sorted(entry.image for entry in entries) == sorted(index.display_name(i) for i in (noise, other, last))
+    assert {entry.fate for entry in entries} == {REPLACED}
+    flat = {
+        int(i) for v in views for i, view in zip(v.index, v.query, strict=True) if view.flatten(1).std(1).max() < 1e-4
+    }
+    assert flat == {noise, other, last}
+    pipeline.close()
+    fewer = replace(index, ledger=Ledger(str(tmp_path / "fewer.jsonl"), most=2))
+    source = open_source("ffcv", fewer, 8, CPU, 2)
+    pipeline = open_pipeline("ffcv", fewer, planner, source, 8, CPU, torch.float32, 2)
+    with pytest.raises(DataError, match="these are too many"):
+        next(iter(pipeline.views(0, 1)))
+    pipeline.close()
 
 
 def test_without_a_ledger_it_stays_an_error(folder, tmp_path):
