@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,14 @@ def draw(accuracy: Accuracy, names: tuple[str, ...], title: str, path: Path) -> 
     bar.set_label("% of the true class", fontsize=8, color="#555555")
     bar.ax.tick_params(labelsize=8, colors="#555555")
     bar.outline.set_visible(False)  # type: ignore[operator] - an artist, whatever its annotation says
-    figure.savefig(path, format="png")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG. Letters that the font lacks become boxes, without a warning for each. Raises OSError."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        figure.savefig(path, format="png")
 
 
 def shown(name: str, longest: int = 22) -> str:

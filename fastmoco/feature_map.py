@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastmoco.confusion import shown
+from fastmoco.confusion import save, shown
 from fastmoco.errors import ConfigError
 
 Method = Literal["tsne", "umap"]
@@ -88,4 +88,4 @@ def draw(points: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], 
     axes.set_yticks([])
     axes.set_aspect("equal", adjustable="datalim")
     axes.spines[:].set_color("#dddddd")
-    figure.savefig(path, format="png")
+    save(figure, path)

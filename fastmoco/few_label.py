@@ -62,8 +62,8 @@ def draw_labelled(labels: np.ndarray, amount: Amount, class_names: tuple[str, ..
             problem = "fewer than asked for" if wanted else "of which the share leaves none"
             instead = f"use {len(members) if wanted else 1}-per-class" if len(members) else "add some"
             raise DataError(
-                f"--labels {amount.text}: the class '{printable(name)}' has {len(members):,} labelled images, {problem}: "
-                f"{instead}, or leave the few-label probe out"
+                f"--labels {amount.text}: the class '{printable(name)}' has {len(members):,} labelled images, "
+                f"{problem}: {instead}, or leave the few-label probe out"
             )
         rows.append(members[:wanted])
     return np.sort(np.concatenate(rows))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
 
 from fastmoco import knn
-from fastmoco.knn import knn_accuracy, knn_classify
+from fastmoco.knn import knn_accuracy, knn_classify, knn_votes
 
 
 def brute_force(bank: list, labels: list, query: list, k: int, temperature: float) -> int:
@@ -47,6 +50,25 @@ def test_agrees_with_brute_force(n: int, m: int, k: int, temperature: float, see
         found = knn_classify(bank, labels, queries, k=k, temperature=temperature, num_classes=4)
     wanted = [brute_force(bank.tolist(), labels.tolist(), query, k, temperature) for query in queries.tolist()]
     assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.07), (200, 0.1), (200, 1.0)])
+def test_agrees_with_scikit_learn_to_a_tenth_of_a_point(k: int, temperature: float) -> None:
+    """KNeighborsClassifier on cosine distance, with the same votes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4000) % 10
+    features = 0.6 * torch.randn(10, 32, generator=generator)[labels] + torch.randn(4000, 32, generator=generator)
+    features = features.relu()
+    bank, queries, asked = features[:3000], features[3000:], labels[3000:]
+    votes_of: Any = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731 - their stubs know names alone
+    theirs = KNeighborsClassifier(k, weights=votes_of, metric="cosine", algorithm="brute")
+    theirs.fit(bank.numpy(), labels[:3000])
+    accuracy = knn_accuracy(bank, labels[:3000], queries, asked, k=k, temperature=temperature, num_classes=10)
+    assert 30 < accuracy < 95, "a task on which classifiers differ"
+    assert accuracy == pytest.approx(100 * theirs.score(queries.numpy(), asked.numpy()), abs=0.1)
+    votes = knn_votes(bank, labels[:3000], queries, k=k, temperature=temperature, num_classes=10)
+    shares = torch.from_numpy(theirs.predict_proba(queries.numpy())).float()
+    torch.testing.assert_close(votes / votes.sum(1, keepdim=True), shares, rtol=0, atol=1e-4)
 
 
 def test_near_neighbours_outvote_far_ones_as_the_temperature_falls() -> None:
