@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco import batchnorm_cpu
+from fastmoco.batchnorm_ranks import group_batch_norm
 from fastmoco.errors import ConfigError
+from fastmoco.world import World
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -37,6 +39,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     NCHW) 4 to 8 times.
 
     kernels             "torch", or "triton" for `fastmoco.batchnorm_triton` in training: see `use_kernels`
+    ranks               over which each group is spread; where it is one, N are this rank's samples: see `divide_groups`
     updates_statistics  False while a forward is repeated for its activations alone: see `statistics_kept`
 
     `num_batches_tracked` stays 0: only a cumulative average reads it, and counting costs one kernel a layer and step.
@@ -50,18 +53,24 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.num_splits = num_splits
         self.kernels = "torch"
+        self.ranks: World | None = None
         self.updates_statistics = True
 
     def forward(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         if self.training:
             self._check(input)
-            if self.kernels == "triton":
+            if self.ranks is not None:
+                assert self.momentum is not None
+                statistics = self._statistics()
+                y = group_batch_norm(input, self.weight, self.bias, *statistics, self.momentum, self.eps, self.ranks)
+            elif self.kernels == "triton":
                 from fastmoco.batchnorm_triton import split_batch_norm  # Triton comes with torch's CUDA builds only
 
                 return self._fused(split_batch_norm, input, relu, residual)
-            if input.device.type == "cpu" and not torch.compiler.is_compiling():
+            elif input.device.type == "cpu" and not torch.compiler.is_compiling():
                 return self._fused(batchnorm_cpu.split_batch_norm, input, relu, residual)
-            y = self._groups(input)
+            else:
+                y = self._groups(input)
         else:
             y = super().forward(input)
         if residual is not None:
@@ -129,6 +138,26 @@ def use_kernels(module: nn.Module, kernels: str) -> None:
     """Sets whose kernels the batch norms of a module train with: "torch" or "triton" (see `kernels.check_kernels`)."""
     for layer in _layers(module):
         layer.kernels = kernels
+
+
+def divide_groups(module: nn.Module, world: World) -> None:
+    """Gives every rank its share of the groups of a batch that is divided over the ranks: what batch norm computes is
+    what it would on one rank, whatever their number.
+
+    With s splits and R ranks, a rank has s/R whole groups, or shares one with R/s − 1 others (all of them where s is 1,
+    which is synchronised batch norm). Raises ConfigError where neither is a whole number.
+    """
+    for layer in _layers(module):
+        splits, size = layer.num_splits, world.size
+        if splits % size == 0:
+            layer.num_splits = splits // size
+        elif size % splits == 0:
+            layer.num_splits, layer.ranks = 1, world.part(splits)
+        else:
+            raise ConfigError(
+                f"{splits} batch norm splits do not divide over {size} devices, nor these into groups of one split "
+                f"each: use --bn-splits {size}, or 1 for one group over all devices"
+            )
 
 
 @contextmanager

@@ -21,6 +21,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
+def device_of_rank(name: str, local_rank: int, local_size: int) -> torch.device:
+    """The device of one of several processes on this machine. Raises DeviceError where there are more of them."""
+    if pick_device(name).type == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if local_size > found:
+        raise DeviceError(
+            f"{local_size} processes on this machine, and {found} CUDA device{'s' * (found != 1)}: "
+            f"use --gpus {found}, or --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
 def pick_amp(name: str, device: torch.device) -> str:
     """`auto` to bf16 where the device multiplies it in hardware, else fp32."""
     if name != "auto":

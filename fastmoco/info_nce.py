@@ -35,18 +35,19 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
         return F.softplus(negatives - positive).mean()
 
 
-def in_batch_info_nce(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+def in_batch_info_nce(q: Tensor, k: Tensor, temperature: float, first: int = 0) -> Tensor:
     """Mean over i of −log( exp(q_i·k_i / τ) / Σ_j exp(q_i·k_j / τ) ): the keys of the other images are the negatives.
 
-        F.cross_entropy(q @ k.T / temperature, torch.arange(N))
+        F.cross_entropy(q @ k.T / temperature, first + torch.arange(N))
 
     The gradient flows into q and k. N×N logits are few: nothing is gained by not storing them.
 
-    q, k (N, C) of unit norm, row i of both from the same image → 0-d; in float32 also under autocast, or in float64
-    where q is. He et al. 2020, figure 2a: N − 1 negatives, as the positive is among the N keys (figure 3).
+    q (N, C), k (M, C) of unit norm, row i of q from the same image as row first + i of k → 0-d; in float32 also under
+    autocast, or in float64 where q is. M is N, unless these queries are one rank's and the keys all ranks'. He et al.
+    2020, figure 2a: N − 1 negatives, as the positive is among the N keys (figure 3).
     """
-    assert q.shape == k.shape, (q.shape, k.shape)
+    assert first + len(q) <= len(k), (q.shape, k.shape, first)
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         logits = q.to(dtype) @ k.to(dtype).T / temperature
-        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
+        return F.cross_entropy(logits, first + torch.arange(len(q), device=q.device))

@@ -21,7 +21,7 @@ class KeyQueue(nn.Module):
     """The last K keys, (K, C) float32 of unit norm, and where the next one goes.
 
     It starts with random unit vectors drawn from `generator` (on the CPU, so that they are the same on every device).
-    Nothing here reads the device from the host: the pointer lives there too.
+    Nothing here reads the device from the host: the pointer lives there too. Every rank holds all of it, the same bits.
     He et al. 2020, algorithm 1 (`enqueue`, `dequeue`).
     """
 
@@ -39,11 +39,11 @@ class KeyQueue(nn.Module):
 
     def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
         """Fresh keys are the positives, all that the queue holds the negatives."""
-        return [Contrast(q, k, self.keys) for q, k in model(views, symmetric)]
+        return [Contrast(q, model.world.share(keys), self.keys, keys) for q, keys in model(views, symmetric)]
 
     def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
-        """The keys of the step enter; as in the authors' symmetric code, those of view 0 before those of view 1."""
-        self.enqueue(torch.cat([contrast.k for contrast in reversed(contrasts)]), ok)
+        """The keys of all ranks enter; as in the authors' symmetric code, those of view 0 before those of view 1."""
+        self.enqueue(torch.cat([contrast.keys for contrast in reversed(contrasts) if contrast.keys is not None]), ok)
 
     @torch.no_grad()
     def enqueue(self, k: Tensor, ok: Tensor | None = None) -> None:

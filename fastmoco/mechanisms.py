@@ -7,7 +7,7 @@
 
 Step, loss, augmentation and evaluation are the same for all; the queue is in `fastmoco.key_queue`.
 
-B batch · C embedding · K negatives · M images of the data set
+B batch · R ranks that share it · C embedding · K negatives · M images of the data set
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.moco import MoCo
+from fastmoco.world import World
 from pipelines.randomness import ROUND_A, ROUND_B, WEYL_A, WEYL_B, Domain
 from pipelines.views import Views
 
@@ -26,14 +27,16 @@ from pipelines.views import Views
 class Contrast(NamedTuple):
     """What one InfoNCE compares.
 
-    q          (B, C) queries, with gradient
-    k          (B, C) their positives, row by row
-    negatives  (K, C) for all of them; None where those are the other rows of k
+    q          (B/R, C) queries of this rank, with gradient
+    k          (B/R, C) their positives, row by row
+    negatives  (K, C) for all of them; None where those are the other rows of `keys`
+    keys       (B, C) all ranks' positives, of which k are this one's share; None where nobody needs them
     """
 
     q: Tensor
     k: Tensor
     negatives: Tensor | None
+    keys: Tensor | None = None
 
 
 class Dictionary(Protocol):
@@ -68,7 +71,7 @@ class BatchKeys(nn.Module):
     TWINS: ClassVar[bool] = True
 
     def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
-        return [Contrast(q, k, None) for q, k in model(views, symmetric)]
+        return [Contrast(q, model.world.share(keys), None, keys) for q, keys in model(views, symmetric)]
 
     def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
         """Nothing to remember."""
@@ -87,7 +90,7 @@ class MemoryBank(nn.Module):
     pure function of (seed, d, n), from Philox on the device; `draws`, the number of steps that changed the bank, is in
     the checkpoint.
 
-    It starts with random unit vectors drawn from `generator`, on the CPU.
+    It starts with random unit vectors drawn from `generator`, on the CPU. Every rank holds all of it.
     """
 
     NAME: ClassVar[str] = "bank"
@@ -96,17 +99,26 @@ class MemoryBank(nn.Module):
     draws: Tensor
 
     def __init__(
-        self, images: int, dim: int, generator: torch.Generator, *, negatives: int, momentum: float, seed: int
+        self,
+        images: int,
+        dim: int,
+        generator: torch.Generator,
+        *,
+        negatives: int,
+        momentum: float,
+        seed: int,
+        world: World | None = None,
     ) -> None:
         super().__init__()
         assert negatives >= 1
+        self.world = World(torch.device("cpu")) if world is None else world
         self.negatives, self.momentum, self.seed = negatives, momentum, seed
         self.register_buffer("features", F.normalize(torch.randn(images, dim, generator=generator), dim=1))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
         assert not symmetric, "there are no keys to exchange with the queries"
-        others = self.features[self.draw(views.index)]
+        others = self.features[self.draw(self.world.gather(views.index).wait())]
         return [Contrast(model.queries(views.query), self.features[views.index], others)]
 
     @torch.no_grad()
@@ -124,9 +136,10 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
         (contrast,) = contrasts
-        mixed = torch.lerp(contrast.q.detach().to(contrast.k.dtype), contrast.k, self.momentum)
-        new = torch.where(ok, F.normalize(mixed, dim=1), contrast.k)
-        self.features.index_copy_(0, views.index, new)
+        index = self.world.gather(views.index).wait()
+        q, stored = self.world.gather(contrast.q.detach()).wait(), self.features[index]
+        new = F.normalize(torch.lerp(q.to(stored.dtype), stored, self.momentum), dim=1)
+        self.features.index_copy_(0, index, torch.where(ok, new, stored))
         self.draws.add_(ok)
 
 

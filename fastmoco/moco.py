@@ -1,17 +1,20 @@
 """The two encoders: views in, aligned queries and keys out.
 
-B batch · C embedding · S side of a view
+B batch · R ranks that share it · C embedding · S side of a view
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco.batchnorm import divide_groups
 from fastmoco.encoder import Encoder
+from fastmoco.world import World, gathered
 from pipelines.views import Views
 
 
@@ -22,20 +25,25 @@ class MoCo(nn.Module):
 
     With `twins`, for end-to-end training, keys have a gradient too: the key encoder is the query encoder's twin, of the
     same weights at every step, and `TrainStep` adds up the gradients of both.
+
+    Of the `world`'s ranks each embeds its share of the views, and receives the keys of all.
     """
 
-    def __init__(self, query: Encoder, *, twins: bool = False) -> None:
+    def __init__(self, query: Encoder, *, twins: bool = False, world: World | None = None) -> None:
         super().__init__()
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(twins)
         self.twins = twins
+        self.world = World(next(query.parameters()).device) if world is None else world
+        divide_groups(self, self.world)
 
     def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (q, k), each (B, C) float32 of unit norm with row i of both from the same image.
+        """Pairs (q, k) of this rank's queries (B/R, C) and all ranks' keys (B, C), float32 of unit norm.
 
-        k has a gradient only where the encoders are twins.
+        Row i of q is from the same image as row i of k, or on rank r as row rB/R + i: `world.share(k)` are its
+        positives. k has a gradient only where the encoders are twins.
 
-        Asymmetric, one pair in the order of `views.query`:
+        Asymmetric, one pair, with all ranks' rows in the order of `views.query`:
 
             q = f_q(views.query),  k[key_order] = f_k(views.key)
 
@@ -46,10 +54,19 @@ class MoCo(nn.Module):
         In each pair one side went through its encoder in the shuffled order, so that split batch norm groups a query
         and its key with different images (He et al. 2020, section 3.3, "Shuffling BN").
         """
-        pairs = [(self.queries(views.query), _unshuffle(self._keys(views.key), views.key_order))]
-        if symmetric:
-            pairs.append((self.queries(views.key), self._keys(views.query)[views.key_order]))
-        return pairs
+        sides = [(views.query, views.key)] + ([(views.key, views.query)] if symmetric else [])
+        # Keys first: their journey to the other ranks takes no time, since queries take longer.
+        journeys = [self._depart(self._keys(images)) for _, images in sides]
+        q = [self.queries(images) for images, _ in sides]
+        k = [journey() for journey in journeys]
+        k = [_unshuffle(k[0], views.key_order), *(other[views.key_order] for other in k[1:])]
+        return list(zip(q, k, strict=True))
+
+    def _depart(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Starts to gather all ranks' keys (B, C) from each one's (B/R, C); the call returned ends it."""
+        if self.twins:
+            return lambda: gathered(keys, self.world)
+        return self.world.gather(keys).wait
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, C) of unit norm, with gradient."""

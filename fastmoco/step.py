@@ -1,16 +1,17 @@
 """One training step, from views to the next parameters, without a host read.
 
-B batch · C embedding · K negatives · N keys of a step (B, or 2B when symmetric)
+B batch · R ranks that share it · C embedding · K negatives · N keys of a step (B, or 2B when symmetric)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastmoco.averaging import GradientSum
 from fastmoco.batchnorm import use_kernels
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.flat import FlatParameters
@@ -63,6 +64,11 @@ class TrainStep(Generic[D]):
     kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
                             torch's batch norm, which the compiler fuses itself: for them, loss and update alone
     checkpoint_activations  keep less for the backward and compute it again (`fastmoco.encoder.Backbone`)
+    half_gradients          ranks send each other gradients in bfloat16
+
+    With several ranks (`model.world`) each trains on its share of the batch, and all end a step with the same bits:
+    gradients, batch norm statistics and losses are averaged, keys gathered, and so the step is that of one rank on the
+    whole batch.
 
     A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics and
     dictionary stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
@@ -89,6 +95,7 @@ class TrainStep(Generic[D]):
         compile: str = "off",
         kernels: str = "torch",
         checkpoint_activations: bool = False,
+        half_gradients: bool = False,
     ) -> None:
         if compile not in _COMPILE_MODES:
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
@@ -106,6 +113,10 @@ class TrainStep(Generic[D]):
         self.dtype = dtype
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
+        self.world = model.world
+        self._gradient_sum = GradientSum(
+            model.query, self.query, self.world, half=half_gradients, overlap=not model.twins
+        )
         elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
         assert not elsewhere, (elsewhere, self.device)
         self.update = MomentumUpdate(
@@ -146,14 +157,19 @@ class TrainStep(Generic[D]):
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             contrasts = self.dictionary.contrasts(self.model, views, self.symmetric)
         loss = torch.stack([self._loss(contrast) for contrast in contrasts]).sum()
+        averages = self._average(loss.detach())
         scale = None if self.scaler is None else self.scaler.scale
+        if self.world.size > 1:
+            loss = loss / self.world.size  # so that the sum of all ranks' gradients is their mean
         (loss if scale is None else loss * scale).backward()
-        loss = loss.detach()
         if self.key.grads is not None:
             self.query.grads.add_(self.key.grads)
             self.key.grads.zero_()
-        # The largest magnitude, one pass without a temporary: NaN and infinity both come through. That the gradients
-        # are still scaled changes no verdict, because the scale is 1 or more.
+        self._gradient_sum.finish()
+        loss = averages()
+        # All ranks come to the same verdict, on the same mean loss and sums of gradients. The largest magnitude is one
+        # pass without a temporary: NaN and infinity both come through. That the gradients are still scaled changes no
+        # verdict, because the scale is 1 or more.
         ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
 
         self.update(self.lr, self._no_momentum if self.model.twins else self.ema_momentum, ok, scale)
@@ -165,10 +181,30 @@ class TrainStep(Generic[D]):
         self._count(loss, ok)
 
     def _loss(self, contrast: Contrast) -> Tensor:
-        q, k, negatives = contrast
+        """Of this rank's queries."""
+        q, k, negatives, keys = contrast
         if negatives is None:
-            return in_batch_info_nce(q, k, self.temperature)
+            assert keys is not None
+            return in_batch_info_nce(q, keys, self.temperature, first=self.world.rank * len(q))
         return self._info_nce(q, k, negatives, self.temperature)
+
+    def _average(self, loss: Tensor) -> Callable[[], Tensor]:
+        """Starts to average the ranks' losses and batch norm statistics, all of which the forward pass has made.
+
+        The call returned ends it, after the backward: the statistics are then in place, and it returns the loss.
+        """
+        if self.world.size == 1:
+            return lambda: loss
+        parts = [self.query.buffers, self.key.buffers, loss[None]]
+        pending = self.world.sum_(torch.cat(parts))
+
+        def end() -> Tensor:
+            means = pending.wait().div_(self.world.size).split([len(part) for part in parts])
+            for flat, mean in zip((self.query, self.key), means, strict=False):
+                flat.buffers.copy_(mean)
+            return means[-1][0]
+
+        return end
 
     def changed_tensors(self) -> list[Tensor]:
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""

@@ -5,9 +5,6 @@ R ranks · N rows of a rank · a machine is what one torchrun agent looks after
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmoco.device import pick_device
-from fastmoco.errors import ConfigError, DeviceError, DivergedError, RankLostError, error_named, exit_code
+from fastmoco.device import device_of_rank, pick_device
+from fastmoco.errors import DivergedError, RankLostError, exit_code
+from fastmoco.launch import Place
+from fastmoco.outcomes import Outcomes
 
 T = TypeVar("T")
+ALONE = Place()
 _NCCL_AFTER_S = 60.0  # NCCL's watchdog aborts the process: it is for what even ours has missed
-_POLL_S = (0.01, 0.5)
 
 
 class Pending:
@@ -43,11 +42,9 @@ class Pending:
 class World:
     """Rank, size and device of this process, and its words with the others.
 
-    rank, size              of all processes, and which one this is
-    local_rank, local_size  the same on this machine
-    machine                 number of this machine, from 0
-    device                  where this rank's tensors lie
-    timeout_s               the longest that any rank waits for another
+    rank, size  which of how many processes this is; `place` says it for this machine too
+    device      where this rank's tensors lie
+    timeout_s   the longest that any rank waits for another
 
     Where size is 1, every collective is an identity, and nothing of torch.distributed is started. Collectives must be
     called by all ranks in the same order. Tensors travel on the device (NCCL, or gloo on a CPU), votes and outcomes on
@@ -58,19 +55,15 @@ class World:
         self,
         device: torch.device,
         *,
-        rank: int = 0,
-        size: int = 1,
-        local_rank: int = 0,
-        local_size: int = 1,
-        machine: int = 0,
+        place: Place = ALONE,
         timeout_s: float = 600.0,
-        store: dist.Store | None = None,
+        outcomes: Outcomes | None = None,
         group: dist.ProcessGroup | None = None,
         host: dist.ProcessGroup | None = None,
     ) -> None:
-        self.device, self.rank, self.size = device, rank, size
-        self.local_rank, self.local_size, self.machine, self.timeout_s = local_rank, local_size, machine, timeout_s
-        self._store, self._group, self._host = store, group, host
+        self.device, self.place, self.timeout_s = device, place, timeout_s
+        self.rank, self.size = place.rank, place.size
+        self._outcomes, self._group, self._host = outcomes, group, host
         self._asked = 0
         self._parts: dict[int, World] = {}
 
@@ -82,23 +75,18 @@ class World:
         Raises ConfigError for a broken environment, DeviceError without a device for this rank, RankLostError where the
         others do not come in time.
         """
-        size = _variable("WORLD_SIZE", 1)
-        local_rank, local_size = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", 1)
-        if size == 1:
+        place = Place.from_environment()
+        if place.size == 1:
             return World(pick_device(device), timeout_s=timeout_s)
-        own, rank, limit = (
-            _device_of(device, local_rank, local_size),
-            _variable("RANK", 0),
-            timedelta(seconds=timeout_s),
-        )
+        own, limit = device_of_rank(device, place.local_rank, place.local_size), timedelta(seconds=timeout_s)
         on_gpu = own.type == "cuda"
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=dist.PrefixStore("collectives", store),
-                rank=rank,
-                world_size=size,
+                rank=place.rank,
+                world_size=place.size,
                 timeout=limit + timedelta(seconds=_NCCL_AFTER_S) if on_gpu else limit,
                 device_id=own if on_gpu else None,
             )
@@ -106,20 +94,11 @@ class World:
             assert isinstance(host, dist.ProcessGroup)
         except RuntimeError as error:
             raise RankLostError(
-                f"the {size} ranks do not find each other ({_first_line(error)}): see MASTER_ADDR and "
+                f"the {place.size} ranks do not find each other ({_first_line(error)}): see MASTER_ADDR and "
                 f"MASTER_PORT, or raise --dist-timeout above {timeout_s:g} s"
             ) from error
-        return World(
-            own,
-            rank=rank,
-            size=size,
-            local_rank=local_rank,
-            local_size=local_size,
-            machine=_variable("GROUP_RANK", 0),
-            timeout_s=timeout_s,
-            store=dist.PrefixStore("fastmoco", store),
-            host=host,
-        )
+        outcomes = Outcomes(dist.PrefixStore("fastmoco", store))
+        return World(own, place=place, timeout_s=timeout_s, outcomes=outcomes, host=host)
 
     @property
     def is_main(self) -> bool:
@@ -184,10 +163,9 @@ class World:
                     group, _ = dist.new_subgroups(ranks, timeout=timedelta(seconds=self.timeout_s))
             self._parts[parts] = World(
                 self.device,
-                rank=self.rank % ranks,
-                size=ranks,
+                place=Place(self.rank % ranks, ranks),
                 timeout_s=self.timeout_s,
-                store=self._store,
+                outcomes=self._outcomes,
                 group=group,
             )
         return self._parts[parts]
@@ -201,32 +179,21 @@ class World:
     def first_on_each_machine(self, function: Callable[[], T]) -> T:
         """Every rank calls the function, on each machine one rank before the others: what it leaves on the disk, a
         download or an index, they find there. Where it raises, so do they, without trying."""
-        key, result = f"machine{self.machine}/{self._next()}", []
+        key, result = f"machine{self.place.machine}/{self._next()}", []
 
         def call() -> None:
             result.append(function())
 
-        self._follow(key, self.local_rank == 0, call)
+        self._follow(key, self.place.local_rank == 0, call)
         return result[0] if result else function()
 
     def note(self, error: BaseException) -> bool:
         """Leaves word of why this rank ends, before the others find it gone. Whether it is the first to."""
-        if self._store is None:
-            return True
-        try:
-            if self._store.add("notes", 1) > 1:
-                return False
-            self._store.set("note", _described(error))
-        except RuntimeError:  # the store went with the rank or the agent that kept it
-            return True
-        return True
+        return self._outcomes is None or self._outcomes.note(error)
 
     def noted(self) -> Exception | None:
         """The error that the first rank to end has left word of."""
-        with suppress(RuntimeError):  # the store may be gone too
-            if self._store is not None and self._store.check(["note"]):
-                return _restored(self._store.get("note"))
-        return None
+        return None if self._outcomes is None else self._outcomes.noted()
 
     def check_same(self, digests: Mapping[str, bytes]) -> None:
         """Raises DivergedError, naming what differs, where a rank has other digests (of one length) than rank 0."""
@@ -246,31 +213,10 @@ class World:
                 )
 
     def _follow(self, key: str, leads: bool, function: Callable[[], T]) -> T:
-        """The leader calls the function and tells under `key` how it went; the others wait for that, however long."""
-        if self.size == 1:
+        if self._outcomes is None:
             return function()
-        assert self._store is not None
-        if leads:
-            try:
-                result = function()
-            except Exception as error:
-                with suppress(RuntimeError):
-                    self._store.set(key, _described(error))
-                raise
-            with self.talking():
-                self._store.set(key, json.dumps({"result": result}))
-            return result
-        pause, longest = _POLL_S
         with self.talking():
-            while not self._store.check([key]):
-                if (error := self.noted()) is not None:
-                    raise error
-                time.sleep(pause)
-                pause = min(2 * pause, longest)
-            said = self._store.get(key)
-        if (error := _restored(said)) is not None:
-            raise error
-        return json.loads(said)["result"]
+            return self._outcomes.lead(key, function) if leads else self._outcomes.follow(key)
 
     def _next(self) -> int:
         self._asked += 1
@@ -281,10 +227,8 @@ class World:
         """Inside, what torch says of a rank that is gone or late becomes RankLostError, or what that rank has noted."""
         try:
             yield
-        except (torch.OutOfMemoryError, DivergedError, DeviceError, RankLostError):
-            raise
         except RuntimeError as error:
-            if exit_code(error) is not None:
+            if exit_code(error) is not None:  # it says already what it is
                 raise
             raise self.noted() or RankLostError(
                 f"another rank is gone, or silent for {self.timeout_s:g} s ({_first_line(error)}): go on with --resume"
@@ -333,41 +277,6 @@ class _Gathered(torch.autograd.Function):
 def gathered(tensor: Tensor, world: World) -> Tensor:
     """`World.gather` with a gradient: that of a row is the sum of what all ranks' losses ask of it."""
     return tensor if world.size == 1 else _Gathered.apply(tensor, world)  # pyright: ignore[reportReturnType]
-
-
-def _device_of(name: str, local_rank: int, local_size: int) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    pick_device(name)  # says what is missing
-    found = torch.cuda.device_count()
-    if local_size > found:
-        raise DeviceError(
-            f"{local_size} processes on this machine, and {found} CUDA device{'s' * (found != 1)}: "
-            f"use --gpus {found}, or --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _variable(name: str, default: int) -> int:
-    value = os.environ.get(name)
-    if value is None:
-        return default
-    if not value.isdecimal():
-        raise ConfigError(f"the environment variable {name} is {value!r}, expected a number as torchrun sets it")
-    return int(value)
-
-
-def _described(error: BaseException) -> str:
-    return json.dumps({"error": type(error).__name__, "message": str(error) or repr(error)})
-
-
-def _restored(said: bytes | str) -> Exception | None:
-    """The error in a message of `_described`; None in one of success."""
-    content = json.loads(said)
-    if "error" not in content:
-        return None
-    return error_named(content["error"], content["message"])
 
 
 def _first_line(error: BaseException) -> str:

@@ -83,7 +83,7 @@ def conversation(folder: Path) -> dict[str, Any]:
     """One rank's side of everything that does not fail."""
     with World.join("cpu", timeout_s=30) as world:
         rank, said = world.rank, {}
-        said["identity"] = (rank, world.size, world.is_main, world.local_rank, world.local_size)
+        said["identity"] = (rank, world.size, world.is_main, *world.place[2:4])
         said["sum"] = world.sum_(torch.full((3,), float(rank + 1))).wait().tolist()
         said["bf16"] = world.sum_(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
         said["gather"] = world.gather(torch.full((2, 1), rank)).wait().flatten().tolist()
