@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +31,7 @@ from fastmoco.encoder import ARCHITECTURES, Encoder, build_encoder
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.plain_resnet import identify
 from pipelines.augment import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
+from tests.oddities import fill
 
 TINY = ["--limit", "16", "--batch-size", "8", "--bn-splits", "2", "--moco-k", "16", "--width", "0.125", "--epochs", "2"]
 TINY += ["--arch", "resnet18", "--crop-size", "16", "--amp", "fp32", "--knn-every", "0", "--no-tensorboard"]
@@ -233,6 +237,19 @@ def test_it_trains_like_any_other_model(tmp_path: Path, encoder: Encoder) -> Non
     module.train()
     module(torch.randn(4, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+def test_the_example_in_the_readme_classifies(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    code = next(block for block in blocks if "load_backbone" in block)
+    fill(tmp_path / "photos", *(f"{kind}/{i}.png" for kind in ("light", "dark") for i in range(4)))
+    for path in tmp_path.glob("photos/*/*.png"):
+        noise = np.random.default_rng(int(path.stem)).integers(0, 40, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise + (200 if path.parent.name == "light" else 0)).save(path)
+    Image.fromarray(np.full((20, 20, 3), 220, dtype=np.uint8)).save(tmp_path / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("runs/NAME", str(run)), {})
+    assert capsys.readouterr().out == "light\n"
 
 
 def test_importing_the_package_costs_nothing() -> None:

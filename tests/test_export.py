@@ -64,7 +64,7 @@ def with_stem(model: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def assert_same_features(model: nn.Module, encoder: Encoder) -> None:
-    """16 images through the other library's model and through the encoder as it is trained, split batch norm and all."""
+    """16 images through the other library's model and through the encoder that was trained, split batch norm too."""
     images = torch.randn(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(7))
     found, expected = model.eval()(images), encoder.features(images)
     assert expected.std() > 0.01
