@@ -76,7 +76,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return cell_name(self.values)
+        return self.folder.name
 
     @property
     def learned_percent(self) -> float | None:
@@ -84,22 +84,25 @@ class Cell:
         return self.results.get("knn_percent")
 
 
-def cell_name(values: dict[str, str]) -> str:
-    """`moco-m=0.9,moco-k=1024`, of letters that any folder may have."""
-    return ",".join(f"{name.replace('_', '-')}={re.sub(r'[^A-Za-z0-9.+-]+', '-', v)}" for name, v in values.items())
-
-
 def plan(axes: Sequence[Axis], config_of: Callable[[list[str]], RunConfig], out: Path) -> list[Cell]:
     """The runs of a sweep, the last axis varying fastest. `config_of` turns arguments into a configuration.
 
     Raises ConfigError, before anything runs, for a combination that cannot be trained with.
     """
-    cells = []
+    cells: list[Cell] = []
     for combination in itertools.product(*(axis.values for axis in axes)):
         values = {axis.field: value for axis, value in zip(axes, combination, strict=True)}
         flags = [word for axis in axes for word in axis.flags(values[axis.field])]
-        cells.append(Cell(values, config_of([*flags, "--out", str(out / cell_name(values))])))
+        name = _folder_name(values, {cell.name for cell in cells})
+        cells.append(Cell(values, config_of([*flags, "--out", str(out / name)])))
     return cells
+
+
+def _folder_name(values: dict[str, str], taken: set[str]) -> str:
+    """`moco-m=0.9,moco-k=1024`, of letters that any folder may have, and none of those that are taken."""
+    name = ",".join(f"{name.replace('_', '-')}={re.sub(r'[^A-Za-z0-9.+-]+', '-', v)}" for name, v in values.items())
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def run_sweep(
@@ -163,19 +166,17 @@ def _read(cell: Cell) -> None:
     code = read_status(cell.folder)["exit_code"]
     cell.outcome = {ExitCode.DONE: "done", ExitCode.DIVERGED: "diverged"}.get(code, "not run")
     records = read_metrics(cell.folder / METRICS_NAME)
-    names = {
-        "knn_top1_percent": "knn_percent",
-        "knn_pixels_top1_percent": "knn_pixels_percent",
-        "effective_rank": "effective_rank",
-        "loss": "loss",
-        "images_per_s": "images_per_s",
-    }
-    for record_name, name in names.items():
-        found = [record[record_name] for record in records if record.get(record_name) is not None]
+    for name, recorded, trained in (
+        ("knn_before_percent", "knn_top1_percent", False),
+        ("knn_pixels_percent", "knn_pixels_top1_percent", False),
+        ("knn_percent", "knn_top1_percent", True),
+        ("effective_rank", "effective_rank", True),
+        ("loss", "loss", True),
+        ("images_per_s", "images_per_s", True),
+    ):
+        found = [r[recorded] for r in records if r.get(recorded) is not None and (r["step"] > 0) == trained]
         if found and math.isfinite(found[-1]):
             cell.results[name] = found[-1]
-        if record_name == "knn_top1_percent" and len(found) > 1:
-            cell.results["knn_before_percent"] = found[0]
 
 
 def paper_percent(cell: Cell) -> tuple[bool, float | None]:

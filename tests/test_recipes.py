@@ -49,9 +49,8 @@ def test_every_recipe_trains_when_it_is_small(
     schedule = [] if own.optim.schedule is None else ["--schedule", "1"]
     data = [] if name == "shapes" else ["--data", str(stand_in)]
     side = ["--crop-size", str(min(32, own.augment.crop_size or 32))]
-    assert (
-        main(["train", name, *SMALL.split(), *schedule, *data, *side, "--out", str(tmp_path / "run")]) == ExitCode.DONE
-    )
+    flags = [*SMALL.split(), *schedule, *data, *side, "--out", str(tmp_path / "run")]
+    assert main(["train", name, *flags]) == ExitCode.DONE
     (*_, last) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert last["step"] == 1
     assert math.isfinite(last["loss"])
