@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from pipelines.decode import _rgb, exif_orientation, upright
+from pipelines.decode import exif_orientation, rgb, upright
 from pipelines.plans import eval_plans
 
 Colour = tuple[float, float, float]
@@ -37,7 +37,7 @@ class Preprocessing(nn.Module):
 
     def forward(self, image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Image.Image):
-            pixels = np.array(upright(_rgb(image), exif_orientation(image)))  # a copy: Pillow's memory is read-only
+            pixels = np.array(upright(rgb(image), exif_orientation(image)))  # a copy: Pillow's memory is read-only
             image = torch.from_numpy(pixels).permute(2, 0, 1)
         if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape:
             found = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"

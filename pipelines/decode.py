@@ -50,9 +50,9 @@ def decode(data: bytes, name: str, reduction: int = 1) -> np.ndarray:
             plain_jpeg = is_jpeg(image) and image.mode in ("L", "RGB")
             if plain_jpeg and reduction > 1 and orientation == 1:
                 image.draft(image.mode, (image.width // reduction, image.height // reduction))
-                pixels = _rgb(image)
+                pixels = rgb(image)
             else:
-                pixels = _decode_jpeg(data, image) if plain_jpeg else _rgb(image)
+                pixels = _decode_jpeg(data, image) if plain_jpeg else rgb(image)
         if image.format == "PNG":
             with open_image(io.BytesIO(data)) as again:
                 again.verify()  # checksums, which Pillow leaves out when it decodes
@@ -140,12 +140,12 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray:
     and five sixths at 500 px. torchvision has announced that the operator will go; Pillow then does the work.
     """
     if not hasattr(torch.ops.image, "decode_jpeg"):
-        return _rgb(image)
+        return rgb(image)
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: torch objects to read-only memory
     return torch.ops.image.decode_jpeg(encoded, _RGB_MODE, False).permute(1, 2, 0).numpy()
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
     """The first frame of anything Pillow reads, as (h, w, 3) uint8."""
     image.load()
     if image.format == "TIFF":
