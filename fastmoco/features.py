@@ -34,13 +34,14 @@ def extract(
     side: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    batch: int | None = None,
 ) -> Tensor:
     """`function` of (B, 3, S, S) normalised images, for the images of an index at these positions (N,).
 
     Returns (N, D) float32 on the device of the source. A last, smaller batch is padded by repeating its last image, so
-    that a compiled function sees one shape, and the padding is cut off again.
+    that a compiled function sees one shape, and the padding is cut off again. A batch has at most 256 images.
     """
-    batch = min(BATCH, len(positions))
+    batch = batch or min(BATCH, len(positions))
     padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
     found = None
     for number, crops in enumerate(source.crops(eval_plans(index.sizes, padded, batch, side))):

@@ -64,11 +64,21 @@ def knn_accuracy(
 
 
 def _votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
+    values, neighbours = nearest(bank, queries, k)
+    return count_votes(values, labels[neighbours], temperature, num_classes)
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarities of the min(k, N) nearest of a normalised bank, largest first, and which they are: (M, k) each."""
     with torch.autocast(bank.device.type, enabled=False):
         similarity = F.normalize(queries, dim=1) @ bank.T
-    values, neighbours = similarity.topk(min(k, len(bank)), dim=1)
+    return similarity.topk(min(k, len(bank)), dim=1)
+
+
+def count_votes(values: Tensor, classes: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """Neighbours' similarities, largest first, and classes, (M, k) each, to votes (M, num_classes)."""
     weights = ((values - values[:, :1]) / temperature).exp()
-    return weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[neighbours], weights)
+    return weights.new_zeros(len(values), num_classes).scatter_add_(1, classes, weights)
 
 
 def _check(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> None:

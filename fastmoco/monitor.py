@@ -9,8 +9,9 @@ from torch import Tensor
 from fastmoco.config import RunConfig
 from fastmoco.encoder import Encoder
 from fastmoco.features import extract
-from fastmoco.knn import knn_accuracy
+from fastmoco.knn_ranks import knn_accuracy_of_ranks
 from fastmoco.uniformity import alignment, effective_rank, uniformity
+from fastmoco.world import World
 from pipelines.augment import Augmentation
 from pipelines.backends import Pipeline, open_source
 from pipelines.image_index import Dataset, ImageIndex
@@ -22,7 +23,10 @@ PAIRS = 1024  # images whose two views measure alignment
 
 
 class Monitor:
-    """Evaluates an encoder during training, always on the same images, without touching its state."""
+    """Evaluates an encoder during training, always on the same images, without touching its state.
+
+    Each rank embeds its share of the images, and all come to the same numbers, which are those of one rank.
+    """
 
     def __init__(
         self,
@@ -31,11 +35,12 @@ class Monitor:
         train_source: CropSource,
         pipeline: Pipeline,
         augmentation: Augmentation,
-        device: torch.device,
+        world: World,
         dtype: torch.dtype,
     ) -> None:
+        device = world.device
         self._config, self._pipeline, self._augmentation = config, pipeline, augmentation
-        self._device, self._dtype = device, dtype
+        self._world, self._device, self._dtype = world, device, dtype
         assert config.augment.crop_size is not None
         self._side = config.augment.crop_size
         self._sets: tuple[_Set, _Set] | None = None
@@ -85,16 +90,17 @@ class Monitor:
 
     def _knn(self, function) -> float:
         assert self._sets is not None
-        bank, queries = self._sets
-        a = self._augmentation
-        features = [
-            extract(function, s.source, s.index, s.positions, self._side, a.mean, a.std) for s in (bank, queries)
-        ]
-        return knn_accuracy(
-            features[0],
-            bank.labels.to(self._device),
-            features[1],
-            queries.labels.to(self._device),
+        (bank, queries), a = self._sets, self._augmentation
+
+        def features(side: int, positions: np.ndarray, batch: int) -> Tensor:
+            part = (bank, queries)[side]
+            return extract(function, part.source, part.index, positions, self._side, a.mean, a.std, batch)
+
+        return knn_accuracy_of_ranks(
+            features,
+            (bank.positions, queries.positions),
+            (bank.labels.to(self._device), queries.labels.to(self._device)),
+            self._world,
             k=self._config.run.knn_k,
             temperature=self._config.run.knn_t,
             num_classes=len(bank.index.class_names),
@@ -106,8 +112,9 @@ class Monitor:
         batch = self._pipeline.planner.batch_size
         queries, keys = [], []
         for views in self._pipeline.views(0, max(1, PAIRS // batch)):
-            queries.append(self._autocast(encoder, views.query).float())
-            keys.append(self._autocast(encoder, views.key).float()[views.key_order.argsort()])
+            q, k = (self._autocast(encoder, images).float() for images in (views.query, views.key))
+            queries.append(self._world.gather(q).wait())
+            keys.append(self._world.gather(k).wait()[views.key_order.argsort()])
         q, k = torch.cat(queries), torch.cat(keys)
         return {
             "alignment": alignment(q, k),

@@ -33,6 +33,7 @@ from fastmoco.rundir import RunDirectory, default_run_name, read_status
 from fastmoco.schedules import ema_momentum_at, lr_at
 from fastmoco.state import build_state
 from fastmoco.stop import StopFlag
+from fastmoco.world import World
 from pipelines.augment import AUGMENTATIONS, with_scale
 from pipelines.backends import open_pipeline, open_source
 from pipelines.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
@@ -118,7 +119,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * optim.epochs
         source = open_source(data.pipeline, dataset.train, side, device, data.workers)
         self.pipeline = open_pipeline(data.pipeline, dataset.train, planner, source, side, device, dtype, data.workers)
-        self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, device, dtype)
+        self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, World(device), dtype)
         self.state = build_state(config, device, dataset.train)
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
         self.clock = StepClock(batch)

@@ -14,6 +14,7 @@ from fastmoco.knn import knn_accuracy
 from fastmoco.monitor import Monitor
 from fastmoco.resolve import resolve
 from fastmoco.uniformity import alignment, effective_rank, uniformity
+from fastmoco.world import World
 from pipelines.augment import CIFAR
 from pipelines.image_index import Dataset, ImageIndex
 from pipelines.plans import Planner
@@ -34,7 +35,7 @@ def monitor_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> Monit
     config, _ = resolve(config.replace(batch_size=32), dataset.train, CPU)
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
-    return Monitor(config, dataset, source, TwoViewPipeline(planner, source, CPU, dtype), CIFAR, CPU, dtype)
+    return Monitor(config, dataset, source, TwoViewPipeline(planner, source, CPU, dtype), CIFAR, World(CPU), dtype)
 
 
 @pytest.fixture(autouse=True)
