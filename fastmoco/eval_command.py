@@ -78,7 +78,7 @@ def eval_command(argv: list[str]) -> None:
         )
     except OSError as error:
         raise ConfigError(f"cannot write to {folder} ({error.strerror or error}): choose another with --out") from error
-    written = [Fact("written" if number == 0 else "", name) for number, name in enumerate(["eval.json", *files])]
+    written = [Fact("written", "eval.json", "every number, for programs"), *(Fact("", name) for name in files)]
     facts = [Fact("time", duration(time.monotonic() - began)), Fact("folder", os.path.relpath(folder)), *written]
     show_facts(console, "done", facts)
 

@@ -163,8 +163,9 @@ class Extractor:
                 task = bar.add_task("features", total=len(positions))
 
                 def counted(images: Tensor) -> Tensor:
+                    found = function(images)
                     bar.advance(task, len(images))
-                    return function(images)
+                    return found
 
                 return extract(counted, source, index, positions, b.side, b.mean, b.std)
         finally:

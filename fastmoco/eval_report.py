@@ -29,7 +29,8 @@ def show_table(console: Console, title: str, heads: Sequence[str], rows: Sequenc
     """A table, or aligned lines off a terminal. The columns from `numbers` on are aligned to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if console.is_terminal:
-        table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        say(console, title, "bold")  # as the table's own title it would be wrapped to its width
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for place, head in enumerate(heads):
             table.add_column(head, justify="right" if place >= numbers else "left", overflow="fold")
         for row in rows:
@@ -77,9 +78,9 @@ def show_label_free(console: Console, found: LabelFree) -> None:
         Fact("uniformity", f"{found.uniformity:.3f}", "0: all features alike; -4: spread over the whole sphere"),
         Fact("effective rank", f"{found.effective_rank:.1f} of {found.most_directions:,}", "directions that are used"),
         Fact("separation", f"{found.separation:.3f}", "alignment, over the same of views of two images"),
-        Fact("verdict", found.verdict),
     ]
     show_facts(console, "without labels", facts)
+    say(console, f"verdict: {found.verdict}", "bold")
 
 
 def write_json(
