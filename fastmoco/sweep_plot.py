@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from fastmoco.config_checks import flag
 from fastmoco.recipes import PUBLISHED
@@ -16,6 +18,7 @@ from fastmoco.sweep import Axis, Cell, paper_percent
 
 _COLOURS = ("#2b6ca3", "#b5522b", "#3f7d4e", "#6d4c8d", "#8a5a2b", "#555555")
 _PAPER = "#999999"
+_HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a figure legible on the line it stands on
 
 
 def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
@@ -33,7 +36,7 @@ def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
     if tried:
         published = PUBLISHED[axes[0].field]
         places = [axes[0].values.index(cell.values[axes[0].field]) for cell, _ in tried]
-        _line(panels[1], places, [percent for _, percent in tried], _PAPER, "")
+        _points(panels[1], places, [percent for _, percent in tried], _PAPER, "", _is_numeric(axes[0]))
         _finish(panels[1], axes[0], "the paper's", f"top-1, %, {published.what}", published.source)
     figure.savefig(path, format="png")
 
@@ -50,7 +53,7 @@ def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None
         ended = [cell for cell in members if cell.outcome != "not run"]
         places = [first.values.index(cell.values[first.field]) for cell in ended]
         values = [cell.results.get(name) if cell.outcome == "done" else None for cell in ended]
-        _line(panel, places, values, _COLOURS[number % len(_COLOURS)], label)
+        _points(panel, places, values, _COLOURS[number % len(_COLOURS)], label, _is_numeric(first))
     before = [cell.results["knn_before_percent"] for cell in cells if "knn_before_percent" in cell.results]
     if labelled and before:
         level = sum(before) / len(before)
@@ -69,7 +72,17 @@ def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None
     _finish(panel, first, "ours", "kNN top-1, %" if labelled else "effective rank", "")
 
 
-def _line(panel: Axes, places: list[int], values: Sequence[float | None], colour: str, label: str) -> None:
+def _is_numeric(axis: Axis) -> bool:
+    """Whether values have an order, so that points may be joined."""
+    try:
+        return all(math.isfinite(float(value)) for value in axis.values)
+    except ValueError:
+        return False
+
+
+def _points(
+    panel: Axes, places: list[int], values: Sequence[float | None], colour: str, label: str, joined: bool
+) -> None:
     """Points with their values; a run that failed is a cross at the bottom."""
     reached = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
     panel.plot(
@@ -78,7 +91,7 @@ def _line(panel: Axes, places: list[int], values: Sequence[float | None], colour
         color=colour,
         marker="o",
         markersize=5,
-        linewidth=1.6,
+        linewidth=1.6 if joined else 0,
         label=label or None,
     )
     for place, value in reached:
@@ -91,6 +104,7 @@ def _line(panel: Axes, places: list[int], values: Sequence[float | None], colour
             fontsize=9,
             color=colour,
             fontweight="bold",
+            path_effects=_HALO,
         )
     for place, value in zip(places, values, strict=True):
         if value is None:
