@@ -127,7 +127,7 @@ def _finish(panel: Axes, axis: Axis, title: str, what: str, source: str) -> None
     panel.set_xticks(range(len(axis.values)), axis.values)
     panel.set_xlim(-0.5, len(axis.values) - 0.5)
     panel.set_xlabel(flag(axis.field).lstrip("-"), fontsize=9, color="#555555")
-    panel.set_ylabel(what, fontsize=9, color="#555555")
+    panel.set_ylabel("\n".join(textwrap.wrap(what, 40)), fontsize=9, color="#555555")
     panel.tick_params(labelsize=9, colors="#555555")
     panel.margins(y=0.18)
     panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
