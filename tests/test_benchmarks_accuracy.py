@@ -221,7 +221,7 @@ def test_the_runs_are_the_recipes_unless_made_smaller(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_invocation_says_what_it_has_and_the_next_one_goes_on(tmp_path: Path) -> None:
     """SIGTERM in the first of two runs; then the rest; then nothing is left to do; then other settings are refused."""
-    flags = ["--quick", "--epochs", "4", "--limit", "256", "--device", "cpu", "--targets", "5,99.9"]
+    flags = ["--quick", "--epochs", "4", "--limit", "128", "--device", "cpu", "--targets", "5,99.9"]
     flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
     command, environment = [sys.executable, "benchmarks/accuracy.py", *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "runs" / "cifar10-demo-4ep-seed0"
