@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
+from pipelines.decode import printable
+from pipelines.errors import DataError
+from pipelines.image_index import ImageIndex
 from pipelines.randomness import Domain, permutation, philox, uniform
+
+
+def orders(name: str, index: ImageIndex, seed: int, buffer: int) -> Callable[[int], np.ndarray]:
+    """Epoch → (N,) int64: `any` order of the images, or that of their `archives`.
+
+    Raises DataError where the images are not in archives.
+    """
+    if name == "any":
+        return partial(epoch_order, seed, count=len(index))
+    assert name == "archives"
+    if index.records is None or index.records.in_beton:
+        raise DataError(
+            f"--order archives is for tar archives, and {printable(index.describe())}; leave it out, or pack the "
+            f"images with `python tools/make_shards.py DATA OUT --shuffle 0`"
+        )
+    return partial(archive_order, seed, archives=index.records.files, buffer=buffer)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:

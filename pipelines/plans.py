@@ -22,7 +22,7 @@ class Planner:
     shuffle_keys      whether the key batch gets an order of its own (needed where batch norm looks at groups)
     rank, world_size  whose share of every step the plans are: one run of B/R rows. Joined in the order of the ranks
                       they are the plan of a single one, whatever their number
-    order             epoch → (N,) int64, the images in the order of an epoch; unset, any order of all of them
+    order             epoch → (N,) int64, the images in the order of an epoch (`order.orders`); unset, any of all
     """
 
     def __init__(

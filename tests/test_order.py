@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from pipelines.augment import AUGMENTATIONS
-from pipelines.order import archive_order
+from pipelines.errors import DataError
+from pipelines.image_index import ImageIndex, Records
+from pipelines.order import archive_order, epoch_order, orders
 from pipelines.plans import Planner
 
 ARCHIVES = np.repeat(np.arange(40), 100)
@@ -50,3 +52,16 @@ def test_a_planner_takes_any_step_of_it() -> None:
         order=lambda epoch: archive_order(1, epoch, ARCHIVES, 300),
     )
     assert np.array_equal(planner.plan(130).indices, archive_order(1, 1, ARCHIVES, 300)[5 * 32 : 6 * 32])
+
+
+def test_archives_are_asked_for_by_name() -> None:
+    count = len(ARCHIVES)
+    zeros = np.zeros(count, dtype=np.int64)
+    names = tuple(str(i) for i in range(count))
+    records = Records(("a.tar",) * 40, ARCHIVES.astype(np.int32), zeros, zeros, zeros.astype(bool), names)
+    index = ImageIndex("x", np.full((count, 2), 8, dtype=np.int32), records=records)
+    assert np.array_equal(orders("archives", index, 1, 300)(2), archive_order(1, 2, ARCHIVES, 300))
+    assert np.array_equal(orders("any", index, 1, 300)(2), epoch_order(1, 2, count))
+    loose = ImageIndex.from_pixels("y", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="--order archives is for tar archives"):
+        orders("archives", loose, 1, 300)

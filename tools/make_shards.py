@@ -54,7 +54,7 @@ class Settings:
     shard_mib: float = 256.0
     """An archive is closed when it is as large as this."""
     shuffle: int | None = None
-    """Mix the images by this seed, as --order shards needs it. Unset: their order is kept, and so is a run on them."""
+    """Mix the images by this seed, for --order archives. Unset: their order is kept, and so is a run on them."""
     bad_images: BadImages = "error"
     """Stop at a bad image, or leave it out."""
 
