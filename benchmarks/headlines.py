@@ -117,12 +117,12 @@ def _peers(collection: Collection) -> Iterator[Headline]:
 
 
 def _accuracy(collection: Collection) -> Iterator[Headline]:
-    """Seeds of one recipe count together, in whatever number of files they are."""
+    """Of whole runs of a recipe; its seeds count together, in whatever number of files they are."""
     seeds: dict[str, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
     for result in collection.of("accuracy").values():
         for name, recipe in result["recipes"].items():
             for seed, run in recipe["runs"].items():
-                if run["state"] == "done":
+                if run["state"] == "done" and run["config"]["width"] == 1 and run["config"]["limit"] is None:
                     targets = [
                         {"percent": t["percent"], "minutes": t["training_minutes"][seed]} for t in recipe["targets"]
                     ]

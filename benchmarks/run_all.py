@@ -170,9 +170,7 @@ def _command(part: Part, images: str | None, folder: Path, out: Path, quick: boo
         del arguments[at - 1 : at + 1]
     for mark, value in ((DATA, images), (OUT, str(folder)), (WHOLE, str(out))):
         arguments = [argument.replace(mark, value or mark) for argument in arguments]
-    if quick and part.quick:
-        arguments.append("--quick")
-    return [sys.executable, str(scripts / part.script), *arguments]
+    return [sys.executable, str(scripts / part.script), *arguments, *(part.quick if quick else ())]
 
 
 def _done_before(file: Path, command: str) -> dict[str, Any] | None:

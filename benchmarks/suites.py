@@ -21,6 +21,7 @@ class Part:
     arguments  where {data} is the folder that `needs` names, {out} the part's own folder and {whole} the suite's
     after      left out unless a result of this benchmark is there: what it reads
     again      run also where it is done: what it reads may have changed
+    quick      arguments that make it quick; they come last and overrule others
     """
 
     number: int
@@ -31,17 +32,17 @@ class Part:
     needs: str | None = None
     after: str | None = None
     again: bool = False
-    quick: bool = True  # whether the script knows --quick
+    quick: tuple[str, ...] = ("--quick",)
 
 
-def _part(number: int, name: str, line: str, limit_s: float, **more: str | bool) -> Part:
+def _part(number: int, name: str, line: str, limit_s: float, **more: str | tuple[str, ...]) -> Part:
     """From a command line; every script but the report writes to its own folder."""
     script, *arguments = line.split()
     return Part(number, name, script, (*arguments, "--out", OUT), limit_s, **more)  # type: ignore[arg-type]
 
 
 def _report(number: int) -> Part:
-    return Part(number, "report", "report.py", (WHOLE,), 30, again=True, quick=False)
+    return Part(number, "report", "report.py", (WHOLE,), 30, again=True, quick=())
 
 
 def _accuracy(number: int, recipe: str, seed: int) -> Part:
@@ -104,6 +105,7 @@ CPU = (
         "scaling.py --config cifar --data {data} --limit 10000 --batch-size 16 --seconds 0.3 --repetitions 2",
         140,
         needs=CIFAR,
+        quick=("--quick", "--batch-size", "8"),
     ),
     _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 40, after="step"),
     _report(10),

@@ -69,6 +69,15 @@ def test_a_target_that_a_seed_missed_is_not_called_reached(folder: Path) -> None
     assert "to 80 % kNN, cifar10-demo, 200 epochs: **reached by 2 of 3**, 82.0 % at the end" in lines
 
 
+def test_a_run_on_a_few_images_is_in_the_tables_and_no_headline(tmp_path: Path) -> None:
+    result = made.accuracy(0, 4.0, 82.0)
+    result["recipes"]["cifar10-demo"]["runs"]["0"]["config"]["limit"] = 2500
+    folder = made.write(tmp_path / "out", accuracy=result)
+    assert headlines.headlines(read(folder)) == []
+    text = report.main(report.Settings(results=folder))[0].read_text(encoding="utf-8")
+    assert "cifar10-demo, 200 epochs, 2,500 images" in text
+
+
 def test_a_loader_that_costs_nothing_leaves_the_step_as_the_limit() -> None:
     words = headlines.bottlenecks(Collection({"train": made.train(0.97)}))
     assert "`resident` **the step** (97% of the step's own rate" in words[0]
