@@ -62,7 +62,7 @@ def roofline_picture(placed: Mapping[str, Any], ceilings: Mapping[str, float]) -
     bandwidth, formats, low = ceilings["copy"], list(placed["formats"]), placed["main_format"]
     groups = {n: g for n, g in placed["formats"][low]["groups"].items() if g["flops"] > 0}
     intensities = [g["intensity"] for g in groups.values()] + [p["intensity"] for p in placed["points"]]
-    left, right = min(intensities) / 3, max(*intensities, *(ceilings[f] / bandwidth for f in formats)) * 2
+    left, right = min(intensities) / 4, max(*intensities, *(ceilings[f] / bandwidth for f in formats)) * 2
     drawn: list[float] = []
     for name in sorted(formats, key=lambda name: ceilings[name]):
         close = any(ceilings[name] < 1.3 * other for other in drawn)  # its label would lie on the one below
@@ -103,7 +103,8 @@ def _roof(axes: Axes, flop_per_s: float, bandwidth: float, left: float, right: f
 
 
 def _points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """A column of points for each intensity; their labels are moved apart, fastest on top."""
+    """A column of points for each intensity, labels apart and fastest on top; those of the leftmost to its left."""
+    leftmost = min(point["intensity"] for point in points)
     last: dict[float, float] = {}
     for point in sorted(points, key=lambda p: p["flop_per_s"], reverse=True):
         colour, rate = _COLOURS[point["format"]], point["flop_per_s"]
@@ -111,8 +112,13 @@ def _points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
         shown = min(rate, last.get(point["intensity"], float("inf")) / 1.16)
         last[point["intensity"]] = shown
         label = f"{point['name']}  {point['share_of_roof']:.0%}"
-        right = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(label, (point["intensity"], shown), **right, color=_INK, fontsize=8)
+        is_left = point["intensity"] == leftmost
+        beside = {
+            "xytext": (-8 if is_left else 8, 0),
+            "textcoords": "offset points",
+            "ha": "right" if is_left else "left",
+        }
+        axes.annotate(label, (point["intensity"], shown), **beside, va="center", color=_INK, fontsize=8)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
