@@ -21,20 +21,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose pipelines.py hides the package
 
-import multiprocessing
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import forkserver
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 
 from benchmarks.archives import unpacked
-from benchmarks.end_to_end import Case, Engine, Images, augmentation_name, growth, held, measure, open_case, our_engine
+from benchmarks.end_to_end import Images, augmentation_name, measure
 from benchmarks.harness import (
     Reading,
     environment,
@@ -47,25 +43,18 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.ladder import CONFIGS, synthetic_views
-from benchmarks.peer_demo import DemoStep, default_loading, demo_dataset
-from benchmarks.peer_lightly import DEFAULT as LIGHTLY_LOADING
-from benchmarks.peer_lightly import LightlyStep, lightly_dataset, require_lightly
-from benchmarks.peer_loader import Loading, endless_views, tuned
+from benchmarks.ladder import CONFIGS
+from benchmarks.peer_lightly import require_lightly
+from benchmarks.peer_rows import OURS, PEERS, Row, open_ours, open_peer, start_fork_server
 from benchmarks.plain import Task
 from benchmarks.sample_data import open_index, stored_bytes
 from fastmoco.config import Arch, RunConfig
-from fastmoco.device import DTYPES, pick_amp, pick_device
+from fastmoco.device import pick_device
 from fastmoco.errors import ConfigError
 from fastmoco.resolve import resolve
-from pipelines.augment import AUGMENTATIONS
 from pipelines.backends import default_workers
 from pipelines.errors import BackendMissingError
 from pipelines.image_index import ImageIndex
-from pipelines.views import Views
-
-OURS = {"fastmoco-resident": "resident", "fastmoco-torch": "torch"}
-PEERS = ("lightly", "lightly-best", "authors", "authors-best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +87,6 @@ class Settings:
     """A tiny task, one worker, short readings: whether it works, not how fast it is."""
     out: Path | None = None
     """Folder for the JSON file."""
-
-
-class PeerStep(Protocol):
-    """One of a peer's training steps, and the mean loss since that was last asked for."""
-
-    def __call__(self, views: Views) -> object: ...
-
-    def read_loss(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender that is open. `terms` is what it runs with, in words."""
-
-    case: Case
-    terms: str
-    tuning: dict[int, float] | None = None
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
@@ -174,15 +146,6 @@ def _task(settings: Settings) -> Task:
     return replace(task, queue=max(keys, task.queue - task.queue % keys))
 
 
-def _start_fork_server(peers: list[str]) -> None:
-    """What the peers' workers need is imported once, by the server that they are forked from."""
-    modules = ["pipelines.torch_crops", "benchmarks.peers"]  # every worker imports this script again
-    if any(name.startswith("lightly") for name in peers):
-        modules += ["lightly.transforms", "lightly.data"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
-    forkserver.ensure_running()
-
-
 def _open_all(
     names: list[str],
     index: ImageIndex,
@@ -201,13 +164,23 @@ def _open_all(
         left_out |= {name: str(error) for name in peers if name.startswith("lightly")}
         peers = [name for name in peers if name not in left_out]
     if peers:
-        _start_fork_server(peers)
+        start_fork_server(peers)
     try:
         if ours:
-            rows |= _open_ours(ours, Images(index, scratch, settings.workers), task, settings, device)
+            config = _run_config(settings, task, index, device)
+            rows |= open_ours(ours, Images(index, scratch, settings.workers), config, task, device)
         for name in peers:
             try:
-                rows[name] = _open_peer(name, index, task, settings, device)
+                rows[name] = open_peer(
+                    name,
+                    index,
+                    task,
+                    device,
+                    symmetric=settings.symmetric,
+                    workers=settings.workers,
+                    tuning_s=settings.seconds / 2,
+                    its_default=not settings.quick,
+                )
             except torch.OutOfMemoryError as error:
                 left_out[name] = str(error).splitlines()[0]
         if not rows:
@@ -216,22 +189,6 @@ def _open_all(
         for row in rows.values():
             row.case.close()
         raise
-    return rows
-
-
-def _open_ours(
-    names: list[str], images: Images, task: Task, settings: Settings, device: torch.device
-) -> dict[str, Row]:
-    """One training step behind both pipelines, which use it in turn."""
-    config = _run_config(settings, task, images.index, device)
-    engine = our_engine(config, task, images.index, device)
-    run, rows = config.run, {}
-    terms = [run.amp, f"{run.kernels} kernels", *(["CUDA graph"] if run.cuda_graph == "on" else [])]
-    for name in names:
-        pipeline = OURS[name]
-        case = open_case(pipeline, images, task, device, DTYPES[run.amp], settings.workers, engine)
-        workers = [] if pipeline == "resident" else [_count(settings.workers)]
-        rows[name] = Row(case, ", ".join(terms + workers))
     return rows
 
 
@@ -258,63 +215,6 @@ def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch
         allow_large_queue=True,  # a queue's cost does not depend on what is in it
     )
     return resolve(given, index, device)[0]
-
-
-def _open_peer(name: str, index: ImageIndex, task: Task, settings: Settings, device: torch.device) -> Row:
-    """Builds and warms up its step, and finds its number of workers."""
-    at_best = name.endswith("-best")
-    amp = "bf16" if at_best and pick_amp("auto", device) == "bf16" else "fp32"  # float16 would need loss scaling
-    switches: dict[str, Any] = {"symmetric": settings.symmetric, "channels_last": at_best, "dtype": DTYPES[amp]}
-    augmentation = AUGMENTATIONS[augmentation_name(task.side)]
-    began = time.perf_counter()
-    if name.startswith("lightly"):
-        engine = _engine(lambda: LightlyStep(task, device, **switches), task, device)
-        before, loading = held(device), LIGHTLY_LOADING
-        dataset = lightly_dataset(index, augmentation, task.side)
-    else:
-        steps = len(index) // task.batch_size
-        engine = _engine(lambda: DemoStep(task, device, steps_per_epoch=steps, **switches), task, device)
-        before, loading = held(device), default_loading(task.side)
-        dataset = demo_dataset(index, augmentation, task.side)
-    open_s, held_by_data = time.perf_counter() - began, growth(before, held(device))
-
-    def case_with(loading: Loading) -> Case:
-        def batches() -> Iterator[Views]:
-            return endless_views(dataset, task.batch_size, device, loading)
-
-        round_of = max(1, min(loading.workers, default_workers()))  # more than there are cores do not end together
-        return Case(batches, engine, task.batch_size, round_of, held_by_data, open_s)
-
-    if not at_best:
-        loading = replace(loading, workers=1) if settings.quick else loading
-        return Row(case_with(loading), f"{amp}, {_count(loading.workers)}")
-    choices = {max(1, n) for n in (settings.workers // 2, settings.workers, 2 * settings.workers)}
-    cases = {workers: case_with(tuned(workers)) for workers in sorted(choices)}
-    rates = {n: measure(case, settings.seconds / 2, device)["images_per_s"] for n, case in cases.items()}
-    fastest = max(rates, key=lambda n: rates[n])
-    return Row(cases[fastest], f"{amp}, channels-last, {_count(fastest)}", rates)
-
-
-def _engine(build: Callable[[], PeerStep], task: Task, device: torch.device) -> Engine:
-    synthetic = synthetic_views(task, device, torch.float32, channels_last=False)
-    before, began = held(device), time.perf_counter()
-    torch.manual_seed(0)
-    step = build()
-    for views in synthetic[:2]:
-        step(views)
-    step.read_loss()
-    return Engine(
-        step,
-        step.read_loss,
-        synthetic,
-        keeps_memory=False,
-        held=growth(before, held(device)),
-        warm_up_s=time.perf_counter() - began,
-    )
-
-
-def _count(workers: int) -> str:
-    return f"{workers} worker{'' if workers == 1 else 's'}"
 
 
 def _summaries(readings: dict[str, list[Reading]], rows: dict[str, Row]) -> dict[str, Any]:
