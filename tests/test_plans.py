@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ def sizes_of(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(8, 90, (count, 2)).astype(np.int32)
 
 
-def planner_of(count: int, batch: int, *, seed: int = 1, shuffle: bool = True, **ranks: int) -> Planner:
+def planner_of(count: int, batch: int, *, seed: int = 1, shuffle: bool = True, **ranks: Any) -> Planner:
     return Planner(sizes_of(count), seed=seed, batch_size=batch, augmentation=V2, shuffle_keys=shuffle, **ranks)
 
 
