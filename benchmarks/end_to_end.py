@@ -41,6 +41,7 @@ from fastmoco.errors import DivergedError
 from fastmoco.graph import GraphedStep
 from fastmoco.host_memory import keep_freed_memory
 from fastmoco.state import build_state
+from fastmoco.world import World
 from pipelines.augment import AUGMENTATIONS
 from pipelines.backends import open_pipeline, open_source
 from pipelines.dataloader import DataLoaderPipeline
@@ -112,7 +113,7 @@ def our_engine(config: RunConfig, task: Task, images: ImageIndex, device: torch.
     """The step as the trainer builds it from a configuration without open fields: graph, kernels and all."""
     synthetic = synthetic_views(task, device, DTYPES[config.run.amp], channels_last=True)
     before, began = held(device), time.perf_counter()
-    train_step = build_state(config, device, images).train_step
+    train_step = build_state(config, World(device), images).train_step
     step = train_step if config.run.cuda_graph == "off" else GraphedStep(train_step, synthetic[0])
 
     def run(views: Views) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fastmoco.arguments import nearest, parse
 from fastmoco.config import RunConfig
-from fastmoco.errors import ConfigError, ExitCode, Preempted, exit_code
+from fastmoco.errors import ConfigError, ExitCode, ToldError, exit_code
+from fastmoco.launch import is_launched, launch, tell_torchrun
 from fastmoco.recipes import check_data, recipe
 
 USAGE = """usage: fastmoco COMMAND [--debug]
@@ -41,11 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
+    except ToldError as told:
+        return told.code
     except Exception as error:
         code = exit_code(error)
+        tell_torchrun(error, code or 1)
         if debug or code is None:
             raise
-        word = "stopped" if isinstance(error, Preempted) else "error"
+        word = "stopped" if code == ExitCode.PREEMPTED else "error"
         print(f"fastmoco: {word}: {' '.join(str(error).split())}", file=sys.stderr)
         return code
     return ExitCode.DONE
@@ -55,6 +59,9 @@ def _train(argv: list[str]) -> None:
     config = parse_train(argv)
     if argv and not argv[0].startswith("-"):
         check_data(argv[0], config)
+    if (config.scale.gpus or 1) > 1 and not is_launched():
+        launch(config.scale.gpus or 1, ["train", *argv])
+        return
     from fastmoco.console import make_console  # after the arguments are known to be right: torch takes seconds to load
     from fastmoco.train import train
 

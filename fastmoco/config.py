@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastmoco.config_checks import as_object, check_types, group_types, known, parse_json, require
+from fastmoco.config_run import RunOptions, ScaleOptions
 from fastmoco.errors import ConfigError
 
 Arch = Literal[
@@ -46,9 +47,14 @@ class DataConfig:
     """Threads or processes that decode (None: from the number of cores)."""
     bad_images: Literal["error", "quarantine"] = "error"
     """What an image that cannot be read means: stop, or leave it out and list it."""
+    order: Literal["any", "archives"] = "any"
+    """Any order of all images, or one tar archive after another, mixed as by a buffer: for disks that are far away."""
+    order_buffer: int = 10_000
+    """Images in the buffer of --order archives."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        require(self, "order_buffer", lambda v: v >= 0, "0 images or more")
         require(self, "data", lambda v: v != "" and "\0" not in v, "a folder, a list file or the name of a data set")
         require(self, "limit", lambda v: v > 0, "a number of images above 0")
         require(self, "workers", lambda v: v >= 0, "0 or more")
@@ -148,6 +154,8 @@ class OptimConfig:
     """Images a step, over all devices together (None: from the data)."""
     lr: float | None = None
     """Learning rate at the start (None: from the data and the batch)."""
+    lr_scaling: Literal["linear", "none"] = "linear"
+    """Whether an open learning rate is the recipe's times the batch over the recipe's batch, or the recipe's."""
     wd: float | None = None
     """Weight decay (None: from the data)."""
     sgd_momentum: float = 0.9
@@ -191,68 +199,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where the run lives, what it runs on, what it writes and when it stops."""
-
-    seed: int = 0
-    """The same seed gives the same images, crops, colours and weights."""
-    out: str | None = None
-    """Folder of the run (None: runs/NAME)."""
-    overwrite: bool = False
-    """Delete an earlier run in that folder."""
-    resume: bool = False
-    """Go on from the newest checkpoint in that folder."""
-    deterministic: bool = False
-    """Bit-identical weights on every repetition, at some cost in speed."""
-    amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Number format of the encoders' arithmetic."""
-    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """torch.compile for the encoders (auto: on a GPU, where --kernels is torch)."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes batch norm, loss and update; compiled encoders keep torch's batch norm (auto: triton on a GPU)."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Capture the whole training step once and replay it (auto: on a GPU)."""
-    checkpoint_activations: bool = False
-    """Keep only what enters each stage of the query encoder, and compute the rest again: less memory, more time."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
-    log_every: int = 50
-    """Steps between two readings of the loss."""
-    checkpoint_every: int | None = None
-    """Steps between two checkpoints (None: the end of an epoch, at most once a minute)."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
-    knn_every: int | None = None
-    """Epochs between two kNN evaluations, 0 for none (None: from the data)."""
-    knn_k: int = 200
-    """Neighbours that vote in the kNN evaluation."""
-    knn_t: float = 0.1
-    """Temperature of the votes in the kNN evaluation."""
-    allow_large_queue: bool = False
-    """Let the queue be larger than the data set, so that it holds several keys of an image."""
-    max_skipped_steps: int = 50
-    """Consecutive steps with a loss or gradient that is not finite, after which the run stops with exit code 5."""
-    tensorboard: bool = True
-    """Write TensorBoard files to tb/."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
-        require(self, "out", lambda v: v != "" and "\0" not in v, "a folder")
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_k", "max_skipped_steps"):
-            require(self, name, lambda v: v > 0, "1 or more")
-        require(self, "knn_every", lambda v: v >= 0, "0 or more", "0 switches the kNN evaluation off")
-        require(self, "knn_t", lambda v: v > 0, "a temperature above 0", "the authors use 0.1")
-        if self.checkpoint_activations and self.compile not in ("auto", "off"):
-            raise ConfigError(
-                f"--checkpoint-activations needs --compile off, and it is {self.compile}: a compiled forward decides "
-                "itself what it keeps; drop one of the two"
-            )
-        if self.resume and self.overwrite:
-            raise ConfigError("--resume goes on with a run and --overwrite deletes it: drop one of the two")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. The groups only order the flags in --help."""
 
@@ -261,6 +207,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunOptions = field(default_factory=RunOptions)
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -306,6 +253,7 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "out", "overwrite", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
     | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
+    | {"lr_scaling", "gpus", "dist_timeout", "paranoid"}
 )
 """Fields that may change when a run is resumed, because the weights do not depend on them."""
 

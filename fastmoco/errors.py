@@ -43,6 +43,14 @@ class Preempted(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop (SIGTERM or SIGINT), has saved its state and can be resumed."""
 
 
+class ToldError(Exception):
+    """This process ends with others, one of which has said why; there is nothing to add but the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
 _CODES: dict[type[BaseException], ExitCode] = {
     ConfigError: ExitCode.CONFIG,
     BackendMissingError: ExitCode.CONFIG,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
+import signal
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmoco.errors import ConfigError, ExitCode, RankLostError
+from fastmoco.errors import ConfigError, RankLostError, ToldError
 
-# Read by torchrun. While workers use the store of its rendezvous too, five restarts in eleven did not find each other.
-_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -35,6 +33,9 @@ class Place(NamedTuple):
         return Place(*(_variable(name, default) for name, default in zip(names, Place(), strict=True)))
 
 
+ALONE = Place()
+
+
 def _variable(name: str, default: int) -> int:
     value = os.environ.get(name)
     if value is None:
@@ -49,18 +50,19 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(processes: int, argv: list[str]) -> int:
-    """`torchrun --standalone --nproc-per-node PROCESSES -m fastmoco ARGV`, and the exit code of the run.
+def launch(processes: int, argv: list[str]) -> None:
+    """`torchrun --standalone --nproc-per-node PROCESSES -m fastmoco ARGV`.
 
-    torchrun itself returns 1 whatever happened; ours is that of the rank that failed first. SIGTERM and SIGINT go on to
-    the ranks, which save and end with 75; after 30 s torchrun kills those that are left.
+    Raises ToldError with the exit code of the run, unless it is 0: where torchrun itself returns 1 whatever happened,
+    ours is that of the rank that failed first. SIGTERM and SIGINT go on to the ranks, which save and end with 75; after
+    30 s torchrun kills those that are left.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank has said what is wrong itself
-    os.environ.setdefault(_OWN_STORE, "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of torch's own, of a connection that was closed
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     with tempfile.TemporaryDirectory(prefix="fastmoco-") as folder:
         options = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}", "-m", "fastmoco", *argv]
@@ -68,15 +70,16 @@ def launch(processes: int, argv: list[str]) -> int:
             torchrun.run(torchrun.parse_args(options))
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
-            said = _first_code(Path(folder))
-            killed = failure.exitcode < 0 or failure.exitcode > 128
-            if said is None and killed:
-                print(f"fastmoco: stopped: {_killed(failure.local_rank, failure.exitcode)}", file=sys.stderr)
-            return said if said is not None else ExitCode.PREEMPTED if killed else failure.exitcode
+            code = _first_code(Path(folder))
+            if code is not None:
+                raise ToldError(code) from error
+            if failure.exitcode < 0:  # all of them were killed
+                number = signal.Signals(-failure.exitcode).name
+                raise RankLostError(f"rank {failure.local_rank} was killed by {number}: go on with --resume") from error
+            raise ToldError(failure.exitcode) from error
         except SignalException as error:
-            said = _first_code(Path(folder))
-            return said if said is not None else 128 + error.sigval
-    return ExitCode.DONE
+            code = _first_code(Path(folder))
+            raise ToldError(128 + error.sigval if code is None else code) from error
 
 
 def tell_torchrun(error: BaseException, code: int) -> None:
@@ -95,7 +98,3 @@ def _first_code(folder: Path) -> int | None:
         return None
     files = sorted(attempts[-1].glob("*/error.json"), key=lambda path: path.stat().st_mtime_ns)
     return json.loads(files[0].read_text(encoding="utf-8"))["message"]["errorCode"] if files else None
-
-
-def _killed(rank: int, code: int) -> RankLostError:
-    return RankLostError(f"rank {rank} was killed by signal {-code if code < 0 else code - 128}: go on with --resume")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from fastmoco.errors import error_named
 
 T = TypeVar("T")
+_LINGER_S = 1.0
 _POLL_S = (0.01, 0.5)  # the first pause and the longest: signals are seen in between
 
 
@@ -62,6 +63,13 @@ class Outcomes:
         except RuntimeError:  # the store went with the rank or the agent that kept it
             return True
         return True
+
+    def linger(self, ranks: int) -> None:
+        """Waits a moment for the last words of the others: where this rank keeps the store, it goes with it."""
+        until = time.monotonic() + _LINGER_S
+        with suppress(RuntimeError):
+            while self._store.add("notes", 0) < ranks and time.monotonic() < until:
+                time.sleep(_POLL_S[0])
 
     def noted(self) -> Exception | None:
         """The error that the first rank to end has left word of."""

@@ -12,6 +12,7 @@ from fastmoco.config import RunConfig
 from fastmoco.console import Fact, summary_facts
 from fastmoco.device import describe
 from fastmoco.encoder import Encoder
+from fastmoco.world import World
 from pipelines.dataset import Dataset
 
 _WORDS = {
@@ -29,7 +30,7 @@ def evaluation_line(when: str, numbers: dict[str, float]) -> str:
 
 
 def start_facts(
-    config: RunConfig, dataset: Dataset, query: Encoder, reasons: dict[str, str], device: torch.device, folder: Path
+    config: RunConfig, dataset: Dataset, query: Encoder, reasons: dict[str, str], world: World, folder: Path
 ) -> list[Fact]:
     """What was decided, and why. `config` has no open fields; reasons as from `resolve`."""
     data, augment, model, optim = config.data, config.augment, config.model, config.optim
@@ -49,15 +50,36 @@ def start_facts(
         Fact("stem", str(model.stem), reasons.get("stem", "")),
         Fact("head", f"{query.feature_dim} → {head}"),
         Fact(model.mechanism.replace("-", " "), queue, reasons.get("moco_k", "")),
-        Fact("batch", f"{optim.batch_size} images, {model.bn_splits} batch norm splits"),
+        Fact("batch", _batch(optim.batch_size or 0, model.bn_splits or 1, world.size)),
         Fact("optimiser", sgd, reasons.get("lr", "")),
-        Fact("device", f"{describe(device)}, {config.run.amp}, {_step(config)}"),
+        Fact("device" if world.size == 1 else "devices", _devices(config, world)),
         Fact("folder", str(folder)),
     ]
     facts += [Fact("left out", path, reason) for path, reason in dataset.quarantine[:3]]
     if len(dataset.quarantine) > 3:
         facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in all"))
     return facts
+
+
+def _batch(images: int, splits: int, devices: int) -> str:
+    """The batch, each device's share of it, and what batch norm sees."""
+    if devices == 1:
+        return f"{images} images, {splits} batch norm splits"
+    groups = f"{splits} batch norm splits, {splits // devices} on each"
+    if splits < devices:
+        groups = f"{splits} batch norm splits, {devices // splits} devices for each"
+    if splits == 1:
+        groups = "batch norm over all of them"
+    return f"{images} images, {images // devices} on each of {devices} devices; {groups}"
+
+
+def _devices(config: RunConfig, world: World) -> str:
+    one = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
+    if world.size == 1:
+        return one
+    machines = world.size // world.place.local_size
+    where = "" if machines == 1 else f" on {machines} machines"
+    return f"{world.size}{where}, each {one}; gradients sent in {config.scale.grad_comm}"
 
 
 def _step(config: RunConfig) -> str:

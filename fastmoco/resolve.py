@@ -9,6 +9,7 @@ from fastmoco.config import RunConfig
 from fastmoco.device import pick_amp
 from fastmoco.errors import ConfigError
 from fastmoco.kernels import check_kernels
+from fastmoco.launch import ALONE, Place
 from fastmoco.recipes import recipe
 from pipelines.backends import choose, default_workers
 from pipelines.image_index import ImageIndex
@@ -17,10 +18,12 @@ GROUP = 16  # images that batch norm sees at least; of 32 images in 8 groups the
 SMALL = 64  # crops of up to this many pixels get the CIFAR stem, augmentation and hyper-parameters
 
 
-def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tuple[RunConfig, dict[str, str]]:
+def resolve(
+    config: RunConfig, images: ImageIndex, device: torch.device, place: Place = ALONE
+) -> tuple[RunConfig, dict[str, str]]:
     """A configuration without open fields, and the reason of each choice that was made here.
 
-    Raises ConfigError where the settings and the images do not go together.
+    Raises ConfigError where the settings, the images and the number of devices do not go together.
     """
     reasons: dict[str, str] = {}
     given = config.flat()
@@ -45,9 +48,9 @@ def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tupl
     if given["width"] == 1.0 and given["arch"] is None:
         filled["width"] = values["width"]
 
-    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images))
+    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images), place.size)
     filled |= {"crop_size": side, "batch_size": batch}
-    if given["lr"] is None and batch != values["batch_size"]:
+    if given["lr"] is None and batch != values["batch_size"] and given["lr_scaling"] == "linear":
         filled["lr"] = values["lr"] * batch / values["batch_size"]
         reasons["lr"] = f"{values['lr']:g} for a batch of {values['batch_size']}, scaled to {batch}"
     if given["mechanism"] != "queue":
@@ -57,12 +60,12 @@ def resolve(config: RunConfig, images: ImageIndex, device: torch.device) -> tupl
     if given["stem"] == "auto":
         filled["stem"] = "cifar" if small else "imagenet"
         reasons["stem"] = f"crops of {side} pixels"
-    if given["bn_splits"] is None:
-        filled["bn_splits"] = max(n for n in (1, 2, 4, 8) if n == 1 or (batch % n == 0 and batch // n >= GROUP))
+    filled["bn_splits"] = _bn_splits(given["bn_splits"], batch, place.size)
     filled["amp"] = pick_amp(given["amp"], device)
     filled |= _speed(config, device)
     filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
-    filled["workers"] = default_workers() if given["workers"] is None else given["workers"]
+    if given["workers"] is None:
+        filled["workers"] = max(1, default_workers() // place.local_size)
     if given["knn_every"] is None:
         filled["knn_every"] = values["knn_every"] or max(1, (given["epochs"] or values["epochs"]) // 20)
     return config.replace(**filled), reasons
@@ -84,15 +87,44 @@ def _rescaled(schedule: tuple[int, ...], epochs: int, wanted: int) -> tuple[int,
     return tuple(sorted({max(1, round(epoch * wanted / epochs)) for epoch in schedule}))
 
 
-def _batch_size(given: int | None, usual: int | None, images: int) -> int:
+def _batch_size(given: int | None, usual: int | None, images: int, devices: int) -> int:
     if given is not None:
         if given > images:
             raise ConfigError(f"--batch-size {given} is larger than the {images:,} images: use {images} or less")
+        if given % devices:
+            fitting = max(devices, given - given % devices)
+            raise ConfigError(
+                f"--batch-size {given} is that of all {devices} devices and cannot be divided equally: use "
+                f"--batch-size {fitting}"
+            )
         return given
     assert usual is not None
-    if images < 2:
-        raise ConfigError(f"found {images} image: a batch needs 2 or more")
-    return min(usual, images - images % 8 if images >= 16 else images)
+    if images < max(2, devices):
+        found = f"{images} image{'s' * (images != 1)}"
+        raise ConfigError(f"found {found}: a batch needs {max(2, devices)} or more")
+    batch = min(usual, images - images % 8 if images >= 16 else images)
+    return max(devices, batch - batch % devices)
+
+
+def _bn_splits(given: int | None, batch: int, devices: int) -> int:
+    """Groups that devices can share: each has whole ones, or several devices have one together.
+
+    On more than 8 devices each gets a group of its own, as in the paper, if that has enough images.
+    """
+
+    def divides(splits: int) -> bool:
+        return splits % devices == 0 or devices % splits == 0
+
+    if given is not None:
+        if not divides(given):
+            raise ConfigError(
+                f"--bn-splits {given} cannot be shared out over {devices} devices: use --bn-splits {devices} for one "
+                "group on each, a multiple of that, or 1 for one group over all"
+            )
+        return given
+    usual = [1, 2, 4, 8]
+    candidates = usual if devices in usual else [*usual, *range(devices, max(8, devices) + 1, devices)]
+    return max(n for n in candidates if n == 1 or (divides(n) and batch % n == 0 and batch // n >= GROUP))
 
 
 def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:

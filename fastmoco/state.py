@@ -21,6 +21,7 @@ from fastmoco.mechanisms import BatchKeys, Dictionary, MemoryBank
 from fastmoco.moco import MoCo
 from fastmoco.rundir import versions
 from fastmoco.step import TrainStep
+from fastmoco.world import World
 from pipelines.image_index import ImageIndex
 
 
@@ -47,6 +48,15 @@ class TrainState:
             named |= {f"step/{group}/{name}": tensor for name, tensor in tensors.items()}
         return named
 
+    def digests(self) -> dict[str, bytes]:
+        """SHA-256 of what is in each part of the state, which must be the same on all ranks."""
+        found: dict[str, Any] = {}
+        for name, tensor in self.tensors().items():
+            part = "/".join(name.split("/")[:2]).split(".")[0]
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            found.setdefault(part, hashlib.sha256()).update(data)
+        return {part: digest.digest() for part, digest in found.items()}
+
     def save(self, directory: Path) -> Path:
         """Raises CheckpointError where the disk refuses; what was there before stays."""
         meta = {
@@ -58,7 +68,19 @@ class TrainState:
         return checkpoint.save(directory, self.step, self.tensors(), meta)
 
     def load(self, path: Path) -> None:
-        """Raises CheckpointError: damaged, or of another architecture, configuration or data set."""
+        """Raises CheckpointError: damaged, or of another architecture, configuration or data set.
+
+        Rank 0 alone reads, so that the others need not see its disk, and theirs are copies of its tensors: a checkpoint
+        says nothing of how many ranks wrote it.
+        """
+        world = self.train_step.world
+        self.step = world.on_main(lambda: self._read(path))
+        with torch.no_grad():
+            for tensor in self.tensors().values():
+                world.copy_from_main(tensor)
+
+    def _read(self, path: Path) -> int:
+        """The step that the tensors are of."""
         own = self.tensors()
         try:
             saved, meta = checkpoint.load(path, own)
@@ -69,7 +91,7 @@ class TrainState:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        self.step = meta["step"]
+        return meta["step"]
 
     def _check(self, path: Path, meta: dict[str, Any]) -> None:
         theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
@@ -87,8 +109,8 @@ class TrainState:
             )
 
 
-def build_state(config: RunConfig, device: torch.device, images: ImageIndex) -> TrainState:
-    """Step 0 of a run on these images: weights, dictionary and training step, all from the seed.
+def build_state(config: RunConfig, world: World, images: ImageIndex) -> TrainState:
+    """Step 0 of a run on these images: weights, dictionary and training step, all from the seed, on every rank alike.
 
     `config` has no open fields.
     """
@@ -101,8 +123,8 @@ def build_state(config: RunConfig, device: torch.device, images: ImageIndex) -> 
         torch.manual_seed(config.run.seed)
         head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
         query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
-    dictionary = _build_dictionary(config, len(images)).to(device)
-    model = MoCo(query, twins=dictionary.TWINS).to(device)
+    dictionary = _build_dictionary(config, world, len(images)).to(world.device)
+    model = MoCo(query, twins=dictionary.TWINS, world=world).to(world.device)
     train_step = TrainStep(
         model,
         dictionary,
@@ -115,11 +137,12 @@ def build_state(config: RunConfig, device: torch.device, images: ImageIndex) -> 
         compile=config.run.compile,
         kernels=config.run.kernels,
         checkpoint_activations=config.run.checkpoint_activations,
+        half_gradients=config.scale.grad_comm == "bf16",
     )
     return TrainState(config, model, dictionary, train_step, fingerprint(images))
 
 
-def _build_dictionary(config: RunConfig, images: int) -> KeyQueue | BatchKeys | MemoryBank:
+def _build_dictionary(config: RunConfig, world: World, images: int) -> KeyQueue | BatchKeys | MemoryBank:
     """What keys and negatives come from, on the CPU, so that the random ones of the start are the same everywhere."""
     m, seed = config.model, config.run.seed
     if m.mechanism == "end-to-end":
@@ -127,7 +150,7 @@ def _build_dictionary(config: RunConfig, images: int) -> KeyQueue | BatchKeys | 
     assert m.moco_k is not None
     generator = torch.Generator().manual_seed(seed)
     if m.mechanism == "memory-bank":
-        return MemoryBank(images, m.moco_dim, generator, negatives=m.moco_k, momentum=m.bank_m, seed=seed)
+        return MemoryBank(images, m.moco_dim, generator, negatives=m.moco_k, momentum=m.bank_m, seed=seed, world=world)
     return KeyQueue(m.moco_k, m.moco_dim, generator)
 
 

@@ -10,10 +10,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
-    """While it is entered, the first signal asks for a stop; a second one ends the process at once."""
+    """While it is entered, the first signal asks for a stop; a second one ends the process at once.
 
-    def __init__(self) -> None:
+    With `repeats`, the first one may come again: a scheduler sends it to every process, and torchrun, which has it too,
+    passes it on to those it has started.
+    """
+
+    def __init__(self, *, repeats: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._repeats = repeats
         self._earlier: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopFlag:
@@ -26,7 +31,7 @@ class StopFlag:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and not (self._repeats and self.signal == number):
             os._exit(128 + number)
         self.signal = signal.Signals(number)
 

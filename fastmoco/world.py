@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastmoco.device import device_of_rank, pick_device
 from fastmoco.errors import DivergedError, RankLostError, exit_code
-from fastmoco.launch import Place
+from fastmoco.launch import ALONE, Place
 from fastmoco.outcomes import Outcomes
 
 T = TypeVar("T")
-ALONE = Place()
 _NCCL_AFTER_S = 60.0  # NCCL's watchdog aborts the process: it is for what even ours has missed
 
 
@@ -106,17 +105,20 @@ class World:
         return self.rank == 0
 
     def close(self) -> None:
-        """Takes leave after a run that went well; after a failure, ending the process is the quicker way."""
+        """Takes leave of the others, once all have come to their end; one of them may keep the store."""
         if self.size > 1:
             with suppress(RuntimeError):
+                dist.barrier(group=self._host)
                 dist.destroy_process_group()
 
     def __enter__(self) -> World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None:  # after a failure, ending the process is the quicker way
             self.close()
+        elif self._outcomes is not None and self.is_main:
+            self._outcomes.linger(self.size)
 
     # ---- tensors ----
 

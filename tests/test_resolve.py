@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError
+from fastmoco.launch import Place
 from fastmoco.recipes import RECIPES, recipe
 from fastmoco.resolve import resolve
 from pipelines.image_index import ImageIndex
 
 CPU = torch.device("cpu")
-MAY_STAY_OPEN = {"limit", "crop_scale_min", "head", "out", "checkpoint_every", "schedule"}
+MAY_STAY_OPEN = {"limit", "crop_scale_min", "head", "out", "checkpoint_every", "schedule", "gpus"}
 
 
 def images(count: int, height: int, width: int) -> ImageIndex:
@@ -259,3 +260,45 @@ def test_settings_for_a_gpu_are_refused_without_one() -> None:
         resolved(images(100, 32, 32), cuda_graph="on")
     with pytest.raises(ConfigError, match="--checkpoint-activations needs --compile off, and it is default"):
         RunConfig().replace(checkpoint_activations=True, compile="default")
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+
+def resolved_for(devices: int, count: int = 50_000, **given) -> dict:
+    place = Place(size=devices, local_size=min(devices, 8))
+    return resolve(RunConfig().replace(data="./folder", **given), images(count, 32, 32), CPU, place)[0].flat()
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "splits"), [(1, 512, 8), (2, 512, 8), (8, 512, 8), (3, 510, 6), (16, 512, 16), (64, 512, 8)]
+)
+def test_what_was_left_open_can_be_shared_out(devices: int, batch: int, splits: int) -> None:
+    found = resolved_for(devices)
+    assert (found["batch_size"], found["bn_splits"]) == (batch, splits)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batch_size": 100}, ["--batch-size 100", "8 devices", "--batch-size 96"]),
+        ({"batch_size": 64, "bn_splits": 3}, ["--batch-size 64", "3 equal groups"]),
+        ({"batch_size": 72, "bn_splits": 6}, ["--bn-splits 6", "8 devices", "--bn-splits 8"]),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(given: dict[str, int], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolved_for(8, **given)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_learning_rate_follows_the_whole_batch_or_not_at_all() -> None:
+    assert resolved_for(2, batch_size=256)["lr"] == resolved_for(1, batch_size=256)["lr"] == 0.03
+    assert resolved_for(2, batch_size=256, lr_scaling="none")["lr"] == 0.06
+    assert resolved_for(2, batch_size=256, lr=0.5)["lr"] == 0.5
+
+
+def test_ranks_of_a_machine_share_its_cores() -> None:
+    cores = resolved_for(1)["workers"]
+    assert resolved_for(8)["workers"] == max(1, cores // 8)
+    assert resolved_for(8, workers=5)["workers"] == 5
