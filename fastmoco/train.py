@@ -142,6 +142,7 @@ class Trainer:
             batch_size=min(PICTURED, p.batch_size),
             augmentation=p.augmentation,
             shuffle_keys=False,
+            order=p.order,
         )
         device, dtype = self.world.device, DTYPES[self.config.run.amp]
         name, workers = self.config.data.pipeline, self.config.data.workers or 0

@@ -33,20 +33,29 @@ class DataLoaderPipeline:
         self, index: ImageIndex, planner: Planner, side: int, device: torch.device, dtype: torch.dtype, workers: int
     ) -> None:
         self.planner, self._device, self._dtype, self._workers = planner, device, dtype, workers
-        self._pairs = _Pairs(index, torchvision_transform(planner.augmentation, side))
+        transform = torchvision_transform(planner.augmentation, side)
+        # A rank's keys may be of other images than its queries: see `Planner.shares`.
+        self._apart = planner.world_size > 1 and planner.shuffle_keys
+        self._images = _Images(index, transform, views=1 if self._apart else 2)
 
     def views(self, start: int, stop: int) -> Iterator[Views]:
         """The batches of steps `start` to `stop` - 1. Raises DataError for a bad image or a worker that died."""
         loader = DataLoader(
-            self._pairs,
-            batch_sampler=(self.planner.indices(step).tolist() for step in range(start, stop)),
+            self._images,
+            batch_sampler=(self._wanted(step) for step in range(start, stop)),
             collate_fn=_collate,
             **worker_options(self._workers, self._device),
         )
-        for step, (query, key, index) in enumerate(checked(loader), start):
+        for step, (*images, index) in enumerate(checked(loader), start):
             order = to_device(self.planner.key_order(step), self._device)
-            query, key = self._move(query), self._move(key)
-            yield Views(query, key[order], order, index.to(self._device, non_blocking=True))
+            query, key = (self._move(half) for half in (images[0].chunk(2) if self._apart else images))
+            if self.planner.world_size == 1:
+                key = key[order]
+            yield Views(query, key, order, index[: len(query)].to(self._device, non_blocking=True))
+
+    def _wanted(self, step: int) -> list[int]:
+        queries, keys = self.planner.shares(step)
+        return [*queries.tolist(), *keys.tolist()] if self._apart else queries.tolist()
 
     def _move(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True)
@@ -81,16 +90,16 @@ class _GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self._sigma)))
 
 
-class _Pairs(Dataset):
-    """(query, key, position) of an image, or the DataError that it met."""
+class _Images(Dataset):
+    """(view, …, position) of an image, or the DataError that it met."""
 
-    def __init__(self, index: ImageIndex, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._index, self._transform = index, transform
+    def __init__(self, index: ImageIndex, transform: Callable[[Image.Image], Tensor], views: int) -> None:
+        self._index, self._transform, self._views = index, transform, views
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int] | DataError:
+    def __getitem__(self, i: int) -> tuple | DataError:
         try:
             image = _open(self._index, i)
-            return self._transform(image), self._transform(image), i
+            return *(self._transform(image) for _ in range(self._views)), i
         except DataError as error:
             return error
 

@@ -43,12 +43,12 @@ class Planner:
         self.augmentation, self.shuffle_keys = augmentation, shuffle_keys
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
-        self._order = lru_cache(maxsize=2)(order or (lambda epoch: epoch_order(seed, epoch, len(sizes))))
+        self.order = lru_cache(maxsize=2)(order or (lambda epoch: epoch_order(seed, epoch, len(sizes))))
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of a step, on all ranks."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def key_order(self, step: int) -> np.ndarray:
         """(B,) int64: the order of a step's key batch, over all ranks."""

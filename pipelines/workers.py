@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -19,7 +19,8 @@ DEATH_IS_KNOWN_AFTER_S = 5.0  # at most, under load
 
 
 def start_worker(_: int) -> None:
-    """Ctrl-C is for the trainer to handle: it ends the workers once its state is saved."""
+    """Ctrl-C is for the trainer to handle, like every signal to its process group: it ends the workers once its state
+    is saved. SIGTERM is blocked since `_start_server`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -30,12 +31,23 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
+        _start_server()
         options |= {
             "prefetch_factor": PREFETCHED,
             "worker_init_fn": start_worker,
             "multiprocessing_context": context,
         }
     return options
+
+
+def _start_server() -> None:
+    """Starts the server that forks the workers, deaf to SIGTERM, as they will be: torchrun sends that to whole process
+    groups, and while one rank has no more batches, the others wait for it in vain. SIGKILL still ends a worker."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()  # its signal mask is inherited
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def checked(loader: DataLoader) -> Iterator[Any]:

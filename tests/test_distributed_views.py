@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pipelines.augment import CIFAR
+from pipelines.augment import CIFAR, Augmentation
+from pipelines.dataloader import DataLoaderPipeline
 from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner
 from pipelines.resident_crops import ResidentCrops
@@ -54,3 +56,24 @@ def test_all_shares_make_up_the_batch(images: ImageIndex, source_of, ranks: int,
             assert torch.equal(views.key_order, expected.key_order)
         for field in ("query", "key", "index"):
             assert torch.equal(torch.cat([getattr(views, field) for views in mine]), getattr(expected, field)), field
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
+def test_the_control_shares_out_the_same_images(shuffle: bool) -> None:
+    """It draws its own crops and colours, so images of one colour each: what is left of them is which image it is."""
+    greys = np.arange(0, 240, 6, dtype=np.uint8)
+    images = ImageIndex.from_pixels("greys", np.tile(greys[:, None, None, None], (1, 8, 8, 3)))
+    plain = Augmentation(name="plain", scale=(1.0, 1.0), jitter_p=0.0, grey_p=0.0, mean=(0, 0, 0), std=(1, 1, 1))
+    settings = {"seed": 4, "batch_size": BATCH, "augmentation": plain, "shuffle_keys": shuffle, "world_size": 2}
+    planners = [Planner(images.sizes, rank=rank, **settings) for rank in range(2)]
+    found = []
+    for planner in planners:
+        pipeline = DataLoaderPipeline(images, planner, 8, torch.device("cpu"), torch.float32, 0)
+        found.append(next(pipeline.views(1, 2)))
+    seen = [
+        (255 * torch.cat([getattr(views, side) for views in found])[:, 0, 0, 0]).round() for side in ("query", "key")
+    ]
+    indices, order = planners[0].indices(1), planners[0].key_order(1)
+    np.testing.assert_array_equal(seen[0], greys[indices])
+    np.testing.assert_array_equal(seen[1], greys[indices[order]])
+    np.testing.assert_array_equal(torch.cat([views.index for views in found]), indices)
