@@ -20,6 +20,7 @@ from fastmoco.launch import ALONE, Place
 from fastmoco.outcomes import Outcomes
 
 T = TypeVar("T")
+_PATIENCE = 0.8  # of the time-out is spent on a message: what is left, on ending in good order before the watchdog
 _NCCL_AFTER_S = 60.0  # NCCL's watchdog aborts the process: it is for what even ours has missed
 
 
@@ -77,8 +78,8 @@ class World:
         place = Place.from_environment()
         if place.size == 1:
             return World(pick_device(device), timeout_s=timeout_s)
-        own, limit = device_of_rank(device, place.local_rank, place.local_size), timedelta(seconds=timeout_s)
-        on_gpu = own.type == "cuda"
+        own = device_of_rank(device, place.local_rank, place.local_size)
+        on_gpu, limit = own.type == "cuda", timedelta(seconds=_PATIENCE * timeout_s)
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group(
@@ -162,7 +163,7 @@ class World:
             group = None
             if ranks > 1:
                 with self.talking():
-                    group, _ = dist.new_subgroups(ranks, timeout=timedelta(seconds=self.timeout_s))
+                    group, _ = dist.new_subgroups(ranks, timeout=timedelta(seconds=_PATIENCE * self.timeout_s))
             self._parts[parts] = World(
                 self.device,
                 place=Place(self.rank % ranks, ranks),
