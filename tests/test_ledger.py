@@ -138,7 +138,7 @@ def test_a_ledger_that_cannot_be_written_replaces_nothing(folder, tmp_path):
 def test_a_run_goes_on_and_tells(folder, tmp_path, capsys, monkeypatch):
     """One bad file before the start, and one that goes while the folder is being indexed."""
     (folder / "20.png").write_bytes(b"no image")
-    from fastmoco import train as module
+    from fastmoco import start as module
 
     def load_then_lose(*arguments, **options):
         dataset = load_dataset(*arguments, **options)

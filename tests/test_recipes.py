@@ -44,7 +44,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_trains_when_it_is_small(
     name: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastmoco.train.curves", lambda *arguments: None)  # a second each
+    monkeypatch.setattr("fastmoco.records.curves", lambda *arguments: None)  # a second each
     own = recipe(name)
     schedule = [] if own.optim.schedule is None else ["--schedule", "1"]
     data = [] if name == "shapes" else ["--data", str(stand_in)]

@@ -96,7 +96,7 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Stopped in the middle of the second run, by the signal of a scheduler."""
-    monkeypatch.setattr("fastmoco.train.curves", lambda *arguments: None)
+    monkeypatch.setattr("fastmoco.records.curves", lambda *arguments: None)
     out, vary = tmp_path / "sweep", ["--vary", "moco-m=0,0.9"]
     batches = 0
 
