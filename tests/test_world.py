@@ -187,3 +187,11 @@ def test_a_rank_that_is_lost(how: str) -> None:
         assert message.endswith("): go on with --resume")
     if how == "killed":
         assert right == Died(-signal.SIGKILL)
+
+
+def test_nobody_else_talks_to_torch_distributed() -> None:
+    """And torchrun is started in one place."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("fastmoco", "pipelines") for path in (root / folder).rglob("*.py")]
+    found = {path.name for path in files if "torch.distributed" in path.read_text()}
+    assert found - {"outcomes.py"} == {"world.py", "launch.py"}  # which names it in a comment
