@@ -72,6 +72,13 @@ def wait_for(run: Path, step: int, process: Started, said: Path) -> None:
         time.sleep(0.05)
 
 
+def wait_for_the_end_of(processes: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{process}").exists() for process in processes):
+        assert time.monotonic() < deadline, "a process outlived the run"
+        time.sleep(0.1)
+
+
 def status(run: Path) -> tuple[str, int]:
     found = json.loads((run / "status.json").read_text())
     return found["state"], found["exit_code"]
@@ -91,13 +98,15 @@ def test_gpus_starts_stops_and_goes_on(start: Callable[..., Started], tmp_path: 
     assert "fastmoco: stopped: stopped by SIGTERM at step " in said
     assert "Traceback" not in said
     assert status(run) == ("preempted", ExitCode.PREEMPTED)
-    assert not [helper for helper in helpers if Path(f"/proc/{helper}").exists()]
+    wait_for_the_end_of(helpers)
 
     process = start("fastmoco", "train", "--resume", "--out", str(run))  # with as many as before
     stopped_at = json.loads((run / "status.json").read_text())["step"]
     wait_for(run, stopped_at + 2, process, tmp_path / "said")
+    helpers = descendants(process.pid)
     os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
     assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "said").read_text()
+    wait_for_the_end_of(helpers)
 
 
 @pytest.mark.slow

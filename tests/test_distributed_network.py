@@ -20,7 +20,7 @@ from fastmoco.cli import main
 from tests.ranks import results, start
 
 TIMEOUT_S = 10
-RUN = [*TINY, *BASE, "--knn-every", "0", "--pipeline", "resident", "--checkpoint-every", "1", "--epochs", "30"]
+RUN = [*TINY, *BASE, "--knn-every", "0", "--pipeline", "resident", "--checkpoint-every", "1", "--epochs", "20"]
 RUN += ["--dist-timeout", str(TIMEOUT_S), "--log-every", "1"]
 
 
