@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
@@ -22,7 +24,17 @@ def start_worker(_: int) -> None:
     """Ctrl-C is for the trainer to handle, like every signal to its process group: it ends the workers once its state
     is saved. SIGTERM is blocked since `_start_server`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, name="end-with-trainer", daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_trainer() -> None:
+    """The loader's own watchdog looks for the process that forked this one: the server, which lives as long as its
+    workers do, so that after a SIGKILL of the trainer both would stay for good."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
