@@ -75,7 +75,7 @@ def _check(backbone: Backbone, target: str, kind: Format, path: Path, overwrite:
         raise ConfigError(f"--out {path} exists: use --overwrite to replace it, or choose another name")
     if reason := kind.refusal(backbone):
         fitting = [name for name, other in FORMATS.items() if not other.refusal(backbone)]
-        raise ConfigError(f"{target} builds no {backbone.arch} with {reason}: use --to {' or '.join(fitting)}")
+        raise ConfigError(f"{target} builds no {reason}: use --to {' or '.join(fitting)}")
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from fastmoco.backbone_files import Backbone, read_backbone
 from fastmoco.config_checks import check_types, require
 from fastmoco.console import Fact, make_console, show_facts
 from fastmoco.export import IMAGES, export
+from fastmoco.export_formats import call_in, detectron2_settings
 
 DESCRIPTION = (
     "Write the backbone of a run, without its projection head, for another library. The file is loaded back and its "
@@ -66,20 +68,43 @@ def describe(backbone: Backbone) -> str:
 
 
 def load_lines(backbone: Backbone, target: str, name: str) -> str:
-    """The Python, the command or the settings that load the file."""
-    restem = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity(); "
-    read = f"safetensors.torch.load_file({name!r})" if name.endswith(".safetensors") else f"torch.load({name!r})"
-    load = f"{restem if backbone.stem == 'cifar' else ''}model.load_state_dict({read}, strict=False)"
+    """The Python, the command or the settings that load the file; those of detectron2 as its train_net.py takes them.
+
+    What is Python runs as it is, but that the images of ONNX, `batch`, have to be there.
+    """
+    if target in ("torchvision", "timm"):
+        return _load_state(backbone, target, name)
+    if target == "detectron2":
+        settings = {"MODEL.WEIGHTS": name, **detectron2_settings(backbone)}
+        return shlex.join(str(word) for setting in settings.items() for word in setting)
     return {
-        "torchvision": f"model = torchvision.models.{backbone.arch}(); {load}",
-        "timm": f"model = timm.create_model({backbone.arch!r}); {load}",
-        "detectron2": f"MODEL.WEIGHTS {name} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB "
-        f"MODEL.PIXEL_MEAN [{_words(backbone.mean, 255)}] MODEL.PIXEL_STD [{_words(backbone.std, 255)}]",
-        "lincls": f"python main_lincls.py -a {backbone.arch} --pretrained {name} DATA",
-        "safetensors": f"backbone, preprocess = fastmoco.load_backbone({name!r})",
-        "onnx": f"onnxruntime.InferenceSession({name!r}).run(['features'], {{'images': batch}})",
+        "lincls": f"python main_lincls.py -a {backbone.arch} --pretrained {shlex.quote(name)} DATA",
+        "safetensors": f"import fastmoco; backbone, preprocess = fastmoco.load_backbone({name!r})",
+        "onnx": "import onnxruntime; "
+        f"features = onnxruntime.InferenceSession({name!r}).run(['features'], {{'images': batch}})[0]",
     }[target]
 
 
-def _words(colour: tuple[float, float, float], scale: int = 1) -> str:
-    return ", ".join(f"{value * scale:.6g}" for value in colour)
+def _load_state(backbone: Backbone, library: str, name: str) -> str:
+    model, options = call_in(library, backbone.arch)
+    words = [f"{key}={value}" for key, value in options.items()]
+    if library == "torchvision":
+        build = f"torchvision.models.{model}({', '.join(words)})"
+    else:
+        build = f"timm.create_model({', '.join([repr(model), *words])})"
+    reader = ("safetensors.torch", "load_file") if name.lower().endswith(".safetensors") else ("torch", "load")
+    lines = [
+        f"import {', '.join(dict.fromkeys(['torch', reader[0], library]))}",
+        f"model = {build}",
+        f"model.load_state_dict({'.'.join(reader)}({name!r}), strict=False)",
+    ]
+    if backbone.stem == "cifar":
+        lines[2:2] = [
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+    return "; ".join(lines)
+
+
+def _words(colour: tuple[float, float, float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in colour)

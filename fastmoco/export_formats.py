@@ -30,6 +30,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fastmoco.backbone_files import RECORD, Backbone, read_backbone, record
+from fastmoco.encoder import ARCHITECTURES
 from fastmoco.plain_resnet import set_cifar_stem
 from pipelines.errors import BackendMissingError
 
@@ -39,6 +40,7 @@ Model = Callable[[Tensor], Tensor]  # (B, 3, S, S) → (B, D)
 _LINCLS = "module.encoder_q."
 _CLASSIFIER = ["fc.bias", "fc.weight"]
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_GROUPS_AND_WIDTH = {"torchvision": ("groups", "width_per_group"), "timm": ("cardinality", "base_width")}
 
 
 class Format(NamedTuple):
@@ -47,7 +49,8 @@ class Format(NamedTuple):
     suffixes             what its name ends with
     write                (backbone, name of the file) → its bytes
     load                 (backbone, path) → the model that the library makes of it, and who that was, for people
-    only_width_1, only_imagenet_stem   whether the library builds no other ResNets
+    only_width_1, only_imagenet_stem, only_by_name   whether the library builds no other ResNets, and none that
+                         torchvision has no name for
     """
 
     suffixes: tuple[str, ...]
@@ -55,12 +58,17 @@ class Format(NamedTuple):
     load: Callable[[Backbone, Path], tuple[Model, str]]
     only_width_1: bool = True
     only_imagenet_stem: bool = False
+    only_by_name: bool = False
 
     def refusal(self, backbone: Backbone) -> str:
-        """What this backbone has that the library does not build; empty where it builds it."""
+        """Of what kind this backbone is that the library does not build; empty where it builds it."""
         if self.only_width_1 and backbone.width != 1:
-            return f"width {backbone.width:g}"
-        return "the CIFAR stem" if self.only_imagenet_stem and backbone.stem == "cifar" else ""
+            return f"{backbone.arch} with width {backbone.width:g}"
+        if self.only_imagenet_stem and backbone.stem == "cifar":
+            return f"{backbone.arch} with the CIFAR stem"
+        if self.only_by_name and not _named(backbone.arch):
+            return f"{backbone.arch}, for which torchvision has no name"
+        return ""
 
 
 def _state(backbone: Backbone) -> State:
@@ -93,14 +101,38 @@ def _read_state(path: Path) -> State:
     return safetensors.torch.load_file(path)
 
 
-def _load_torchvision(backbone: Backbone, path: Path) -> tuple[Model, str]:
-    return _in_torchvision(backbone, _read_state(path)), _version("torchvision")
+def _named(arch: str) -> bool:
+    """Whether torchvision and timm, whose names for these ResNets are the same, have one for this architecture."""
+    return arch in torchvision.models.list_models()
 
 
-def _in_torchvision(backbone: Backbone, state: State) -> Model:
-    """torchvision's own model with these weights; only its classifier may be missing."""
+def call_in(library: str, arch: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options by which torchvision or timm builds an architecture.
+
+    What they have no name for is the plain ResNet of the same blocks, with the groups and the width as options.
+    """
+    if _named(arch):
+        return arch, {}
+    shape = ARCHITECTURES[arch]
+    plain = shape._replace(groups=1, width_per_group=64)
+    name = next(name for name, other in ARCHITECTURES.items() if other == plain)
+    return name, dict(zip(_GROUPS_AND_WIDTH[library], (shape.groups, shape.width_per_group), strict=True))
+
+
+def model_in(library: str, arch: str) -> nn.Module:
+    """torchvision's or timm's own model of an architecture: classifier, ImageNet stem, random weights."""
+    name, options = call_in(library, arch)
+    if library == "torchvision":
+        return torchvision.models.get_model(name, **options)
+    import timm
+
+    return timm.create_model(name, **options)
+
+
+def _filled(library: str, backbone: Backbone, state: State) -> Model:
+    """The library's model with these weights; only its classifier may be missing."""
     with torch.device("meta"):  # without weights of its own: whatever the file lacks, but for fc, cannot be computed
-        model = torchvision.models.get_model(backbone.arch, weights=None)
+        model = model_in(library, backbone.arch)
         if backbone.stem == "cifar":
             set_cifar_stem(model)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
@@ -110,16 +142,14 @@ def _in_torchvision(backbone: Backbone, state: State) -> Model:
     return model.eval()
 
 
+def _load_torchvision(backbone: Backbone, path: Path) -> tuple[Model, str]:
+    return _filled("torchvision", backbone, _read_state(path)), _version("torchvision")
+
+
 def _load_timm(backbone: Backbone, path: Path) -> tuple[Model, str]:
     if importlib.util.find_spec("timm") is None:
-        return _in_torchvision(backbone, _read_state(path)), "torchvision (timm is not installed)"
-    import timm
-
-    model = timm.create_model(backbone.arch, pretrained=False, num_classes=0)
-    if backbone.stem == "cifar":
-        set_cifar_stem(model)
-    model.load_state_dict(_read_state(path))
-    return model.eval(), _version("timm")
+        return _filled("torchvision", backbone, _read_state(path)), "torchvision (timm is not installed)"
+    return _filled("timm", backbone, _read_state(path)), _version("timm")
 
 
 def _load_safetensors(backbone: Backbone, path: Path) -> tuple[Model, str]:
@@ -142,7 +172,7 @@ def _load_lincls(backbone: Backbone, path: Path) -> tuple[Model, str]:
         for name, tensor in state.items()
         if name.startswith(_LINCLS) and not name.startswith(_LINCLS + "fc")
     }
-    return _in_torchvision(backbone, taken), f"{_version('torchvision')}, as in main_lincls.py"
+    return _filled("torchvision", backbone, taken), f"{_version('torchvision')}, as in main_lincls.py"
 
 
 # ---- detectron2 ------------------------------------------------------------------------------------------------------
@@ -171,6 +201,29 @@ def _write_detectron2(backbone: Backbone, name: str) -> bytes:
     return pickle.dumps(content, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
 
 
+def detectron2_settings(backbone: Backbone) -> dict[str, str | int | list[float]]:
+    """What a config of detectron2 has to say for this backbone to be built, fed and fine-tuned as a whole.
+
+    By default detectron2 keeps the first stages and all statistics of batch norm as they are, and has the stride in
+    the first convolution of a bottleneck, unlike torchvision. FREEZE_AT 0 and a batch norm across GPUs are of the
+    authors' detection/configs.
+    """
+    shape = ARCHITECTURES[backbone.arch]
+    convolutions = 2 if shape.block.expansion == 1 else 3  # in a block
+    return {
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": convolutions * sum(shape.layers) + 2,
+        "MODEL.RESNETS.NUM_GROUPS": shape.groups,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": shape.width_per_group,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 * shape.block.expansion,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.RESNETS.NORM": "SyncBN",
+        "MODEL.PIXEL_MEAN": [round(255 * value, 4) for value in backbone.mean],
+        "MODEL.PIXEL_STD": [round(255 * value, 4) for value in backbone.std],
+        "INPUT.FORMAT": "RGB",
+    }
+
+
 def _load_detectron2(backbone: Backbone, path: Path) -> tuple[Model, str]:
     """The file's structure, and its arrays under torchvision's names again."""
     content = pickle.loads(path.read_bytes())  # our own bytes of a moment ago
@@ -180,7 +233,7 @@ def _load_detectron2(backbone: Backbone, path: Path) -> tuple[Model, str]:
     assert all(_DETECTRON2_NAME.fullmatch(name) for name in arrays), sorted(arrays)
     back = {detectron2_name(name): name for name in _state(backbone)}
     state = {back[name]: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    return _in_torchvision(backbone, state), f"{_version('torchvision')}; detectron2 was not run"
+    return _filled("torchvision", backbone, state), f"{_version('torchvision')}; detectron2 was not run"
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
@@ -227,7 +280,7 @@ FORMATS = {
     "torchvision": Format((".pth", ".safetensors"), _write_state, _load_torchvision),
     "timm": Format((".pth", ".safetensors"), _write_state, _load_timm),
     "detectron2": Format((".pkl",), _write_detectron2, _load_detectron2, only_imagenet_stem=True),
-    "lincls": Format((".pth.tar", ".pth"), _write_lincls, _load_lincls, only_imagenet_stem=True),
+    "lincls": Format((".pth.tar", ".pth"), _write_lincls, _load_lincls, only_imagenet_stem=True, only_by_name=True),
     "safetensors": Format((".safetensors",), _write_state, _load_safetensors, only_width_1=False),
     "onnx": Format((".onnx",), _write_onnx, _load_onnx, only_width_1=False),
 }

@@ -245,22 +245,11 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(made, tmp_path: Path,
     assert "resnet18 with the CIFAR stem, 512 features" in said
     assert "the features of 16 images agree to 1e-07" in said
     assert str(tmp_path / "deep" / "b.pth") in said
-    names: dict[str, Any] = {"torch": torch, "timm": timm}
+    names: dict[str, Any] = {}
     exec(said.split("load it")[1].strip(), names)  # what people will paste
     model = names["model"]
     model.reset_classifier(0)
     assert_same_features(model, encoder)
-
-
-@pytest.mark.parametrize("target", FORMATS)
-def test_every_target_says_how_to_load_it(made, tmp_path: Path, target: str) -> None:
-    from fastmoco.export_command import load_lines
-
-    line = load_lines(backbone_of(made("r18")[1]), target, "b.file")
-    assert "b.file" in line
-    assert "maxpool" not in line
-    if target == "detectron2":
-        assert "PIXEL_MEAN [123.675, 116.28, 103.53]" in line
 
 
 @pytest.mark.parametrize(
