@@ -253,8 +253,9 @@ def test_the_example_in_the_readme_classifies(run: Path, tmp_path: Path, monkeyp
 
 
 def test_importing_the_package_costs_nothing() -> None:
-    script = "import sys, fastmoco; assert fastmoco.load_backbone; assert not {'torch', 'numpy'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    script = "import sys, fastmoco; fastmoco.load_backbone; print(*sorted({'torch', 'numpy'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.split() == []
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

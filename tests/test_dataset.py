@@ -1,6 +1,7 @@
 """Folders, lists and names become the images people meant, in one order; what cannot be used says so in one line."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ def names_of(index, folder):
     return [os.path.relpath(path, folder) for path in index.paths]
 
 
-def refused(load, data, message, **options):
-    with pytest.raises(DataError, match=message) as caught:
+def refusal(load, data, **options):
+    """The one line in which a data set is refused."""
+    with pytest.raises(DataError) as caught:
         load(data, **options)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # Folders
@@ -127,13 +130,16 @@ def test_every_odd_file_is_read_as_it_is(load, tmp_path):
 
 def test_folders_that_cannot_be_used(load, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(load, tmp_path / "empty", "holds no images .0 other files.; expected files that end in .jpg")
+    said = refusal(load, tmp_path / "empty")
+    assert re.search("holds no images .0 other files.; expected files that end in .jpg", said)
     fill(tmp_path / "docs", "a.txt", "b/c.pdf")
-    refused(load, tmp_path / "docs", "holds no images .2 other files.")
+    assert re.search("holds no images .2 other files.", refusal(load, tmp_path / "docs"))
     fill(tmp_path / "gap", "a/1.png", "b/1.png", "c/readme.txt")
-    refused(load, tmp_path / "gap", "class folder .*gap/c holds no images .1 of 3 class folders are empty.")
+    said = refusal(load, tmp_path / "gap")
+    assert re.search("class folder .*gap/c holds no images .1 of 3 class folders are empty.", said)
     fill(tmp_path / "split", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/d/1.png")
-    refused(load, tmp_path / "split", "class 'b' is in .*train and not in .*val .2 and 2 classes, 2 not shared.")
+    said = refusal(load, tmp_path / "split")
+    assert re.search("class 'b' is in .*train and not in .*val .2 and 2 classes, 2 not shared.", said)
 
 
 def test_an_unreadable_folder_is_named(load, tmp_path, monkeypatch):
@@ -147,24 +153,21 @@ def test_an_unreadable_folder_is_named(load, tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", forbid)
-    refused(load, folder, "cannot read the folder .*f/a .Permission denied.; make it readable")
+    assert re.search("cannot read the folder .*f/a .Permission denied.; make it readable", refusal(load, folder))
 
 
 def test_a_name_that_does_not_exist(load, tmp_path):
-    refused(load, "cifar-10", "cifar-10 does not exist; .* did you mean cifar10")
-    refused(load, tmp_path / "nowhere", "does not exist; .* names are cifar10, .*shapes")
-    refused(load, tmp_path, "the limit is 0", limit=0)
+    assert re.search("cifar-10 does not exist; .* did you mean cifar10", refusal(load, "cifar-10"))
+    assert re.search("does not exist; .* names are cifar10, .*shapes", refusal(load, tmp_path / "nowhere"))
+    assert re.search("the limit is 0", refusal(load, tmp_path, limit=0))
 
 
 @pytest.mark.parametrize("bad", [bad for bad in bad_files() if bad.in_header], ids=lambda bad: bad.name)
 def test_a_bad_file_stops_indexing_or_is_left_out(load, tmp_path, bad):
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(10, 30)))
     write_files(folder, [bad])
-    refused(
-        load,
-        folder,
-        f"1 of 21 images of f are bad; .*quarantined. .*{bad.name} is not a usable image: .*({bad.reason})",
-    )
+    message = f"1 of 21 images of f are bad; .*quarantined. .*{bad.name} is not a usable image: .*({bad.reason})"
+    assert re.search(message, refusal(load, folder))
     dataset = load(folder, bad_images="quarantine")
     assert len(dataset.train) == 20
     ((path, reason),) = dataset.quarantine
@@ -175,13 +178,14 @@ def test_a_bad_file_stops_indexing_or_is_left_out(load, tmp_path, bad):
 def test_a_link_to_nothing_is_a_bad_file(load, tmp_path):
     folder = fill(tmp_path / "f", "a.png")
     (folder / "b.png").symlink_to(folder / "gone.png")
-    refused(load, folder, "b.png is not a usable image: No such file")
+    assert re.search("b.png is not a usable image: No such file", refusal(load, folder))
 
 
 def test_too_many_bad_files_are_not_left_out(load, tmp_path):
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(8)))
     write_files(folder, [bad for bad in bad_files() if bad.name in ("empty.jpg", "text.jpg")])
-    refused(load, folder, "2 of 10 images of f are bad; at most 10% may be left out", bad_images="quarantine")
+    said = refusal(load, folder, bad_images="quarantine")
+    assert re.search("2 of 10 images of f are bad; at most 10% may be left out", said)
 
 
 def test_a_file_that_changes_or_goes_is_named(load, tmp_path):
@@ -227,7 +231,7 @@ def test_a_list_keeps_its_order(load, tmp_path):
 def test_a_file_that_is_no_list(load, tmp_path, text, message):
     fill(tmp_path, "a.png")
     (tmp_path / "list.txt").write_bytes(text)
-    refused(load, tmp_path / "list.txt", message)
+    assert re.search(message, refusal(load, tmp_path / "list.txt"))
 
 
 # Limits and selections

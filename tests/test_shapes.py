@@ -24,7 +24,7 @@ def train():
 
 
 @pytest.fixture(scope="module")
-def test():
+def held_out():
     return make_shapes(TEST_COUNT, start=TRAIN_COUNT)
 
 
@@ -45,30 +45,30 @@ def test_every_image_is_grey_and_different(train):
     np.testing.assert_array_equal(np.bincount(labels), [400] * 10)
 
 
-def test_train_and_test_share_no_noise(train, test):
+def test_train_and_test_share_no_noise(train, held_out):
     """The same random numbers twice would show as two images correlated far beyond what two shapes can be."""
-    corner_train, corner_test = (x[0][:, :3, :, 0].reshape(len(x[0]), -1).astype(np.float32) for x in (train, test))
-    assert not (corner_test[:, None, :16] == corner_train[None, :, :16]).all(axis=2).any()
+    seen, unseen = (x[0][:, :3, :, 0].reshape(len(x[0]), -1).astype(np.float32) for x in (train, held_out))
+    assert not (unseen[:, None, :16] == seen[None, :, :16]).all(axis=2).any()
 
 
-def test_raw_pixels_are_a_poor_guide(train, test):
+def test_raw_pixels_are_a_poor_guide(train, held_out):
     """Between 40 and 55 % for raw pixels (chance is 10 %): there is something to learn, and room to learn it."""
-    flat = [x[0][..., 0].reshape(len(x[0]), -1) / 255 for x in (train, test)]
-    assert 0.40 < nearest_neighbour_accuracy(flat[0], train[1], flat[1], test[1]) < 0.55
+    flat = [x[0][..., 0].reshape(len(x[0]), -1) / 255 for x in (train, held_out)]
+    assert 0.40 < nearest_neighbour_accuracy(flat[0], train[1], flat[1], held_out[1]) < 0.55
     centred = [x - flat[0].mean(axis=0) for x in flat]
-    assert 0.40 < nearest_neighbour_accuracy(centred[0], train[1], centred[1], test[1]) < 0.55
+    assert 0.40 < nearest_neighbour_accuracy(centred[0], train[1], centred[1], held_out[1]) < 0.55
 
 
-def test_intensity_is_no_shortcut(train, test):
+def test_intensity_is_no_shortcut(train, held_out):
     """Mean, deviation and extremes of the intensity: hardly better than chance."""
 
     def statistics(images):
         grey = images[..., 0].reshape(len(images), -1) / 255
         return np.stack([grey.mean(axis=1), grey.std(axis=1), grey.min(axis=1), grey.max(axis=1)], axis=1)
 
-    bank, queries = statistics(train[0]), statistics(test[0])
+    bank, queries = statistics(train[0]), statistics(held_out[0])
     bank, queries = ((x - bank.mean(axis=0)) / bank.std(axis=0) for x in (bank, queries))
-    assert nearest_neighbour_accuracy(bank, train[1], queries, test[1]) < 0.30
+    assert nearest_neighbour_accuracy(bank, train[1], queries, held_out[1]) < 0.30
 
 
 def test_shapes_scale_with_the_side():
