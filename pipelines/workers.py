@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, context, forkserver, sharedctypes
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -18,6 +18,30 @@ from pipelines.errors import DataError
 
 PREFETCHED = 4  # tasks waiting for each worker
 DEATH_IS_KNOWN_AFTER_S = 5.0  # at most, under load
+
+
+class _DoneEvent:
+    """The flag with which a DataLoader ends its workers, without the lock of `multiprocessing.Event`.
+
+    That lock is taken even to look at the flag, by every worker before every task; one that is killed meanwhile leaves
+    it taken, and the trainer then waits for ever to set it. One byte that a single process writes needs none.
+    """
+
+    def __init__(self) -> None:
+        self._flag = sharedctypes.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._flag.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._flag.value)
+
+
+class _Context(context.ForkServerContext):
+    """Starts workers from a fork server."""
+
+    def Event(self) -> _DoneEvent:  # type: ignore[override]  # noqa: N802  # all of it that a DataLoader uses
+        return _DoneEvent()
 
 
 def start_worker(_: int) -> None:
@@ -41,13 +65,12 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
     """Arguments of a DataLoader. Workers are forked from a clean server, not from a process that runs CUDA threads."""
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
+        forkserver.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
         _start_server()
         options |= {
             "prefetch_factor": PREFETCHED,
             "worker_init_fn": start_worker,
-            "multiprocessing_context": context,
+            "multiprocessing_context": _Context(),
         }
     return options
 
@@ -68,15 +91,18 @@ def checked(loader: DataLoader) -> Iterator[Any]:
     As a value, because an exception would arrive wrapped in the worker's traceback, its one line lost.
     """
     parts = iter(loader)
+    workers: Sequence[BaseProcess] = getattr(parts, "_workers", ())
     while True:
         try:
             part = next(parts, None)
         except (RuntimeError, OSError, EOFError) as error:
             # Besides the loader's own word: a tensor's file descriptor is asked for at the worker that made it, and
             # when that has died, by the point it had reached, this is refused, reset or at its end.
-            part = _death_among(getattr(parts, "_workers", ()))
+            part = _death_among(workers)
             if part is None:
                 raise
+            for worker in workers:
+                worker.kill()  # else the loader waits for one that waits for the dead one's lock
             error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the loader's iterator
         if part is None:
             return
