@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ from fastmoco.host_memory import keep_freed_memory
 from fastmoco.key_queue import KeyQueue
 from fastmoco.moco import MoCo
 from fastmoco.step import TrainStep
+from fastmoco.world import World
 from pipelines.views import Views
 
 Step = Callable[[Views], object]
@@ -56,6 +58,21 @@ class Rung:
     only_on: str | None = None
 
 
+def train_step(task: Task, world: World, dtype: torch.dtype, **options: Any) -> TrainStep[KeyQueue]:
+    """TrainStep as the recipes have it, on the world's device; the task is that of all its ranks together."""
+    encoder = build_encoder(task.arch, stem=task.stem, dim=task.dim, bn_splits=task.bn_splits)
+    return TrainStep(
+        MoCo(encoder, world=world).to(world.device),
+        KeyQueue(task.queue, task.dim, torch.Generator().manual_seed(0)).to(world.device),
+        temperature=task.temperature,
+        symmetric=False,
+        sgd_momentum=task.sgd_momentum,
+        weight_decay=task.weight_decay,
+        dtype=dtype,
+        **options,
+    )
+
+
 def _ours(
     task: Task,
     device: torch.device,
@@ -65,19 +82,8 @@ def _ours(
     kernels: str = "torch",
     graph: bool = False,
 ) -> Step:
-    """TrainStep as the recipes have it; the graph is captured from the first batch."""
-    encoder = build_encoder(task.arch, stem=task.stem, dim=task.dim, bn_splits=task.bn_splits)
-    step = TrainStep(
-        MoCo(encoder).to(device),
-        KeyQueue(task.queue, task.dim, torch.Generator().manual_seed(0)).to(device),
-        temperature=task.temperature,
-        symmetric=False,
-        sgd_momentum=task.sgd_momentum,
-        weight_decay=task.weight_decay,
-        dtype=dtype,
-        compile=compile,
-        kernels=kernels,
-    )
+    """`train_step` of one rank; the graph is captured from the first batch."""
+    step = train_step(task, World(device), dtype, compile=compile, kernels=kernels)
     if not graph:
         return lambda views: step(views, task.lr, task.ema_momentum)
     captured: list[GraphedStep] = []

@@ -1,13 +1,14 @@
-"""How cost grows: with the batch, the queue and the side of the views for the step, with the workers for the loaders.
+"""How cost grows: with batch, queue, side of the views and ranks for the step, with the workers for the loaders.
 
     uv run python benchmarks/scaling.py --config cifar --out benchmarks/results
-    uv run python benchmarks/scaling.py --config r50 --axis batch,queue --out benchmarks/results
+    uv run python benchmarks/scaling.py --config r50 --axis batch,queue,ranks --out benchmarks/results
     uv run python benchmarks/scaling.py --quick
 
 One thing changes along an axis, all else stays as in the configuration. Of the step, on synthetic views, ours is read
-beside the plain one; of the loaders, all that have workers, with nothing behind them. All points of an axis take
-turns, and `to first` is the ratio to the same case's first point in the same round: of milliseconds a step, and for
-workers of images/s. Memory is what a case adds while it runs.
+beside the plain one; of the loaders, all that have workers, with nothing behind them; of ranks, ours with the real
+messages, the configuration's batch on each (benchmarks/rank_scaling.py says what is compared and counted). All points
+of an axis take turns, and `to first` is the ratio to the same case's first point in the same round: of milliseconds a
+step, and for workers and ranks of images/s. Memory is what a case adds while it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if __name__ == "__main__":
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +45,7 @@ from benchmarks.harness import (
 )
 from benchmarks.ladder import CONFIGS, LADDER, Climber
 from benchmarks.plain import Task
+from benchmarks.rank_scaling import HALF_GRADIENTS, Ranks, add_efficiency, rank_counts
 from benchmarks.sample_data import open_index
 from fastmoco.config import Arch
 from fastmoco.device import DTYPES, pick_amp, pick_device
@@ -58,9 +62,9 @@ CPU_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How time and memory grow with batch, queue, size of the views, and workers."""
+    """How time and memory grow with batch, queue, size of the views, workers, and ranks."""
 
-    axis: str = "batch,queue,size,workers"
+    axis: str = "batch,queue,size,workers,ranks"
     """Which, separated by commas."""
     config: Literal["cifar", "r50"] = "cifar"
     """ResNet-18 at 32 px, or ResNet-50 at 224 px: where every axis starts from."""
@@ -220,11 +224,30 @@ def _workers(task: Task, settings: Settings, device: torch.device) -> Axis:
     return axis
 
 
+def _ranks(task: Task, settings: Settings, device: torch.device) -> Axis:
+    """Our step with its gradients sent in float32 and in bfloat16, on one rank and on more of them."""
+    axis, runs = Axis("ranks", "images_per_s"), dict[tuple[str, int], Callable[[], Reading]]()
+    torch.cuda.empty_cache()  # of other axes: the ranks are processes of their own
+    with ExitStack() as open_ranks:
+        for count in rank_counts(device):
+            try:
+                ranks = Ranks(count, task, _dtype(device), device.type, seconds=settings.seconds)
+            except torch.OutOfMemoryError:
+                axis.left_out[f"{count} ranks"] = f"too little memory on {device}"
+                break
+            open_ranks.enter_context(ranks)
+            runs |= {(case, count): partial(ranks.read, case) for case in HALF_GRADIENTS}
+        axis.readings.update(_in_turns(runs, settings.repetitions))
+    add_efficiency(axis.readings)
+    return axis
+
+
 AXES: dict[str, Callable[[Task, Settings, torch.device], Axis]] = {
     "batch": _batch,
     "queue": _queue,
     "size": _size,
     "workers": _workers,
+    "ranks": _ranks,
 }
 
 
@@ -254,17 +277,23 @@ def _show(console: Console, name: str, result: dict[str, Any]) -> None:
         "host_bytes": "host MB",
     }
     memory = next((key for key in memories if all(key in row for row in axis["rows"])), None)
-    rows = []
+    rows, on_ranks = [], all("efficiency" in row for row in axis["rows"])
     for row in axis["rows"]:
         size = "–" if memory is None else short(row[memory].median / 1e6)
-        times = f"{row['ratio_to_first'].median:.2f}×"
-        cells = (short(row["step_ms"].median), str(row["images_per_s"]), times, size)
-        rows.append((row["case"], f"{row['point']:,}", *cells))
-    rows += [(case, "not measured", *[""] * 4) for case in axis["left_out"]]
+        last = (f"{row['efficiency'].median:.2f}", _sent(row)) if on_ranks else (size,)
+        cells = (short(row["step_ms"].median), str(row["images_per_s"]), f"{row['ratio_to_first'].median:.2f}×")
+        rows.append((row["case"], f"{row['point']:,}", *cells, *last))
     note = "\n".join(f"{case}: {reason}" for case, reason in axis["left_out"].items())
-    columns = ("case", axis["label"], "ms a batch", "images/s", "to first", memories.get(memory or "", "memory"))
+    last = ("efficiency", "MB sent (least)") if on_ranks else (memories.get(memory or "", "memory"),)
+    columns = ("case", axis["label"], "ms a batch", "images/s", "to first", *last)
+    rows += [(case, "not measured", *[""] * (len(columns) - 2)) for case in axis["left_out"]]
     sizes = f"{task['arch']}, {task['side']} px, batch {task['batch_size']}, queue {task['queue']:,}"
     show(console, f"scaling with {name}, from {sizes}, {task['bn_splits']} BN splits", columns, rows, note)
+
+
+def _sent(row: dict[str, Any]) -> str:
+    counted = f"{row['sent_bytes'].median / 1e6:.2f}" if "sent_bytes" in row else "not counted"
+    return f"{counted} ({row['least_bytes'].median / 1e6:.2f})"
 
 
 if __name__ == "__main__":

@@ -138,6 +138,9 @@ def _accuracy(name: str, result: dict[str, Any]) -> Iterator[Block]:
 def _scaling(name: str, result: dict[str, Any]) -> Iterator[Block]:
     for axis_name, axis in result["axes"].items():
         yield Heading(f"with {axis_name}, from {task_words(result['task'])}, queue {result['task']['queue']:,}", 3)
+        last: dict[str, Callable[[dict[str, Any]], str]] = {"MB": _memory}
+        if all("efficiency" in row for row in axis["rows"]):
+            last = {"efficiency": lambda row: f"{row['efficiency']['median']:.2f}", "MB sent (least)": _sent}
         rows = [
             (
                 row["case"],
@@ -145,11 +148,11 @@ def _scaling(name: str, result: dict[str, Any]) -> Iterator[Block]:
                 short(row["step_ms"]["median"]),
                 spread(row["images_per_s"]),
                 times(row["ratio_to_first"]),
-                _memory(row),
+                *(cell(row) for cell in last.values()),
             )
             for row in axis["rows"]
         ]
-        yield Table(("case", axis["label"], "ms a batch", "images/s", f"{axis['grows']} to first", "MB"), rows)
+        yield Table(("case", axis["label"], "ms a batch", "images/s", f"{axis['grows']} to first", *last), rows)
         yield from _notes(axis)
 
 
@@ -217,6 +220,12 @@ def _memory(found: Mapping[str, Any]) -> str:
     if value is None:
         return "–"
     return short((value["median"] if isinstance(value, Mapping) else value) / 1e6)
+
+
+def _sent(row: Mapping[str, Any]) -> str:
+    """By every rank in a step."""
+    counted = f"{row['sent_bytes']['median'] / 1e6:.2f}" if "sent_bytes" in row else "not counted"
+    return f"{counted} ({row['least_bytes']['median'] / 1e6:.2f})"
 
 
 def _table(
