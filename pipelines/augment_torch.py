@@ -5,6 +5,7 @@ V views · S side · H, W sides of a plane · images are planar float32 (V, 3, S
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,8 +18,9 @@ from pipelines.cpu_threads import side_by_side
 from pipelines.transfer import to_device
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, in the digits that torchvision uses
-# The most a group of views may take, so that on a CPU it stays in the second-level cache (1 MiB a core).
-_GROUP_BYTES = 3 * 2**18
+# The most a group of views may take. Its planes leave a second-level cache of 1 MiB, but threads that work in longer
+# pieces wait less for each other at the interpreter's lock.
+_GROUP_BYTES = 3 * 2**20
 
 
 def apply(
@@ -73,16 +75,16 @@ class _Gather:
 
 
 def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> None:
-    """Everything but normalisation, in place, for views of one jitter order. images (V, 3, S, S) in [0, 1]."""
+    """Everything but normalisation, in place, for views all of which are jittered, or none; images (V, 3, S, S)."""
     grey = params[:, Column.GREY] != 0
     if augmentation.grey_first:
         _on_subset(images, grey, _to_grey)
     if _is_jittered(params).any():
-        order = int(params[0, Column.ORDER])
-        for place in range(4):
-            op = Op((order >> (2 * place)) & 3)
-            factor = to_device(params[:, Column.BRIGHTNESS + op], images.device).view(-1, 1, 1, 1)
-            _JITTER[op](images, factor)
+        factors = to_device(params[:, Column.BRIGHTNESS : Column.HUE + 1], images.device).view(-1, 4, 1, 1, 1)
+        for op in _places(params):
+            changes = np.flatnonzero(np.diff(op)) + 1
+            for start, stop in itertools.pairwise([0, *changes.tolist(), len(op)]):
+                _JITTER[op[start]](images[start:stop], factors[start:stop, op[start]])
     if not augmentation.grey_first:
         _on_subset(images, grey, _to_grey)
     blurred = params[:, Column.BLUR_SIGMA] > 0
@@ -94,17 +96,21 @@ def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> No
 
 
 def _groups(params: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Row numbers of views that share a jitter order (or have none), at most `most` at a time.
+    """Row numbers of views whose hue has the same place in their order of operations, or which are not jittered.
 
-    Within a group the grey views follow one another, and so do the flipped: neither, flipped, both, grey.
+    At most `most` at a time. Hue takes longest, and so has all of a group at once; of the views in a group, those with
+    the same first operations follow one another, so that the others are few runs as well.
     """
-    order = np.where(_is_jittered(params), params[:, Column.ORDER], -1.0)
-    grey, flipped = params[:, Column.GREY] != 0, params[:, Column.FLIP] != 0
-    places = np.where(grey, 3 - flipped, flipped)
-    for value in np.unique(order):
-        rows = np.flatnonzero(order == value)
-        rows = rows[np.argsort(places[rows], kind="stable")]
-        yield from (rows[start : start + most] for start in range(0, len(rows), most))
+    order = _places(params)
+    place = np.where(_is_jittered(params), (order == Op.HUE).argmax(axis=0), -1)
+    rows = np.lexsort((*reversed(order), place))
+    for group in np.split(rows, np.flatnonzero(np.diff(place[rows])) + 1):
+        yield from (group[start : start + most] for start in range(0, len(group), most))
+
+
+def _places(params: np.ndarray) -> np.ndarray:
+    """(V, P) to (4, V): each view's first operation, its second, and so on, as in `Op`."""
+    return (params[:, Column.ORDER].astype(np.int64) >> np.arange(0, 8, 2)[:, None]) & 3
 
 
 def _is_jittered(params: np.ndarray) -> np.ndarray:
@@ -187,12 +193,6 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
 
 def _on_subset(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:
     """Replaces the chosen views by what the operation makes of them. `chosen` is on the host, so nothing waits."""
-    places = np.flatnonzero(chosen)
-    if len(places) == 0:
-        return
-    if places[-1] - places[0] < len(places):  # they follow one another
-        part = images[places[0] : places[-1] + 1]
-        part.copy_(operation(part))
-        return
-    index = to_device(places, images.device)
-    images[index] = operation(images[index])
+    if chosen.any():
+        index = to_device(np.flatnonzero(chosen), images.device)
+        images[index] = operation(images[index])

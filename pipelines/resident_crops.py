@@ -19,8 +19,6 @@ from pipelines.resident_pixels import load
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
 
-_IMAGES_A_PIECE = 32  # cropped by one core at a time: at 32 px their floats and filters take a megabyte
-
 
 class ResidentCrops:
     """A crop source over uint8 pixels on the device.
@@ -71,7 +69,8 @@ class ResidentCrops:
         def crop(part: slice) -> None:
             crop_resize(pixels.index_select(0, indices[part]), boxes[:, part], out[:, part])
 
-        side_by_side(crop, [slice(start, start + _IMAGES_A_PIECE) for start in range(0, count, _IMAGES_A_PIECE)])
+        size = -(-count // torch.get_num_threads())  # one piece a core
+        side_by_side(crop, [slice(start, start + size) for start in range(0, count, size)])
         return out.permute(0, 1, 2, 4, 3)
 
     def _one_by_one(self, plan: BatchPlan) -> Tensor:

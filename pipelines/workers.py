@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, context, forkserver, sharedctypes
+from multiprocessing import connection, forkserver, sharedctypes
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -37,7 +38,7 @@ class _DoneEvent:
         return bool(self._flag.value)
 
 
-class _Context(context.ForkServerContext):
+class _Context(ForkServerContext):
     """Starts workers from a fork server."""
 
     def Event(self) -> _DoneEvent:  # type: ignore[override]  # noqa: N802  # all of it that a DataLoader uses

@@ -27,12 +27,17 @@ class Numbers(Dataset):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Iterator[Any], Any]]:
+def started(monkeypatch: pytest.MonkeyPatch) -> tuple[Iterator[Any], Any]:
     """What `checked` yields, of a loader with two workers, and the loader's own iterator below it."""
     loader = DataLoader(Numbers(), batch_size=2, **worker_options(2, CPU))  # type: ignore[arg-type]
     below: list[Any] = []
     make = DataLoader.__iter__
-    monkeypatch.setattr(DataLoader, "__iter__", lambda self: below.append(make(self)) or below[0])
+
+    def kept(self: DataLoader) -> Any:
+        below.append(make(self))
+        return below[0]
+
+    monkeypatch.setattr(DataLoader, "__iter__", kept)
     parts = checked(loader)
     assert len(next(parts)) == 2
     return parts, below[0]
