@@ -4,7 +4,7 @@
     uv run python benchmarks/run_all.py --suite gpu --list                          # numbered parts, their limits
     uv run python benchmarks/run_all.py --suite gpu --out DIR --part 2 --data cifar10.tar.xz imagenette.tar
 
-IMAGES holds folders cifar10, imagenette and imagenet-60; each may also be named by itself, as a folder or a tar file.
+IMAGES holds folders cifar10 and imagenette; each may also be named by itself, as a folder or a tar file.
 A part runs in a process of its own and is stopped at its limit. What failed is told and recorded, and the rest goes on;
 the exit code is then 1. Started again with the same DIR, parts that are done are skipped: interrupt it at any time. No
 part needs a network. DIR/PART holds what a part wrote, its output in log.txt, and in part.json how it went.
@@ -60,7 +60,7 @@ class Settings:
     out: Path | None = None
     """Folder for results, logs and the report."""
     data: tuple[str, ...] = ()
-    """Folders or tar files of cifar10, imagenette and imagenet-60. Unset: the environment's FASTMOCO_TEST_DATA."""
+    """Folders or tar files of cifar10 and imagenette. Unset: the environment's FASTMOCO_TEST_DATA."""
     part: int | None = None
     """Only the parts of this number."""
     list: bool = False
@@ -90,7 +90,7 @@ def main(settings: Settings, parts: Sequence[Part] | None = None, scripts: Path 
     data = settings.data or tuple(filter(None, [os.environ.get(DEFAULT_DATA)]))
     if not data and not settings.quick:
         raise ConfigError(
-            f"no images: name a folder that holds cifar10, imagenette and imagenet-60, or their tar files, with --data "
+            f"no images: name a folder that holds cifar10 and imagenette, or their tar files, with --data "
             f"or in the environment's {DEFAULT_DATA}"
         )
     for module, name in _OPTIONAL.items():

@@ -51,14 +51,14 @@ def _accuracy(number: int, recipe: str, seed: int) -> Part:
     return _part(number, f"accuracy-{recipe}-seed{seed}", line, 530, needs=CIFAR)
 
 
-CIFAR, IMAGENETTE, PHOTOS = "cifar10", "imagenette", "imagenet-60"
+CIFAR, IMAGENETTE = "cifar10", "imagenette"
 
 CPU = (
     _part(
         1,
         "pipelines-cifar10",
         "pipelines.py --data {data} --limit 10000 --crop-size 32 --batch-size 512 --seconds 2 --repetitions 3",
-        105,
+        95,
         needs=CIFAR,
     ),
     _part(
@@ -66,29 +66,29 @@ CPU = (
         "pipelines-imagenette",
         "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 2"
         " --repetitions 3",
-        105,
+        95,
         needs=IMAGENETTE,
     ),
     _part(
         3,
-        "pipelines-photos",
-        "pipelines.py --data {data} --crop-size 224 --batch-size 20 --seconds 1 --repetitions 3",
-        90,
-        needs=PHOTOS,
+        "pipelines-imagenette-views",
+        "pipelines.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
+        95,
+        needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 190),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 340),
     _part(
         5,
         "train",
-        "train.py --config cifar --data {data} --limit 10000 --batch-size 32 --seconds 1 --repetitions 3",
-        180,
+        "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 1 --repetitions 3",
+        130,
         needs=CIFAR,
     ),
     _part(
         6,
         "peers",
-        "peers.py --config cifar --data {data} --limit 10000 --batch-size 32 --seconds 1 --repetitions 3",
-        210,
+        "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 1 --repetitions 3",
+        140,
         needs=CIFAR,
     ),
     _part(
@@ -96,18 +96,18 @@ CPU = (
         "accuracy",
         "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 3 --limit 2500"
         " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
-        110,
+        90,
         needs=CIFAR,
     ),
     _part(
         8,
         "scaling",
         "scaling.py --config cifar --data {data} --limit 10000 --batch-size 16 --seconds 0.3 --repetitions 2",
-        140,
+        130,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
     ),
-    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 40, after="step"),
+    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 35, after="step"),
     _report(10),
 )
 

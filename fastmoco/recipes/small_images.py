@@ -16,13 +16,13 @@ def shapes() -> Recipe:
     return Recipe(
         config=RunConfig(
             model=ModelConfig(arch="resnet18", width=0.25, moco_k=1024, moco_m=0.99, moco_t=0.1, bn_splits=2),
-            optim=OptimConfig(batch_size=32, lr=0.05, wd=5e-4, epochs=8, cos=True),
+            optim=OptimConfig(batch_size=32, lr=0.05, wd=5e-4, epochs=11, cos=True),
             augment=AugmentConfig(aug="cifar", crop_scale_min=0.6),
             run=RunOptions(knn_every=2),
         ),
         data="drawn in memory",
         unknown="Our own: no figure is published. Raw pixels have 48.4 %, the untrained encoder 41.8 %.",
-        measured=(Measured("kNN", 83.3, "8 epochs, two minutes on two CPU cores, seed 0"),),
+        measured=(Measured("kNN", 88.4, "11 epochs, two minutes on two CPU cores, seed 0"),),
     )
 
 
