@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks.harness import run_script, short
+from benchmarks.harness import run_script
 from benchmarks.ladder import CONFIGS, train_step
 from benchmarks.plain import Task
 from benchmarks.rank_scaling import HALF_GRADIENTS, Messages
@@ -278,10 +278,8 @@ def breaks(rows: Sequence[Expected], task: Task) -> list[str]:
     found: list[tuple[int, str]] = []
     if short_queue := [row for row in rows if row.queue_steps < FEW_STEPS]:
         row = min(short_queue, key=lambda row: row.gpus)
-        steps = f"{short(row.queue_steps)} step{'s' * (row.queue_steps != 1)}"
-        words = (
-            f"the whole batch of {row.batch:,}: {task.queue:,} keys last {steps}, an epoch has {short(row.epoch_steps)}"
-        )
+        keys = f"{task.queue:,} keys last {row.queue_steps:,.1f} steps, an epoch has {row.epoch_steps:,.1f}"
+        words = f"the whole batch of {row.batch:,}: {keys}"
         found.append((row.gpus, words))
     if slow := [row for row in rows if row.synchronised_efficiency < ENOUGH <= row.efficiency]:
         row = min(slow, key=lambda row: row.gpus)
@@ -292,7 +290,8 @@ def breaks(rows: Sequence[Expected], task: Task) -> list[str]:
         found.append((row.gpus, f"the messages, of which {1e3 * row.exposed_s:.1f} ms are left over"))
     lines = [f"- {rows[0].name}, on {gpus} GPUs: {words}." for gpus, words in sorted(found, key=lambda one: one[0])]
     floors = {row.case: f"{row.floor_bytes_per_s / 1e9:.1f} GB/s for {row.case}" for row in rows}
-    lines.append(f"- {rows[0].name}, with a bandwidth below {', '.join(floors.values())}: what the backward hides.")
+    words = f"with a bandwidth below {', '.join(floors.values())}: the backward no longer hides them"
+    lines.append(f"- {rows[0].name}, {words}.")
     return lines
 
 

@@ -107,7 +107,7 @@ class Ranks:
                 self._messages: dict[str, Messages] = self._answers()[0]
             self._steps = {}
             for case in HALF_GRADIENTS:
-                self._run(case, 2)
+                self._run(case, 1)
                 self._steps[case] = max(1, round(seconds / self._run(case, 1)))
         except BaseException:
             self._kill()
