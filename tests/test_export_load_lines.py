@@ -239,13 +239,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 CASES = [  # by architecture, so that each is made once
     pytest.param(arch, target, marks=[pytest.mark.slow] if arch not in QUICK or target == "onnx" else [])
-    for arch, target in itertools.product(ARCHITECTURES, FORMATS)
+    for arch, target in itertools.product((*QUICK, "wide_resnet50_2"), FORMATS)
+    if target != "onnx" or arch in QUICK  # compiled for a minute each
 ]
 
 
 @pytest.mark.parametrize(("arch", "target"), CASES)
 @torch.no_grad()
-def test_every_architecture_loads_as_is_printed_or_is_refused(folder: Path, arch: str, target: str) -> None:
+def test_a_file_loads_as_is_printed_or_is_refused(folder: Path, arch: str, target: str) -> None:
     backbone, path = random_backbone(arch), folder / f"it's {arch}.{SUFFIX.get(target, target)}"
     if (arch, target) == ("resnext50_32x8d", "lincls"):
         with pytest.raises(ConfigError) as caught:
