@@ -80,14 +80,14 @@ CPU = (
     _part(
         5,
         "train",
-        "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 1 --repetitions 3",
+        "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
         130,
         needs=CIFAR,
     ),
     _part(
         6,
         "peers",
-        "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 1 --repetitions 3",
+        "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
         140,
         needs=CIFAR,
     ),
@@ -102,7 +102,7 @@ CPU = (
     _part(
         8,
         "scaling",
-        "scaling.py --config cifar --data {data} --limit 10000 --batch-size 16 --seconds 0.3 --repetitions 2",
+        "scaling.py --config cifar --data {data} --limit 2500 --batch-size 16 --seconds 0.3 --repetitions 2",
         130,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
