@@ -42,7 +42,7 @@ def _part(number: int, name: str, line: str, limit_s: float, **more: str | tuple
 
 
 def _report(number: int) -> Part:
-    return Part(number, "report", "report.py", (WHOLE,), 30, again=True, quick=())
+    return Part(number, "report", "report.py", (WHOLE,), 20, again=True, quick=())
 
 
 def _accuracy(number: int, recipe: str, seed: int) -> Part:
@@ -58,7 +58,7 @@ CPU = (
         1,
         "pipelines-cifar10",
         "pipelines.py --data {data} --limit 10000 --crop-size 32 --batch-size 512 --seconds 2 --repetitions 3",
-        95,
+        90,
         needs=CIFAR,
     ),
     _part(
@@ -66,29 +66,29 @@ CPU = (
         "pipelines-imagenette",
         "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 2"
         " --repetitions 3",
-        95,
+        75,
         needs=IMAGENETTE,
     ),
     _part(
         3,
         "pipelines-imagenette-views",
         "pipelines.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
-        95,
+        115,
         needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 340),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 370),
     _part(
         5,
         "train",
         "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        130,
+        150,
         needs=CIFAR,
     ),
     _part(
         6,
         "peers",
         "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        140,
+        170,
         needs=CIFAR,
     ),
     _part(
@@ -96,18 +96,18 @@ CPU = (
         "accuracy",
         "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 3 --limit 2500"
         " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
-        90,
+        50,
         needs=CIFAR,
     ),
     _part(
         8,
         "scaling",
         "scaling.py --config cifar --data {data} --limit 2500 --batch-size 16 --seconds 0.3 --repetitions 2",
-        130,
+        140,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
     ),
-    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 35, after="step"),
+    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 20, after="step"),
     _report(10),
 )
 

@@ -6,6 +6,7 @@ V views · S side · H, W sides of a plane · images are planar float32 (V, 3, S
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,6 +22,7 @@ LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, in the digits that torchvision us
 # The most a group of views may take. Its planes leave a second-level cache of 1 MiB, but threads that work in longer
 # pieces wait less for each other at the interpreter's lock.
 _GROUP_BYTES = 3 * 2**20
+_NEGLIGIBLE_FROM = 5.5  # sigmas: weights of less than 3e-7
 
 
 def apply(
@@ -48,6 +50,7 @@ def apply(
         images = gather(to_device(source[rows], crops.device))
         colour(images, params[rows], augmentation)
         images = images.mul_(scale).add_(offset).to(dtype)  # while in planes, or it takes thrice as long
+        _on_subset(images, params[rows, Column.FLIP] != 0, lambda x: x.flip(-1))  # here, where there is least to move
         images = images.permute(0, 2, 3, 1).contiguous()
         out.flatten(1).index_copy_(0, to_device(rows, crops.device), images.flatten(1))
 
@@ -75,7 +78,7 @@ class _Gather:
 
 
 def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> None:
-    """Everything but normalisation, in place, for views all of which are jittered, or none; images (V, 3, S, S)."""
+    """All but flip and normalisation, in place, for views all of which are jittered, or none; images (V, 3, S, S)."""
     grey = params[:, Column.GREY] != 0
     if augmentation.grey_first:
         _on_subset(images, grey, _to_grey)
@@ -92,7 +95,6 @@ def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> No
     taps = blur_taps(augmentation, images.shape[-1])
     _on_subset(images, blurred, lambda x: gaussian_blur(x, sigma, taps))
     _on_subset(images, params[:, Column.SOLARISE] != 0, lambda x: torch.where(x >= 0.5, 1 - x, x))
-    _on_subset(images, params[:, Column.FLIP] != 0, lambda x: x.flip(-1))
 
 
 def _groups(params: np.ndarray, most: int) -> Iterator[np.ndarray]:
@@ -179,6 +181,13 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
 
     images (V, 3, S, S), sigma (V,) pixels, taps an odd kernel width of at most 2·S − 1.
     """
+    if images.is_cuda:
+        return _blur_as_groups(images, sigma, taps)
+    return torch.stack([_blur_by_taps(image, width, taps) for image, width in zip(images, sigma.tolist(), strict=True)])
+
+
+def _blur_as_groups(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    """All views in two convolutions, each plane a group of its own."""
     views, channels, height, width = images.shape
     radius = taps // 2
     x = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -189,6 +198,20 @@ def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     planes = F.conv2d(planes, kernel[:, None, None, :], groups=views * channels)
     planes = F.conv2d(planes, kernel[:, None, :, None], groups=views * channels)
     return planes.view(images.shape)
+
+
+def _blur_by_taps(image: Tensor, sigma: float, taps: int) -> Tensor:
+    """One view (3, S, S) as a sum of shifted ones, as many as weigh something: a quarter of the time on a CPU."""
+    radius = min(taps // 2, math.ceil(_NEGLIGIBLE_FROM * sigma))
+    weights = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(radius + 1)]
+    total = 2 * sum(weights) - weights[0]
+    for dim, border in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
+        padded, side = F.pad(image, border, mode="reflect"), image.shape[dim]
+        image = padded.narrow(dim, radius, side) * (weights[0] / total)
+        for shift, weight in enumerate(weights[1:], 1):
+            image.add_(padded.narrow(dim, radius - shift, side), alpha=weight / total)
+            image.add_(padded.narrow(dim, radius + shift, side), alpha=weight / total)
+    return image
 
 
 def _on_subset(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:
