@@ -1,6 +1,6 @@
 """What the suites consist of: scripts with their arguments, and how long each may take.
 
-Limits are about twice what a part takes on an idle machine. Those of the cpu suite add up to less than 20 minutes on
+A part is given some time beyond what it takes on an idle machine. The limits of the cpu suite add up to 20 minutes on
 two cores; those of a numbered part of the gpu suite to less than nine minutes on one H200.
 """
 

@@ -90,10 +90,13 @@ def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> No
                 _JITTER[op[start]](images[start:stop], factors[start:stop, op[start]])
     if not augmentation.grey_first:
         _on_subset(images, grey, _to_grey)
-    blurred = params[:, Column.BLUR_SIGMA] > 0
-    sigma = to_device(params[blurred, Column.BLUR_SIGMA], images.device)
-    taps = blur_taps(augmentation, images.shape[-1])
-    _on_subset(images, blurred, lambda x: gaussian_blur(x, sigma, taps))
+    sigma, taps = params[:, Column.BLUR_SIGMA], blur_taps(augmentation, images.shape[-1])
+    if images.is_cuda:
+        widths = to_device(sigma[sigma > 0], images.device)
+        _on_subset(images, sigma > 0, lambda x: blur_as_groups(x, widths, taps))
+    else:
+        for row in np.flatnonzero(sigma):
+            blur_by_taps(images[row], float(sigma[row]), taps)
     _on_subset(images, params[:, Column.SOLARISE] != 0, lambda x: torch.where(x >= 0.5, 1 - x, x))
 
 
@@ -176,18 +179,11 @@ def _to_grey(images: Tensor) -> Tensor:
     return luma(images).expand_as(images)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Separable Gaussian of a width of its own for every view, reflected at the border.
+def blur_as_groups(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    """Separable Gaussian of a width of its own for every view, reflected at the border, as two convolutions.
 
     images (V, 3, S, S), sigma (V,) pixels, taps an odd kernel width of at most 2·S − 1.
     """
-    if images.is_cuda:
-        return _blur_as_groups(images, sigma, taps)
-    return torch.stack([_blur_by_taps(image, width, taps) for image, width in zip(images, sigma.tolist(), strict=True)])
-
-
-def _blur_as_groups(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """All views in two convolutions, each plane a group of its own."""
     views, channels, height, width = images.shape
     radius = taps // 2
     x = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -200,18 +196,17 @@ def _blur_as_groups(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     return planes.view(images.shape)
 
 
-def _blur_by_taps(image: Tensor, sigma: float, taps: int) -> Tensor:
-    """One view (3, S, S) as a sum of shifted ones, as many as weigh something: a quarter of the time on a CPU."""
+def blur_by_taps(image: Tensor, sigma: float, taps: int) -> None:
+    """The same of one view (3, S, S), in place, as a sum of shifted ones: on a CPU a quarter of the time."""
     radius = min(taps // 2, math.ceil(_NEGLIGIBLE_FROM * sigma))
     weights = [math.exp(-0.5 * (shift / sigma) ** 2) for shift in range(radius + 1)]
     total = 2 * sum(weights) - weights[0]
     for dim, border in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
         padded, side = F.pad(image, border, mode="reflect"), image.shape[dim]
-        image = padded.narrow(dim, radius, side) * (weights[0] / total)
+        torch.mul(padded.narrow(dim, radius, side), weights[0] / total, out=image)
         for shift, weight in enumerate(weights[1:], 1):
             image.add_(padded.narrow(dim, radius - shift, side), alpha=weight / total)
             image.add_(padded.narrow(dim, radius + shift, side), alpha=weight / total)
-    return image
 
 
 def _on_subset(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:
