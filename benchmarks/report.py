@@ -35,7 +35,7 @@ class Settings:
     results: Annotated[Path, tyro.conf.Positional]
     """The --out of run_all.py or of a benchmark, or a file of committed results."""
     commit: str | None = None
-    """Also keep them in benchmarks/results under this name of the hardware, such as cpu-2core-epyc-zen4."""
+    """Also keep them in benchmarks/results under this name of the hardware, such as cpu-2core-xeon-amx."""
 
 
 def main(settings: Settings, committed: Path = RESULTS) -> list[Path]:

@@ -73,22 +73,22 @@ CPU = (
         3,
         "pipelines-imagenette-views",
         "pipelines.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
-        115,
+        110,
         needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 370),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 400),
     _part(
         5,
         "train",
         "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        150,
+        145,
         needs=CIFAR,
     ),
     _part(
         6,
         "peers",
         "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        170,
+        165,
         needs=CIFAR,
     ),
     _part(
@@ -96,7 +96,7 @@ CPU = (
         "accuracy",
         "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 3 --limit 2500"
         " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
-        50,
+        45,
         needs=CIFAR,
     ),
     _part(
