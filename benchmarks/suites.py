@@ -76,7 +76,7 @@ CPU = (
         110,
         needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 400),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 390),
     _part(
         5,
         "train",
