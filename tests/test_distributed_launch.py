@@ -29,6 +29,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
     def call(*arguments: str, **environment: str) -> Started:
+        (tmp_path / "said").unlink(missing_ok=True)  # what is left of a killed one may still write to its own
         with (tmp_path / "said").open("wb") as said:
             command = [sys.executable, "-m", *arguments]
             process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | environment)

@@ -380,6 +380,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def call(out: Path, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "fastmoco", "train", *TINY, *BASE, "--out", str(out), *arguments]
+        (tmp_path / "said").unlink(missing_ok=True)  # what is left of a killed one may still write to its own
         with (tmp_path / "said").open("wb") as said:
             started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said))
         return started[-1]
