@@ -240,7 +240,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 CASES = [  # by architecture, so that each is made once
     pytest.param(arch, target, marks=[pytest.mark.slow] if arch not in QUICK or target == "onnx" else [])
     for arch, target in itertools.product((*QUICK, "wide_resnet50_2"), FORMATS)
-    if target != "onnx" or arch in QUICK  # compiled for a minute each
+    if target != "onnx" or arch in QUICK  # which takes longest
 ]
 
 
