@@ -46,6 +46,7 @@ from benchmarks.resources import cpu_seconds, device_memory, memory_bytes
 from benchmarks.sample_data import SMALL, as_beton, open_index, stored_bytes
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
+from fastmoco.host_memory import keep_freed_memory
 from pipelines.augment import CIFAR, V2
 from pipelines.backends import PIPELINES, default_workers, open_pipeline, open_source
 from pipelines.errors import BackendMissingError, DataError
@@ -210,6 +211,7 @@ def _measure(case: Case, settings: Settings, device: torch.device) -> Reading:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     before = _memory(device)
+    keep_freed_memory(device.type == "cpu" and case.name != CONTROL)  # as the trainer does
     batches = case.batches()
     # What lies in the queues when the first batch arrives was made before the clock started: use it up first.
     warm_up = 2 if settings.quick else (PREFETCHED + 1) * max(1, settings.workers)
@@ -227,6 +229,7 @@ def _measure(case: Case, settings: Settings, device: torch.device) -> Reading:
     used_s = cpu_seconds() - cpu_s
     growth = _growth(before, _memory(device))
     del batches
+    keep_freed_memory(False)
     return {
         "images_per_s": images / elapsed_s,
         "cpu_ms_per_image": 1e3 * used_s / images,

@@ -1,5 +1,7 @@
 """NVIDIA DALI: encoded bytes in, one decode an image, one slice and resize a view, on the GPU where there is one.
 
+On a CPU DALI decodes, and torch crops what it decoded: DALI's own resize takes five times as long there.
+
 DALI draws no numbers, finds no files and turns no images here: plans say what is cropped, and `decode.decode` what an
 image is. Bytes that DALI would decode differently are decoded on the host and handed over as uncompressed PPM.
 
@@ -24,6 +26,7 @@ from pipelines.decode import printable
 from pipelines.errors import BackendMissingError, DataError
 from pipelines.image_index import ImageIndex
 from pipelines.plain_jpeg import COLUMNS_REVERSED, ROWS_REVERSED, TRANSPOSED, plain_jpeg, stored_box
+from pipelines.resident_crops import resize_boxes
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
 
@@ -38,16 +41,22 @@ FILES_A_TASK = 64  # handing a task to a thread costs as much as reading a small
 class DaliCrops:
     """A crop source on DALI. `workers` host threads decode (on the CPU) or feed the GPU's decoders (on CUDA).
 
-    Every iterator has a pipeline of its own, freed with it. The resize is Pillow's and torchvision's but for the
+    Every iterator has a pipeline of its own, freed with it. DALI's resize is Pillow's and torchvision's but for the
     outermost pixels of a crop that is made smaller: where the triangle reaches beyond the box, DALI repeats the box's
     edge, and they leave that part of the triangle out (1/8 of the weight for each axis at most).
+
+    resize_by_dali  or by torch; by default on CUDA, and of images in memory, which need no decoding
 
     Raises BackendMissingError where DALI is not installed.
     """
 
-    def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, index: ImageIndex, side: int, device: torch.device, workers: int, resize_by_dali: bool | None = None
+    ) -> None:
         _dali()
         self._index, self._side, self._device, self._threads = index, side, device, max(1, workers)
+        default = device.type == "cuda" or index.pixels is not None
+        self._resize_by_dali = default if resize_by_dali is None else resize_by_dali
 
     def crops(self, plans: Iterable[BatchPlan]) -> Generator[Crops, None, None]:
         """The first plan is the largest. Raises DataError for an image that `decode.decode` or DALI refuses."""
@@ -57,7 +66,7 @@ class DaliCrops:
             return
         readers = ThreadPoolExecutor(min(READERS, self._threads), "read")
         try:
-            batches = _Batches(self._index, first, plans, readers)
+            batches = _Batches(self._index, first, plans, readers, corners=self._resize_by_dali)
             pipeline = self._pipeline(batches, *first.boxes.shape[:2])
             while (outputs := self._run(pipeline, batches)) is not None:
                 batch = batches.issued.popleft()
@@ -76,15 +85,15 @@ class DaliCrops:
         pipeline = dali.Pipeline(
             batch_size=batch_size, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=2, seed=0
         )
-        in_memory = self._index.pixels is not None
+        in_memory, numbers = self._index.pixels is not None, 2 * views if self._resize_by_dali else 0
         with pipeline:
             source, *corners = fn.external_source(
                 source=batches,
-                num_outputs=1 + 2 * views,
+                num_outputs=1 + numbers,
                 batch=True,
-                dtype=[types.UINT8] + [types.INT32] * 2 * views,
-                ndim=[3 if in_memory else 1] + [1] * 2 * views,
-                layout=["HWC" if in_memory else ""] + [""] * 2 * views,
+                dtype=[types.UINT8] + [types.INT32] * numbers,
+                ndim=[3 if in_memory else 1] + [1] * numbers,
+                layout=["HWC" if in_memory else ""] + [""] * numbers,
             )
             if in_memory:
                 images = source.gpu() if cuda else source
@@ -107,7 +116,7 @@ class DaliCrops:
                 )
                 for corner, extent in zip(corners[::2], corners[1::2], strict=True)
             ]
-            pipeline.set_outputs(*crops)
+            pipeline.set_outputs(*(crops or [images]))
         try:
             pipeline.build()
         except RuntimeError as error:  # a driver that is older than this DALI, or no device at all
@@ -138,14 +147,20 @@ class DaliCrops:
             ) from error
 
     def _take(self, outputs: Any, batch: _Batch) -> Tensor:
-        """A copy of DALI's buffers, which it fills again: (V, B, S, S, 3) uint8, upright."""
-        shape = (len(outputs), len(batch.plan.indices), self._side, self._side, 3)
-        images = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        stream = torch.cuda.current_stream(self._device) if images.is_cuda else None
-        for view, output in zip(images, outputs, strict=True):
-            _dali().feed_ndarray(output.as_tensor(), view, cuda_stream=stream)
-        if stream is not None:
-            stream.synchronize()  # the copy is short, and DALI's own streams know nothing of ours
+        """The crops, (V, B, S, S, 3) uint8, upright, apart from DALI's buffers, which it fills again."""
+        images = torch.empty(
+            (*batch.boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8, device=self._device
+        )
+        if self._resize_by_dali:
+            stream = torch.cuda.current_stream(self._device) if images.is_cuda else None
+            for view, output in zip(images, outputs, strict=True):
+                _dali().feed_ndarray(output.as_tensor(), view, cuda_stream=stream)
+            if stream is not None:
+                stream.synchronize()  # the copy is short, and DALI's own streams know nothing of ours
+        else:
+            (decoded,) = outputs
+            pixels = [torch.from_dlpack(decoded[row]) for row in range(len(decoded))]
+            resize_boxes(pixels, batch.boxes, images)
         for orientation in np.unique(batch.orientations[batch.orientations > 1]).tolist():
             rows = to_device(np.flatnonzero(batch.orientations == orientation), self._device)
             images[:, rows] = _upright(images[:, rows], orientation)
@@ -157,20 +172,32 @@ class DaliCrops:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A plan whose images DALI was given. orientations (B,) uint8: how the crops that DALI returns lie."""
+    """A plan whose images DALI was given.
+
+    boxes         (V, B, 4) int32, as the images are stored
+    orientations  (B,) uint8: how their crops lie
+    """
 
     plan: BatchPlan
+    boxes: np.ndarray
     orientations: np.ndarray
 
 
 class _Batches:
-    """DALI's source: every batch as [images, then a corner and an extent (B, 2) int32 for every view].
+    """DALI's source: every batch as [images, then, with `corners`, one and an extent (B, 2) int32 for every view].
 
     Images are B arrays of encoded bytes, or (B, H, W, 3) pixels. Files are read one batch ahead of DALI's asking.
     """
 
-    def __init__(self, index: ImageIndex, first: BatchPlan, rest: Iterator[BatchPlan], readers: ThreadPoolExecutor):
-        self._index, self._plans, self._readers = index, rest, readers
+    def __init__(
+        self,
+        index: ImageIndex,
+        first: BatchPlan,
+        rest: Iterator[BatchPlan],
+        readers: ThreadPoolExecutor,
+        corners: bool,
+    ) -> None:
+        self._index, self._plans, self._readers, self._corners = index, rest, readers, corners
         self._shape = first.boxes.shape[:2]
         self._reading = self._start(first)
         self.issued: deque[_Batch] = deque()
@@ -187,7 +214,9 @@ class _Batches:
             images = self._index.pixels[plan.indices]
         else:
             images = [image for part in parts for image in part.result()]
-        self.issued.append(_Batch(plan, orientations))
+        self.issued.append(_Batch(plan, boxes, orientations))
+        if not self._corners:
+            return [images]
         corners = [np.ascontiguousarray(view[:, part]) for view in boxes for part in (slice(0, 2), slice(2, 4))]
         return [images, *corners]
 

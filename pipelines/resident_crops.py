@@ -5,7 +5,7 @@ N images · V views · B images a batch · S side of a crop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,20 +76,25 @@ class ResidentCrops:
     def _one_by_one(self, plan: BatchPlan) -> Tensor:
         views, count = plan.boxes.shape[:2]
         out = torch.empty((views, count, self._side, self._side, 3), dtype=torch.uint8)
-
-        def crop(row: int) -> None:
-            image = int(plan.indices[row])
-            height, width = self._sizes[image].tolist()
-            start = int(self._offsets[image])
-            pixels = self._resident.pixels[start : start + 3 * height * width].view(height, width, 3)
-            for view in range(views):
-                resize_box(pixels, plan.boxes[view, row].tolist(), out[view, row])
-
-        side_by_side(crop, range(count))
+        images = []
+        for image in plan.indices.tolist():
+            start, (height, width) = int(self._offsets[image]), self._sizes[image].tolist()
+            images.append(self._resident.pixels[start : start + 3 * height * width].view(height, width, 3))
+        resize_boxes(images, plan.boxes, out)
         return out
 
     def close(self) -> None:
         """Nothing but memory to give back, which goes with the object."""
+
+
+def resize_boxes(images: Sequence[Tensor], boxes: np.ndarray, out: Tensor) -> None:
+    """`resize_box` of every box, on all cores. B images (H, W, 3), boxes (V, B, 4), out (V, B, S, S, 3) uint8."""
+
+    def crop(row: int) -> None:
+        for view, box in enumerate(boxes[:, row].tolist()):
+            resize_box(images[row], box, out[view, row])
+
+    side_by_side(crop, range(len(images)))
 
 
 def resize_box(pixels: Tensor, box: list[int], out: Tensor) -> None:

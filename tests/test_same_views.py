@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -46,10 +47,10 @@ class Source:
     worst: float | None = 1.01
 
 
-def _dali(index: ImageIndex, side: int) -> CropSource:
+def _dali(index: ImageIndex, side: int, resize_by_dali: bool) -> CropSource:
     from pipelines.dali_crops import DaliCrops
 
-    return DaliCrops(index, side, CPU, 2)
+    return DaliCrops(index, side, CPU, 2, resize_by_dali)
 
 
 def _ffcv(index: ImageIndex, side: int) -> CropSource:
@@ -66,7 +67,8 @@ SOURCES = {
     "torch-0": Source(lambda index, side: TorchCrops(index, side, CPU, 0)),
     "torch-1": Source(lambda index, side: TorchCrops(index, side, CPU, 1)),
     "torch-2": Source(lambda index, side: TorchCrops(index, side, CPU, 2)),
-    "dali": Source(_dali, needs="dali", worst=None),
+    "dali": Source(partial(_dali, resize_by_dali=False), needs="dali"),
+    "dali-resized": Source(partial(_dali, resize_by_dali=True), needs="dali", worst=None),  # as on a GPU
     "ffcv": Source(_ffcv, needs="ffcv"),
 }
 
