@@ -57,14 +57,14 @@ CPU = (
     _part(
         1,
         "pipelines-cifar10",
-        "pipelines.py --data {data} --limit 10000 --crop-size 32 --batch-size 512 --seconds 2 --repetitions 3",
+        "pipelines.py --data {data} --limit 5000 --crop-size 32 --batch-size 512 --seconds 1.5 --repetitions 3",
         90,
         needs=CIFAR,
     ),
     _part(
         2,
         "pipelines-imagenette",
-        "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 2"
+        "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 1.5"
         " --repetitions 3",
         75,
         needs=IMAGENETTE,
@@ -73,22 +73,22 @@ CPU = (
         3,
         "pipelines-imagenette-views",
         "pipelines.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
-        110,
+        115,
         needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 390),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 360),
     _part(
         5,
         "train",
-        "train.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        145,
+        "train.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
+        140,
         needs=CIFAR,
     ),
     _part(
         6,
         "peers",
-        "peers.py --config cifar --data {data} --limit 10000 --batch-size 64 --seconds 0.5 --repetitions 3",
-        165,
+        "peers.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
+        160,
         needs=CIFAR,
     ),
     _part(
@@ -96,14 +96,14 @@ CPU = (
         "accuracy",
         "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 3 --limit 2500"
         " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
-        45,
+        60,
         needs=CIFAR,
     ),
     _part(
         8,
         "scaling",
-        "scaling.py --config cifar --data {data} --limit 2500 --batch-size 16 --seconds 0.3 --repetitions 2",
-        140,
+        "scaling.py --config cifar --data {data} --limit 1000 --batch-size 16 --seconds 0.3 --repetitions 2",
+        160,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
     ),
