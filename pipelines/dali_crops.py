@@ -1,6 +1,6 @@
 """NVIDIA DALI: encoded bytes in, one decode an image, one slice and resize a view, on the GPU where there is one.
 
-On a CPU DALI decodes, and torch crops what it decoded: DALI's own resize takes five times as long there.
+On a CPU DALI decodes, and torch makes all but small crops of it: DALI's own resize takes five times as long there.
 
 DALI draws no numbers, finds no files and turns no images here: plans say what is cropped, and `decode.decode` what an
 image is. Bytes that DALI would decode differently are decoded on the host and handed over as uncompressed PPM.
@@ -34,6 +34,7 @@ from pipelines.views import BatchPlan, Crops
 # CUDA cores, fed by `workers` host threads, decode the rest at the same time. DALI's default of 0.65 leaves the host
 # more to do.
 HARDWARE_SHARE = 0.9
+SMALL_SIDE = 48  # pixels: up to here what torch's resize costs for being called is more than DALI's own takes
 READERS = 8  # threads that read files: they wait for the disk, not for the processor
 FILES_A_TASK = 64  # handing a task to a thread costs as much as reading a small file
 
@@ -45,7 +46,7 @@ class DaliCrops:
     outermost pixels of a crop that is made smaller: where the triangle reaches beyond the box, DALI repeats the box's
     edge, and they leave that part of the triangle out (1/8 of the weight for each axis at most).
 
-    resize_by_dali  or by torch; by default on CUDA, and of images in memory, which need no decoding
+    resize_by_dali  or by torch; by default on CUDA, for small crops, and of images in memory, which need no decoding
 
     Raises BackendMissingError where DALI is not installed.
     """
@@ -55,7 +56,7 @@ class DaliCrops:
     ) -> None:
         _dali()
         self._index, self._side, self._device, self._threads = index, side, device, max(1, workers)
-        default = device.type == "cuda" or index.pixels is not None
+        default = device.type == "cuda" or side <= SMALL_SIDE or index.pixels is not None
         self._resize_by_dali = default if resize_by_dali is None else resize_by_dali
 
     def crops(self, plans: Iterable[BatchPlan]) -> Generator[Crops, None, None]:
