@@ -57,8 +57,8 @@ CPU = (
     _part(
         1,
         "pipelines-cifar10",
-        "pipelines.py --data {data} --limit 5000 --crop-size 32 --batch-size 512 --seconds 1.5 --repetitions 3",
-        90,
+        "pipelines.py --data {data} --limit 5000 --crop-size 32 --batch-size 512 --seconds 1 --repetitions 3",
+        95,
         needs=CIFAR,
     ),
     _part(
@@ -103,7 +103,7 @@ CPU = (
         8,
         "scaling",
         "scaling.py --config cifar --data {data} --limit 1000 --batch-size 16 --seconds 0.3 --repetitions 2",
-        160,
+        155,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
     ),
