@@ -53,7 +53,7 @@ from fastmoco.errors import ConfigError
 from pipelines.backends import PIPELINES
 from pipelines.backends import default_workers as cores
 from pipelines.errors import BackendMissingError, DataError
-from pipelines.workers import worker_options
+from pipelines.workers import start_server
 
 LOADERS = tuple(name for name in PIPELINES if name != "resident")  # which has no workers once it is loaded
 RUNGS = {"ours": {"cuda": "graph", "cpu": "kept-memory"}, "plain": {"cuda": "plain", "cpu": "plain"}}
@@ -108,7 +108,7 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Measures, prints a table for every axis and returns what it writes. Raises ConfigError and DataError."""
     console = console or make_console()
     if settings.quick:
-        settings = replace(settings, seconds=0.1, repetitions=1)
+        settings = replace(settings, seconds=0.1, repetitions=2)
     names = [name.strip() for name in settings.axis.split(",") if name.strip()]
     for name in names:
         if name not in AXES:
@@ -117,7 +117,7 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     task = _task(settings, device)
     torch.backends.cudnn.benchmark = True  # for every case, as the trainer and the authors' script do
     if "workers" in names:
-        worker_options(1, device)  # their server imports torch while the first axis is prepared
+        start_server()  # which imports torch while the first axis is prepared
     result: dict[str, Any] = {
         "benchmark": f"scaling-{settings.config}",
         "environment": environment(device),

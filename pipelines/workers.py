@@ -47,7 +47,7 @@ class _Context(ForkServerContext):
 
 def start_worker(_: int) -> None:
     """Ctrl-C is for the trainer to handle, like every signal to its process group: it ends the workers once its state
-    is saved. SIGTERM is blocked since `_start_server`."""
+    is saved. SIGTERM is blocked since `start_server`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_trainer, name="end-with-trainer", daemon=True).start()
     torch.set_num_threads(1)
@@ -66,8 +66,7 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
     """Arguments of a DataLoader. Workers are forked from a clean server, not from a process that runs CUDA threads."""
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        forkserver.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
-        _start_server()
+        start_server()
         options |= {
             "prefetch_factor": PREFETCHED,
             "worker_init_fn": start_worker,
@@ -76,9 +75,11 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
     return options
 
 
-def _start_server() -> None:
-    """Starts the server that forks the workers, deaf to SIGTERM, as they will be: torchrun sends that to whole process
-    groups, and while one rank has no more batches, the others wait for it in vain. SIGKILL still ends a worker."""
+def start_server() -> None:
+    """Starts the server that forks the workers, and does not wait; deaf to SIGTERM, as they will be: torchrun sends
+    that to whole process groups, and while one rank has no more batches, the others wait for it in vain. SIGKILL still
+    ends a worker."""
+    forkserver.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()  # its signal mask is inherited

@@ -129,10 +129,10 @@ def test_the_script_measures_steps_and_loaders(tmp_path: Path) -> None:
         assert axis["label"] in done.stdout
         assert axis["left_out"] == {}
         for row in axis["rows"]:
-            assert len(row["step_ms"]["values"]) == 1
+            assert len(row["step_ms"]["values"]) == 2
             assert row["images_per_s"]["values"][0] == pytest.approx(8 / row["step_ms"]["values"][0] * 1e3)
             assert 0 < row["ratio_to_first"]["median"] < math.inf
             memory = row["peak_resident_bytes" if name == "queue" else "host_bytes"]["median"]
             assert memory > 0
         first = axis["rows"][0]
-        assert first["ratio_to_first"]["values"] == [1.0]
+        assert first["ratio_to_first"]["values"] == [1.0, 1.0]
