@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastmoco import checkpoint
+from fastmoco.architectures import check_wanted
 from fastmoco.config import RunConfig
-from fastmoco.config_checks import nearest
-from fastmoco.encoder import ARCHITECTURES, STEMS, feature_dim
+from fastmoco.encoder import feature_dim
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.plain_resnet import COUNTERS, identify, plain_resnet
 from fastmoco.rundir import read_config
@@ -98,7 +98,7 @@ def read_backbone(
     Raises CheckpointError where there is nothing, or something damaged, foreign or of another architecture, and
     ConfigError for a value that does not exist and a folder that is no run.
     """
-    _check_wanted(arch, stem, side)
+    check_wanted(arch, stem, side)
     found = _read(Path(path).expanduser())
     tensors, origin = found.tensors, found.origin
     try:
@@ -124,14 +124,6 @@ def read_backbone(
         origin=origin,
         data=found.data,
     )
-
-
-def _check_wanted(arch: str | None, stem: str | None, side: int | None) -> None:
-    for what, value, known in (("architecture", arch, ARCHITECTURES), ("stem", stem, STEMS)):
-        if value is not None and value not in known:
-            raise ConfigError(f"unknown {what} {value!a}; did you mean {nearest(value, known)}? ({', '.join(known)})")
-    if side is not None and side < 8:
-        raise ConfigError(f"the side of a view is {side} pixels, expected 8 or more")
 
 
 def _usual(stem: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:

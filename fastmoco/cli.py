@@ -1,6 +1,7 @@
 """fastmoco train · recipes · sweep · scan · views: the command line.
 
-Errors are one line and an exit code; a traceback only with --debug.
+Errors are one line and an exit code; a traceback only with --debug. Help and wrong arguments are answered at once:
+torch, torchvision and matplotlib take seconds to load, and no module that reads arguments imports them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _train(argv: list[str]) -> None:
     if (config.scale.gpus or 1) > 1 and not is_launched():
         launch(config.scale.gpus or 1, ["train", *argv])
         return
-    from fastmoco.console import make_console  # after the arguments are known to be right: torch takes seconds to load
+    from fastmoco.console import make_console
     from fastmoco.train import train
 
     train(config, make_console())
@@ -81,27 +82,39 @@ def _sweep(argv: list[str]) -> None:
 
 
 def _export(argv: list[str]) -> None:
+    from fastmoco.export_options import parse_export
+
+    options = parse_export(argv)
     from fastmoco.export_command import export_command
 
-    export_command(argv)
+    export_command(options)
 
 
 def _scan(argv: list[str]) -> None:
+    from fastmoco.scan_options import parse_scan
+
+    options = parse_scan(argv)
     from fastmoco.scan_command import scan_command
 
-    scan_command(argv)
+    scan_command(options)
 
 
 def _views(argv: list[str]) -> None:
+    from fastmoco.views_options import parse_views
+
+    options = parse_views(argv)
     from fastmoco.views_command import views_command
 
-    views_command(argv)
+    views_command(options)
 
 
 def _eval(argv: list[str]) -> None:
+    from fastmoco.eval_options import parse_eval
+
+    options = parse_eval(argv)
     from fastmoco.eval_command import eval_command
 
-    eval_command(argv)
+    eval_command(options)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

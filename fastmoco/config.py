@@ -30,6 +30,8 @@ Arch = Literal[
     "wide_resnet101_2",
 ]
 
+Aug = Literal["v1", "v2", "cifar", "byol"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -66,7 +68,7 @@ class AugmentConfig:
 
     crop_size: int | None = None
     """Side of a view in pixels (None: the images' own if small and uniform, else 224)."""
-    aug: Literal["v1", "v2", "cifar", "byol"] | None = None
+    aug: Aug | None = None
     """Augmentation of MoCo v1, of v2, of the authors' CIFAR demo, or of BYOL (None: from the data)."""
     aug_plus: bool = False
     """The same as --aug v2."""
@@ -117,7 +119,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "width", lambda v: v > 0, "a factor above 0", "1 is the published width, 0.25 a quarter of it")
+        usual = "1 is the published width, 0.25 a quarter of it"
+        require(self, "width", lambda v: 0 < v <= 64 and (8 * v).is_integer(), "a multiple of 0.125 up to 64", usual)
         require(self, "head", lambda v: all(width > 0 for width in v), "layer widths above 0")
         require(self, "moco_dim", lambda v: v > 0, "1 or more")
         require(self, "moco_k", lambda v: v > 0, "1 or more", "the authors use 65536, and 4096 for CIFAR")

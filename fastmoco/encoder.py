@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
+from fastmoco.architectures import STEMS
 from fastmoco.batchnorm import SplitBatchNorm2d, statistics_kept
 from fastmoco.errors import ConfigError
 
@@ -60,7 +61,6 @@ ARCHITECTURES = {
     "wide_resnet50_2": _Shape(Bottleneck, (3, 4, 6, 3), width_per_group=128),
     "wide_resnet101_2": _Shape(Bottleneck, (3, 4, 23, 3), width_per_group=128),
 }
-STEMS = ("imagenet", "cifar")
 _STEM_CHANNELS = 64  # of every torchvision ResNet at width 1
 
 

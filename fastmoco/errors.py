@@ -1,8 +1,7 @@
 """Exit codes, and the errors that lead to them. A message is one line: what was found, expected, and what to do."""
 
+import sys
 from enum import IntEnum
-
-import torch
 
 from pipelines.errors import BackendMissingError, DataError
 
@@ -58,20 +57,25 @@ _CODES: dict[type[BaseException], ExitCode] = {
     CheckpointError: ExitCode.CHECKPOINT,
     DivergedError: ExitCode.DIVERGED,
     DeviceError: ExitCode.DEVICE,
-    torch.OutOfMemoryError: ExitCode.DEVICE,
     Preempted: ExitCode.PREEMPTED,
     RankLostError: ExitCode.PREEMPTED,
 }
 
 
+def _codes() -> dict[type[BaseException], ExitCode]:
+    """The above, and torch's own error. It takes seconds to load torch, and until then nothing raises that one."""
+    torch = sys.modules.get("torch")
+    return _CODES if torch is None else {**_CODES, torch.OutOfMemoryError: ExitCode.DEVICE}
+
+
 def exit_code(error: BaseException) -> ExitCode | None:
     """The exit code of an error that people can do something about; None for a fault of our own."""
-    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+    return next((code for kind, code in _codes().items() if isinstance(error, kind)), None)
 
 
 def error_named(name: str, message: str) -> Exception:
     """An error that another rank has met, to be raised here too; a fault of our own is one of that rank."""
-    kind = next((kind for kind in _CODES if kind.__name__ == name), None)
+    kind = next((kind for kind in _codes() if kind.__name__ == name), None)
     if kind is None or not issubclass(kind, Exception):
         return RankLostError(f"another rank failed ({name}: {message.partition(chr(10))[0]}): go on with --resume")
     return kind(message)

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from fastmoco import confusion, feature_map, retrieval
-from fastmoco.arguments import parse
 from fastmoco.backbone_files import Backbone, read_backbone
 from fastmoco.confusion import Accuracy
 from fastmoco.console import Fact, duration, make_console, say, show_facts
@@ -27,25 +26,16 @@ from fastmoco.state import fingerprint
 from pipelines.dataset import load_dataset
 from pipelines.randomness import Domain, permutation
 
-DESCRIPTION = (
-    "Measure what frozen features are worth: weighted kNN, linear probe, logistic regression, few labels, fine-tuning, "
-    "and, without labels, alignment, uniformity, effective rank and whether they have collapsed. Features are "
-    "extracted once and kept. Numbers go to eval.json, pictures beside it."
-)
 NEIGHBOURS, ROWS = 8, 10  # in the picture of neighbours
 _TITLES = {"knn": "kNN", "tsne": "t-SNE", "umap": "UMAP"}
 
 
-def eval_command(argv: list[str]) -> None:
+def eval_command(options: EvalOptions) -> None:
     """Evaluates, says what was found and writes it down.
 
     Raises ConfigError, DataError, CheckpointError, BackendMissingError and DeviceError.
     """
-    flags = ["--" + name.replace("_", "-") for name in EvalOptions.__dataclass_fields__ if name != "run"]
-    options = parse(EvalOptions, argv, command="eval", description=DESCRIPTION, flags=flags)
     began, console = time.monotonic(), make_console()
-    if options.pictures:
-        feature_map.check_method(options.map)
     device = pick_device(options.device)
     backbone = read_backbone(options.run, arch=options.arch, stem=options.stem, side=options.crop_size)
     data = options.data or backbone.data

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
+from fastmoco.architectures import check_wanted
+from fastmoco.arguments import parse
 from fastmoco.config_checks import check_types, nearest, require
 from fastmoco.errors import ConfigError
-from fastmoco.few_label import Amount
-from fastmoco.fine_tune import FINE_TUNE
-from fastmoco.linear import Sgd
+from fastmoco.probe_settings import FINE_TUNE, Amount, Schedule, Sgd
 
 PROBES = ("knn", "linear", "logistic", "few-label", "fine-tune")
 USUAL_PROBES = ("knn", "linear")
 USUAL_LABELS = "1%,10%"
+Method = Literal["tsne", "umap"]
+
+DESCRIPTION = (
+    "Measure what frozen features are worth: weighted kNN, linear probe, logistic regression, few labels, fine-tuning, "
+    "and, without labels, alignment, uniformity, effective rank and whether they have collapsed. Features are "
+    "extracted once and kept. Numbers go to eval.json, pictures beside it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class EvalOptions:
     """Images a step of the linear probe."""
     linear_wd: float = 0.0
     """Weight decay of the linear probe."""
-    linear_schedule: Literal["step", "cosine", "constant"] = "step"
+    linear_schedule: Schedule = "step"
     """Learning rate of the linear probe: divided by 10 after 60 and 80 % of the passes, or along a half cosine."""
     linear_views: Literal["center", "padded", "resized"] = "center"
     """Fit it on features of the centre, extracted once, or of new crops each pass: moved and flipped, or resized."""
@@ -66,7 +74,7 @@ class EvalOptions:
     """Use this many images of each part only."""
     bad_images: Literal["error", "quarantine"] = "error"
     """What an image that cannot be read means: stop, or leave it out."""
-    map: Literal["tsne", "umap"] = "tsne"
+    map: Method = "tsne"
     """How the map of the features is drawn; umap needs the package umap-learn."""
     pictures: bool = True
     """Draw neighbours, the map of the features and confusion matrices."""
@@ -105,7 +113,7 @@ class EvalOptions:
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
         if self.labels is not None and self.probes is not None and "few-label" not in self.asked_probes:
             raise ConfigError("--labels is for the few-label probe: add few-label to --probes, or drop --labels")
-        _ = self.amounts
+        _ = self.asked_probes, self.amounts
 
     @property
     def asked_probes(self) -> tuple[str, ...]:
@@ -144,3 +152,19 @@ class EvalOptions:
             schedule=FINE_TUNE.schedule,
             weight_decay=FINE_TUNE.weight_decay,
         )
+
+
+def parse_eval(argv: list[str]) -> EvalOptions:
+    """The arguments of `fastmoco eval`. Raises ConfigError; exits for --help."""
+    flags = ["--" + name.replace("_", "-") for name in EvalOptions.__dataclass_fields__ if name != "run"]
+    options = parse(EvalOptions, argv, command="eval", description=DESCRIPTION, flags=flags)
+    if options.pictures:
+        check_method(options.map)
+    check_wanted(options.arch, options.stem, options.crop_size)
+    return options
+
+
+def check_method(method: Method) -> None:
+    """Raises ConfigError where a package is missing."""
+    if method == "umap" and importlib.util.find_spec("umap") is None:
+        raise ConfigError("--map umap needs a package that is not installed: pip install umap-learn, or --map tsne")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastmoco.backbone_files import Backbone
 from fastmoco.errors import CheckpointError, ConfigError
-from fastmoco.export_formats import FORMATS, Format, Model
+from fastmoco.export_formats import FORMATS, Model
+from fastmoco.export_options import check_path
 from fastmoco.files import sync, temporary
 
 IMAGES = 16
@@ -44,7 +45,10 @@ def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = Fal
     asked for and not installed.
     """
     kind = FORMATS[target]
-    _check(backbone, target, kind, path, overwrite)
+    check_path(target, path, overwrite=overwrite)
+    if reason := kind.refusal(backbone):
+        fitting = [name for name, other in FORMATS.items() if not other.refusal(backbone)]
+        raise ConfigError(f"{target} builds no {reason}: use --to {' or '.join(fitting)}")
     content = kind.write(backbone, path.name)
     part = temporary(path)
     try:
@@ -63,19 +67,6 @@ def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = Fal
         with suppress(OSError):  # an error on the way has been said already
             part.unlink()
     return Exported(path, len(content), apart, checked_with)
-
-
-def _check(backbone: Backbone, target: str, kind: Format, path: Path, overwrite: bool) -> None:
-    if not path.name.lower().endswith(kind.suffixes):
-        names = " or ".join(kind.suffixes)
-        raise ConfigError(f"--out is {path.name!a}, expected a name that ends with {names} for --to {target}")
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ConfigError(f"--out {path} is a link, a folder or a device, which is left alone: choose another name")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--out {path} exists: use --overwrite to replace it, or choose another name")
-    if reason := kind.refusal(backbone):
-        fitting = [name for name, other in FORMATS.items() if not other.refusal(backbone)]
-        raise ConfigError(f"{target} builds no {reason}: use --to {' or '.join(fitting)}")
 
 
 @torch.inference_mode()

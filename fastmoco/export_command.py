@@ -4,49 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from fastmoco.arguments import parse
 from fastmoco.backbone_files import Backbone, read_backbone
-from fastmoco.config_checks import check_types, require
 from fastmoco.console import Fact, make_console, show_facts
 from fastmoco.export import IMAGES, export
 from fastmoco.export_formats import call_in, detectron2_settings
-
-DESCRIPTION = (
-    "Write the backbone of a run, without its projection head, for another library. The file is loaded back and its "
-    "features are compared before it gets its name."
-)
+from fastmoco.export_options import ExportOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Which backbone, for whom, and where to."""
-
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """The folder of a run, or a file: a checkpoint, a backbone, the authors' .pth.tar, torchvision's state dict."""
-    to: Literal["torchvision", "timm", "detectron2", "lincls", "safetensors", "onnx"]
-    """The library or format; lincls is main_lincls.py of facebookresearch/moco."""
-    out: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """The file to write."""
-    overwrite: bool = False
-    """Replace that file."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "run", lambda v: v != "" and "\0" not in v, "the folder of a run, or a file")
-        require(self, "out", lambda v: v != "" and "\0" not in v, "the name of a file")
-
-
-def export_command(argv: list[str]) -> None:
+def export_command(options: ExportOptions) -> None:
     """Writes, and says what was written. Raises what `read_backbone` and `export` raise."""
-    flags = ["--" + name for name in ExportOptions.__dataclass_fields__ if name != "run"]
-    options = parse(ExportOptions, argv, command="export", description=DESCRIPTION, flags=[*flags, "-o"])
-    path = Path(os.path.abspath(os.path.expanduser(options.out)))
+    path = options.path
     backbone = read_backbone(options.run)
     done = export(backbone, options.to, path, overwrite=options.overwrite)
     facts = [

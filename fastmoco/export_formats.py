@@ -46,14 +46,12 @@ _GROUPS_AND_WIDTH = {"torchvision": ("groups", "width_per_group"), "timm": ("car
 class Format(NamedTuple):
     """How a library's file is made and read back.
 
-    suffixes             what its name ends with
     write                (backbone, name of the file) → its bytes
     load                 (backbone, path) → the model that the library makes of it, and who that was, for people
     only_width_1, only_imagenet_stem, only_by_name   whether the library builds no other ResNets, and none that
                          torchvision has no name for
     """
 
-    suffixes: tuple[str, ...]
     write: Callable[[Backbone, str], bytes]
     load: Callable[[Backbone, Path], tuple[Model, str]]
     only_width_1: bool = True
@@ -277,10 +275,10 @@ def _load_onnx(backbone: Backbone, path: Path) -> tuple[Model, str]:
 
 
 FORMATS = {
-    "torchvision": Format((".pth", ".safetensors"), _write_state, _load_torchvision),
-    "timm": Format((".pth", ".safetensors"), _write_state, _load_timm),
-    "detectron2": Format((".pkl",), _write_detectron2, _load_detectron2, only_imagenet_stem=True),
-    "lincls": Format((".pth.tar", ".pth"), _write_lincls, _load_lincls, only_imagenet_stem=True, only_by_name=True),
-    "safetensors": Format((".safetensors",), _write_state, _load_safetensors, only_width_1=False),
-    "onnx": Format((".onnx",), _write_onnx, _load_onnx, only_width_1=False),
+    "torchvision": Format(_write_state, _load_torchvision),
+    "timm": Format(_write_state, _load_timm),
+    "detectron2": Format(_write_detectron2, _load_detectron2, only_imagenet_stem=True),
+    "lincls": Format(_write_lincls, _load_lincls, only_imagenet_stem=True, only_by_name=True),
+    "safetensors": Format(_write_state, _load_safetensors, only_width_1=False),
+    "onnx": Format(_write_onnx, _load_onnx, only_width_1=False),
 }

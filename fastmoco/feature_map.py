@@ -5,9 +5,8 @@ N images · D features
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +17,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastmoco.confusion import save, shown
-from fastmoco.errors import ConfigError
+from fastmoco.eval_options import Method, check_method
 
-Method = Literal["tsne", "umap"]
 MAX_POINTS = 2_000  # t-SNE of so many takes ten seconds of one core
 LEAST_POINTS = 5
 _PERPLEXITY = 30.0
 _COMPONENTS = 50  # principal components that are kept first, as van der Maaten and Hinton do (2008, section 4)
 _LISTED = 20  # classes with a colour and a name of their own
-
-
-def check_method(method: Method) -> None:
-    """Raises ConfigError where a package is missing."""
-    if method == "umap" and importlib.util.find_spec("umap") is None:
-        raise ConfigError("--map umap needs a package that is not installed: pip install umap-learn, or --map tsne")
 
 
 def project(features: Tensor, method: Method = "tsne", seed: int = 0) -> np.ndarray:

@@ -5,8 +5,6 @@ N images · D features · C classes
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,39 +12,13 @@ import torch
 from torch import Tensor
 
 from fastmoco.confusion import measure
-from fastmoco.errors import ConfigError
 from fastmoco.logistic import fit_logistic
+from fastmoco.probe_settings import Amount
 from pipelines.decode import printable
 from pipelines.errors import DataError
 from pipelines.randomness import Domain, permutation
 
 C = 1.0  # strength of the labels against the decay of the weights, see `logistic.fit_logistic`
-
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
-_COUNT = re.compile(r"(\d+)-per-class")
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How many labels of a class: a share of its images, or a number."""
-
-    text: str
-    share: float | None = None
-    count: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Amount:
-        """From `1%` or `5-per-class`. Raises ConfigError."""
-        word = text.strip()
-        if (match := _SHARE.fullmatch(word)) and 0 < float(match[1]) <= 100:
-            return cls(word, share=float(match[1]) / 100)
-        if (match := _COUNT.fullmatch(word)) and int(match[1]) > 0:
-            return cls(word, count=int(match[1]))
-        raise ConfigError(f"--labels has {text!a}, expected a share such as 1% or 10%, or a number such as 5-per-class")
-
-    def of(self, images: int) -> int:
-        """How many of so many images of a class; a share is rounded to the nearest number."""
-        return self.count if self.count is not None else math.floor((self.share or 0) * images + 0.5)
 
 
 def draw_labelled(labels: np.ndarray, amount: Amount, class_names: tuple[str, ...], seed: int) -> np.ndarray:

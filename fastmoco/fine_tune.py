@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fastmoco.errors import ConfigError
 from fastmoco.labelled_views import LabelledViews
-from fastmoco.linear import Sgd, new_classifier
+from fastmoco.linear import new_classifier
+from fastmoco.probe_settings import Sgd
 
-# Ours: a new classifier has further to go than weights that are good already. 1e-4 as in pretraining.
+# Ours: a new classifier has further to go than weights that are good already.
 CLASSIFIER_LR_FACTOR = 10.0
-FINE_TUNE = Sgd(lr=0.01, epochs=20, batch_size=128, schedule="cosine", weight_decay=1e-4)
 
 
 class Classifier(nn.Module):

@@ -6,43 +6,16 @@ N images · D features · C classes · B images a step
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.errors import ConfigError
-from fastmoco.schedules import lr_at
+from fastmoco.probe_settings import Sgd
 from pipelines.order import epoch_order
 
-Schedule = Literal["step", "cosine", "constant"]
-MILESTONES = (0.6, 0.8)  # of the epochs: 60 and 80 of the authors' 100
 INIT_STD = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sgd:
-    """How a probe is trained. The defaults are the authors' (He et al. 2020, section 4.1, and their code)."""
-
-    lr: float = 30.0
-    epochs: int = 100
-    batch_size: int = 256
-    schedule: Schedule = "step"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-    def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, the same during a whole epoch."""
-        return lr_at(
-            step,
-            schedule=self.schedule,
-            base_lr=self.lr,
-            epochs=self.epochs,
-            steps_per_epoch=steps_per_epoch,
-            milestones=[max(1, round(part * self.epochs)) for part in MILESTONES],
-        )
 
 
 def new_classifier(feature_dim: int, num_classes: int, device: torch.device, seed: int) -> nn.Linear:

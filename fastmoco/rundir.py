@@ -24,8 +24,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.files import write_atomically
@@ -150,6 +148,8 @@ def default_run_name(config: RunConfig) -> str:
 @cache
 def versions() -> dict[str, str | None]:
     """Of everything the numbers of a run can depend on; None for what is absent or not installed as a package."""
+    import torch  # takes seconds to load, and nothing else here needs it
+
     found: dict[str, str | None] = dict.fromkeys(("fastmoco", "torch", "torchvision", "numpy"))
     for name in found:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmoco.arguments import parse
-from fastmoco.config_checks import check_types, require
 from fastmoco.console import Fact, duration, make_console, say, show_facts
 from fastmoco.errors import ConfigError
+from fastmoco.scan_options import ScanOptions
 from pipelines import manifest
 from pipelines.backends import default_workers
 from pipelines.dataset import MAX_BAD_FRACTION, DataFiles, find_files
@@ -29,39 +25,9 @@ WORTH_PROCESSES = 4_000  # files: fewer are read before processes have started, 
 SHOWN = 10  # bad files in the summary
 SHOWN_DUPLICATES = 3
 
-DESCRIPTION = (
-    "Read and decode every image once: sizes, formats, mean and std, duplicates, and what is wrong with each bad file. "
-    "What was found is saved beside the images, or below --data-root where nothing can be written there; training then "
-    "starts without opening them, and leaves out the bad ones with --bad-images quarantine."
-)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScanOptions:
-    """What to scan, and where to."""
-
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of images, a text file of paths, or imagenette."""
-    workers: int | None = None
-    """Processes that decode, 0 for this one alone (None: one for every core, if there are many files)."""
-    bad_images: Literal["error", "quarantine"] = "error"
-    """Whether bad images are a failure (exit code 3), or left out by a training that is told to do so too."""
-    out: str | None = None
-    """File to save to in place of the usual one; training does not look for it there."""
-    data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are downloaded to."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "data", lambda v: v != "" and "\0" not in v, "a folder, a list file or imagenette")
-        require(self, "workers", lambda v: v >= 0, "0 or more")
-        require(self, "out", lambda v: v.endswith(".npz") and "\0" not in v, "the name of a file that ends in .npz")
-
-
-def scan_command(argv: list[str]) -> None:
+def scan_command(options: ScanOptions) -> None:
     """Scans, saves and says what was found. Raises ConfigError and DataError, the latter also for bad images."""
-    flags = ["--" + name.replace("_", "-") for name in ScanOptions.__dataclass_fields__ if name != "data"]
-    options = parse(ScanOptions, argv, command="scan", description=DESCRIPTION, flags=flags)
     console, began = make_console(), time.monotonic()
     files = find_files(options.data, data_root=options.data_root)
     others = files.test.paths if files.test is not None else ()

@@ -18,10 +18,11 @@ from pipelines.headers import read_headers
 from pipelines.image_files import TEST_FOLDERS, ImageFiles, find_splits, list_folder, read_list
 from pipelines.image_index import Dataset, ImageIndex
 from pipelines.manifest import Manifest
-from pipelines.named import ARRAYS, NAMES, array_dataset, imagenette_folders, shapes
+from pipelines.named import array_dataset, imagenette_folders, shapes
+from pipelines.names import ARRAYS, NAMES
 from pipelines.tar_shards import Shards, find_shards, labels_of, list_members, read_sizes
 
-__all__ = ["NAMES", "BadImages", "DataFiles", "Dataset", "ImageIndex", "find_files", "load_dataset"]
+__all__ = ["BadImages", "DataFiles", "Dataset", "ImageIndex", "find_files", "load_dataset"]
 
 BadImages = Literal["error", "quarantine"]
 MAX_BAD_FRACTION = 0.1  # more than this is no longer a few bad files but the wrong folder, or a broken disk
@@ -32,7 +33,7 @@ def load_dataset(
 ) -> Dataset:
     """The data set that `data` names.
 
-    data        a name of `NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
+    data        a name of `names.NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
                 a folder, with `train` and `val` in it, of class folders, or of images at any depth (`image_files`);
                 a text file of paths; tar archives, a folder of them or a pattern such as
                 `train-{000..146}.tar` (`tar_shards`); or a `.beton` file of `tools/make_ffcv.py`, where val.beton,

@@ -29,8 +29,8 @@ def shapes() -> Dataset:
 
 
 def array_dataset(name: str, root: Path) -> Dataset:
-    """One of `ARRAYS` from the folder `root`, downloaded into it first if it is not there."""
-    load = ARRAYS[name]
+    """One of `names.ARRAYS` from the folder `root`, downloaded into it first if it is not there."""
+    load = LOADERS[name]
     return load(name, root)
 
 
@@ -92,7 +92,7 @@ def _stl10(name: str, root: Path) -> Dataset:
     )
 
 
-ARRAYS: dict[str, Callable[[str, Path], Dataset]] = {
+LOADERS: dict[str, Callable[[str, Path], Dataset]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "stl10": _stl10,
@@ -101,7 +101,6 @@ ARRAYS: dict[str, Callable[[str, Path], Dataset]] = {
     "emnist": _mnist,
     "emnist-byclass": _mnist,
 }
-NAMES = (*ARRAYS, "imagenette", "shapes")
 
 
 def _torchvision(kind: str, root: Path, **options: Any) -> Any:

@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--arch", "resnet19"], "resnet19"),
         (["--pipeline", "fast"], "fast"),
         (["--seed", "4294967296"], "--seed is 4294967296, expected a number from 0 to 4294967295"),
-        (["--width", "0.3"], "width is 0.3; give a multiple of 0.125"),
+        (["--width", "0.3"], "--width is 0.3, expected a multiple of 0.125"),
         (["--limit", "0"], "--limit is 0, expected a number of images above 0"),
         (["--cos", "--schedule", "1"], "--cos and --schedule both define the learning rate"),
         (["--mlp", "--head", "8"], "--mlp and --head both define the projection head"),

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from fastmoco.errors import ConfigError
-from fastmoco.feature_map import LEAST_POINTS, check_method, draw, project
+from fastmoco.eval_options import check_method
+from fastmoco.feature_map import LEAST_POINTS, draw, project
 
 
 def clouds(count: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastmoco.errors import ConfigError
-from fastmoco.few_label import Amount, draw_labelled, few_label
+from fastmoco.few_label import draw_labelled, few_label
+from fastmoco.probe_settings import Amount
 from pipelines.errors import DataError
 from tests.test_logistic import blobs
 

@@ -13,8 +13,9 @@ from fastmoco.confusion import measure
 from fastmoco.encoder import build_encoder
 from fastmoco.errors import ConfigError
 from fastmoco.features import extract
-from fastmoco.fine_tune import FINE_TUNE, fine_tune
+from fastmoco.fine_tune import fine_tune
 from fastmoco.labelled_views import LabelledViews
+from fastmoco.probe_settings import FINE_TUNE
 from pipelines.augment import CIFAR_MEAN, CIFAR_STD
 from pipelines.image_index import ImageIndex
 from pipelines.resident_crops import ResidentCrops

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastmoco.confusion import measure
 from fastmoco.errors import ConfigError
-from fastmoco.linear import Sgd, cached_batches, fit_linear
+from fastmoco.linear import cached_batches, fit_linear
+from fastmoco.probe_settings import Sgd
 from tests.test_logistic import blobs
 
 CPU = torch.device("cpu")

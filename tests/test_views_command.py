@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from fastmoco import views_command as module
 from fastmoco.cli import main
+from fastmoco.config import Aug
 from fastmoco.errors import ExitCode
 from fastmoco.pictures import comparison_grid
 from pipelines.augment import V2
@@ -48,6 +50,13 @@ def run(tmp_path, capsys):
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("aug", get_args(Aug))
+def test_views_of_every_augmentation(aug: str, folder, tmp_path, run):
+    code, said = run(folder, "-o", tmp_path / "v.png", "--aug", aug, "--count", "4", "--crop-size", "32")
+    assert code == ExitCode.DONE, said
+    assert len(np.unique(pixels(tmp_path / "v.png"))) > 20
 
 
 def test_the_views_are_those_of_training(folder, tmp_path, run, monkeypatch):

@@ -9,12 +9,18 @@ from fastmoco.config_checks import flag
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import RECIPES, Recipe, entry
 
+USAGE = """usage: fastmoco recipes [NAME]
+
+The named runs, and what to expect of each; or one of them in full, with sources."""
 WIDTH = 110
 NOT_RUN = "not run yet"
 
 
 def recipes_command(argv: list[str]) -> None:
     """All recipes, or the one that is named. Raises ConfigError for a name that is none."""
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        return
     if len(argv) > 1:
         raise ConfigError(f"fastmoco recipes takes one name at most; found {' '.join(argv)!r}")
     print(in_full(argv[0]) if argv else table())
