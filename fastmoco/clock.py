@@ -16,10 +16,19 @@ class Rates(NamedTuple):
 
 
 class StepClock:
-    """Rates since the last reading, and over the whole run without its first reading, which holds the warm-up."""
+    """Rates since the last reading, and over the whole run without its first reading, which holds the warm-up.
 
-    def __init__(self, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
-        self._batch_size, self._now = batch_size, now
+    on_step  is told the seconds of each step, from asking for its batch to asking for the next
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        now: Callable[[], float] = time.perf_counter,
+        on_step: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self._batch_size, self._now, self._on_step = batch_size, now, on_step
+        self._training_since = now()
         self._readings = self._total_steps = 0
         self._total_s = 0.0
         self._restart()
@@ -29,21 +38,30 @@ class StepClock:
 
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches, each counted as a step, the time to get it as waiting."""
+        self._training_since = self._now()
         while True:
-            asked = self._now()
+            training_s, asked = self.training_s, self._now()
             batch = next(batches, None)
             self._waited_s += self._now() - asked
             if batch is None:
                 return
             self._steps += 1
             yield batch
+            self._on_step(self.training_s - training_s)
+
+    @property
+    def training_s(self) -> float:
+        """Seconds since `steps` was called, without pauses."""
+        return self._now() - self._training_since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside is neither training nor waiting."""
         began = self._now()
         yield
-        self._since += self._now() - began
+        pause_s = self._now() - began
+        self._since += pause_s
+        self._training_since += pause_s
 
     def read(self) -> Rates:
         """Call it after the device has been waited for, with at least one step since the last reading."""

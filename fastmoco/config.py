@@ -256,9 +256,9 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "out", "overwrite", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
     | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
-    | {"lr_scaling", "gpus", "dist_timeout", "paranoid"}
+    | {"lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads"}
 )
-"""Fields that may change when a run is resumed, because the weights do not depend on them."""
+"""Fields that may change when a run is resumed, because the weights depend on them by rounding at most."""
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:

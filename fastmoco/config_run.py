@@ -35,6 +35,8 @@ class RunOptions:
     """Keep only what enters each stage of the query encoder, and compute the rest again: less memory, more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
+    cpu_threads: int | None = None
+    """Threads that compute on a CPU (None: as many as are fastest at the time; all of them with --deterministic)."""
     log_every: int = 50
     """Steps between two readings of the loss."""
     checkpoint_every: int | None = None
@@ -58,6 +60,7 @@ class RunOptions:
         check_types(self)
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
         require(self, "out", lambda v: v != "" and "\0" not in v, "a folder")
+        require(self, "cpu_threads", lambda v: 1 <= v <= 1024, "1 to 1024 threads")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_k", "max_skipped_steps"):
             require(self, name, lambda v: v > 0, "1 or more")
         require(self, "knn_every", lambda v: v >= 0, "0 or more", "0 switches the kNN evaluation off")

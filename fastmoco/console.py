@@ -42,6 +42,7 @@ class Reading(NamedTuple):
     images_per_s: float | None = None
     data_wait_percent: float | None = None
     device_memory_bytes: int | None = None
+    cpu_threads: int | None = None
 
 
 def make_console() -> Console:
@@ -96,9 +97,6 @@ class TrainingProgress:
         self.steps_per_epoch = steps_per_epoch
         self.chance_loss = chance_loss
         self.clock = clock
-        self._last = (first_step, clock())
-        self._step_s: float | None = None
-        self._readings = 0
         self._line_epoch = first_step // steps_per_epoch
         self._line_s = clock() - LINES_APART_S
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -114,34 +112,23 @@ class TrainingProgress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, done: int, reading: Reading) -> None:
-        """Show a reading after `done` steps of the whole run."""
-        now = self.clock()
-        self._measure_step(done, now)
+    def update(self, done: int, reading: Reading, left_s: float | None = None) -> None:
+        """Show a reading after `done` steps of the whole run, and how long the rest of it takes."""
+        now, left = self.clock(), "" if left_s is None else f"{duration(left_s)} left"
         if self._live is not None:
-            self._live.update(self._block(done, reading), refresh=True)
+            self._live.update(self._block(done, reading, left), refresh=True)
             return
         epoch, apart_s = done // self.steps_per_epoch, now - self._line_s
         if done == self.steps or (apart_s >= LINES_APART_S and (epoch > self._line_epoch or apart_s >= SILENCE_S)):
-            say(self.console, f"{self._place(done)}  {self._numbers(reading)}  {self._left(done)}".rstrip())
+            say(self.console, f"{self._place(done)}  {self._numbers(reading)}  {left}".rstrip())
             self._line_epoch, self._line_s = epoch, now
 
-    def _measure_step(self, done: int, now: float) -> None:
-        """A running mean of the time of a step; the first interval holds compilation and warm-up, and is left out."""
-        steps, seconds = done - self._last[0], now - self._last[1]
-        if steps > 0:
-            if self._readings > 0:
-                latest = seconds / steps
-                self._step_s = latest if self._step_s is None else 0.7 * self._step_s + 0.3 * latest
-            self._last = (done, now)
-            self._readings += 1
-
-    def _block(self, done: int, reading: Reading) -> Group:
+    def _block(self, done: int, reading: Reading, left: str) -> Group:
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, style="dim")
-        bar.add_row(self._place(done), ProgressBar(total=self.steps, completed=done), self._left(done))
+        bar.add_row(self._place(done), ProgressBar(total=self.steps, completed=done), left)
         return Group(bar, Text(self._numbers(reading)))
 
     def _place(self, done: int) -> str:
@@ -159,9 +146,6 @@ class TrainingProgress:
         if reading.device_memory_bytes is not None:
             parts.append(f"{reading.device_memory_bytes / 2**30:.1f} GiB")
         return "  ".join(parts)
-
-    def _left(self, done: int) -> str:
-        return "" if self._step_s is None else f"{duration((self.steps - done) * self._step_s)} left"
 
 
 def duration(seconds: float) -> str:

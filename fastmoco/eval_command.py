@@ -23,6 +23,7 @@ from fastmoco.eval_sets import Sets, split
 from fastmoco.evaluation import Evaluation, Result
 from fastmoco.rundir import versions
 from fastmoco.state import fingerprint
+from fastmoco.thread_count import threads_restored
 from pipelines.dataset import load_dataset
 from pipelines.randomness import Domain, permutation
 
@@ -35,6 +36,11 @@ def eval_command(options: EvalOptions) -> None:
 
     Raises ConfigError, DataError, CheckpointError, BackendMissingError and DeviceError.
     """
+    with threads_restored(options.cpu_threads):
+        _evaluate(options)
+
+
+def _evaluate(options: EvalOptions) -> None:
     began, console = time.monotonic(), make_console()
     device = pick_device(options.device)
     backbone = read_backbone(options.run, arch=options.arch, stem=options.stem, side=options.crop_size)

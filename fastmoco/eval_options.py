@@ -94,6 +94,8 @@ class EvalOptions:
     """How images are decoded and cropped."""
     workers: int | None = None
     """Threads or processes that decode (None: from the number of cores and images)."""
+    cpu_threads: int | None = None
+    """Threads that compute on a CPU (None: as many as are fastest at the time)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -110,6 +112,7 @@ class EvalOptions:
         require(self, "linear_wd", lambda v: v >= 0, "0 or more")
         require(self, "crop_size", lambda v: v >= 8, "8 pixels or more")
         require(self, "workers", lambda v: v >= 0, "0 or more")
+        require(self, "cpu_threads", lambda v: 1 <= v <= 1024, "1 to 1024 threads")
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
         if self.labels is not None and self.probes is not None and "few-label" not in self.asked_probes:
             raise ConfigError("--labels is for the few-label probe: add few-label to --probes, or drop --labels")

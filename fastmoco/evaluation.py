@@ -125,7 +125,8 @@ class Evaluation:
         features, labels, asked = self._given()
         began, sgd, kind = time.monotonic(), self.options.linear_sgd, self.options.linear_views
         if kind == "center":
-            layer = self._fitted(*cached_batches(features, labels, sgd, self.options.seed))
+            batches, steps_per_epoch = cached_batches(features, labels, sgd, self.options.seed)
+            layer = self._fitted(self.extractor.tuned(batches), steps_per_epoch)
         else:
             with self.extractor.labelled_views(self.sets.bank, kind, sgd.batch_size, drop_last=False) as views:
                 batches = ((self.extractor.frozen(images), own) for images, own in views.batches(sgd.epochs))

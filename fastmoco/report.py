@@ -76,7 +76,8 @@ def _batch(images: int, splits: int, devices: int) -> str:
 def _devices(config: RunConfig, world: World) -> str:
     one = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
     if world.size == 1:
-        return one
+        tuned = world.device.type == "cpu" and config.run.cpu_threads is None
+        return one.replace("CPU, ", "CPU, up to ") if tuned else one
     machines = world.size // world.place.local_size
     where = "" if machines == 1 else f" on {machines} machines"
     return f"{world.size}{where}, each {one}; gradients sent in {config.scale.grad_comm}"

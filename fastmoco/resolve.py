@@ -63,6 +63,8 @@ def resolve(
     filled["bn_splits"] = _bn_splits(given["bn_splits"], batch, place.size)
     filled["amp"] = pick_amp(given["amp"], device)
     filled |= _speed(config, device)
+    if given["cpu_threads"] is None and given["deterministic"] and device.type == "cpu":
+        filled["cpu_threads"] = torch.get_num_threads()  # sums depend on it, by rounding
     filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
     if given["workers"] is None:
         filled["workers"] = max(1, default_workers() // place.local_size)

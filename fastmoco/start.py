@@ -20,6 +20,7 @@ from fastmoco.records import note_failure
 from fastmoco.resolve import resolve
 from fastmoco.rundir import RunDirectory, default_run_name, read_config
 from fastmoco.stop import StopFlag
+from fastmoco.thread_count import threads_restored
 from fastmoco.world import World
 from pipelines.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
 from pipelines.ledger import FILE_NAME as LEDGER_NAME
@@ -57,9 +58,11 @@ def started(config: RunConfig, console: Console) -> Iterator[Started]:
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     opened: list[RunDirectory] = []
-    with World.join(config.run.device, config.scale.dist_timeout) as world:
+    with threads_restored(), World.join(config.run.device, config.scale.dist_timeout) as world:
         try:
             start = _start(config, console, world, opened)
+            if world.device.type == "cpu" and start.config.run.cpu_threads is not None:
+                torch.set_num_threads(start.config.run.cpu_threads)
             with start.stop:
                 yield start
         except BaseException as error:

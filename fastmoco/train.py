@@ -15,9 +15,10 @@ from rich.console import Console
 
 from fastmoco.clock import StepClock
 from fastmoco.config import RunConfig
-from fastmoco.console import Reading, TrainingProgress, show_facts
+from fastmoco.console import Reading, TrainingProgress, duration, say, show_facts
 from fastmoco.device import DTYPES, describe
 from fastmoco.errors import DeviceError, DivergedError, Preempted, RankLostError
+from fastmoco.forecast import Forecast
 from fastmoco.graph import GraphedStep
 from fastmoco.monitor import Monitor
 from fastmoco.records import Records
@@ -25,6 +26,7 @@ from fastmoco.report import start_facts
 from fastmoco.schedules import ema_momentum_at, lr_at
 from fastmoco.start import Started, started
 from fastmoco.state import build_state
+from fastmoco.thread_count import ThreadCount
 from fastmoco.watchdog import Watchdog
 from fastmoco.world import Vote
 from pipelines.augment import AUGMENTATIONS, with_scale
@@ -89,11 +91,15 @@ class Trainer:
         self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, self.world, dtype)
         self.state = build_state(config, self.world, dataset.train)
         self.records = None if start.directory is None else Records(start.directory, config, start.console)
-        self.clock = StepClock(batch)
+        # Other ranks' threads would tell nothing about this rank's: several keep the number that they were given.
+        tuned = device.type == "cpu" and self.world.size == 1 and config.run.cpu_threads is None
+        self.threads = ThreadCount(torch.get_num_threads()) if tuned else None
+        self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
+        self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every or 0)
         choices = (model.moco_k or 0) + (model.mechanism != "end-to-end")  # there the positive is one of the K keys
         self.chance_loss = math.log(choices) * (2 if model.symmetric else 1)
         self._source, self._images = source, dataset.train
-        self._stopped = False
+        self._stopped, self._began = False, time.monotonic()
 
     @property
     def epoch(self) -> int:
@@ -102,11 +108,10 @@ class Trainer:
 
     def run(self) -> None:
         """From the newest checkpoint, or from the start, to the end of the last epoch."""
-        began = time.monotonic()
         try:
             self._resume() if self.config.run.resume else self._begin()
             self._steps()
-            self.world.on_main(lambda: self._finish(time.monotonic() - began))
+            self.world.on_main(lambda: self._finish(time.monotonic() - self._began))
         except torch.OutOfMemoryError as error:
             batch, splits = self.config.optim.batch_size or 2, self.config.model.bn_splits or 1
             smaller = max(2 * splits, batch // 2 // splits * splits)
@@ -115,6 +120,8 @@ class Trainer:
                 f"--batch-size {smaller} --overwrite, or with --checkpoint-activations"
             ) from error
         finally:
+            if self.threads is not None:
+                self.threads.close()
             if self.records is not None:
                 self.records.close()
             self.pipeline.close()
@@ -124,13 +131,19 @@ class Trainer:
             self.records.begin(self._pictured(), self.augmentation)
         numbers: dict[str, float] = {}
         if self.config.run.knn_every:
-            numbers = self.monitor.evaluate(self.state.model.query)
+            numbers = self._evaluate()
             pixels = self.monitor.pixels()
             if pixels is not None:
                 numbers["knn_pixels_top1_percent"] = pixels
         if self.records is not None:
             self.records.evaluation(0, 0, numbers)
         self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        began = time.monotonic()
+        numbers = self.monitor.evaluate(self.state.model.query)
+        self.forecast.evaluation_s = time.monotonic() - began
+        return numbers
 
     def _pictured(self) -> Views:
         """The first images of the first step, all on this rank, keys in the order of their queries."""
@@ -176,11 +189,14 @@ class Trainer:
                 state.step += 1
                 watchdog.feed()
                 epoch_ends = state.step % self.steps_per_epoch == 0
-                if epoch_ends or state.step % config.run.log_every == 0:
-                    progress.update(state.step, self._log(lr))
+                reading = self._log(lr) if epoch_ends or state.step % config.run.log_every == 0 else None
+                if reading is not None or self.world.device.type == "cpu":  # else the host may be ahead of the device
+                    self._forecast(clock.training_s)
+                if reading is not None:
+                    progress.update(state.step, reading, self.forecast.left_s)
                 with clock.paused(), watchdog.paused():
                     if epoch_ends and self._evaluation_is_due():
-                        numbers = self.monitor.evaluate(state.model.query)
+                        numbers = self._evaluate()
                         if self.records is not None:
                             self.records.evaluation(state.step, self.epoch, numbers)
                     if self._save_is_due(epoch_ends):
@@ -236,7 +252,8 @@ class Trainer:
         rates = self.clock.read()
         device = self.world.device
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        reading = Reading(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory)
+        threads = None if self.threads is None else self.threads.threads
+        reading = Reading(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory, threads)
         if self.records is not None:
             self.records.reading(self.state.step, self.epoch, reading, int(numbers["skipped_steps"]))
             self.records.replaced(self._images.ledger)
@@ -248,6 +265,13 @@ class Trainer:
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
         return reading
+
+    def _forecast(self, training_s: float) -> None:
+        """Says, once, how long the run takes."""
+        if self.forecast.mark(self.state.step, training_s):
+            resumed, left_s = self.config.run.resume, self.forecast.left_s or 0.0
+            all_s = left_s + (0.0 if resumed else time.monotonic() - self._began)
+            say(self.console, f"{'the rest takes ' * resumed}about {duration(all_s)} on this machine")
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.run.knn_every

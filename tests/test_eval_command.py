@@ -152,6 +152,37 @@ def test_the_linear_probe_on_new_crops(run, trained: Path, folder: Path, tmp_pat
     assert f"SGD, lr 30 cosine, 2 epochs, {kind} views" in said
 
 
+def test_threads_are_tuned_unless_a_number_is_given(
+    run, trained: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+
+    def tuned(batches: Any) -> Any:
+        for batch in batches:
+            used.append(torch.get_num_threads())
+            yield batch
+
+    monkeypatch.setattr("fastmoco.eval_features.with_fastest_threads", tuned)
+    flags = ["--data", folder, "--probes", "linear,fine-tune", "--linear-epochs", "7", "--fine-tune-epochs", "3"]
+    flags += ["--linear-batch-size", "60", "--fine-tune-batch-size", "30", "--no-pictures", "--no-feature-cache"]
+    assert run(trained, *flags)[0] == ExitCode.DONE
+    assert len(used) == 2 + 7 + 3 * 2 + 1  # features of both parts, two epochs of probes, scores of the fine-tuned
+    before = torch.get_num_threads()
+    monkeypatch.setattr("fastmoco.eval_features.Extractor.features", _with_one_thread(Extractor.features))
+    used.clear()
+    assert run(trained, *flags, "--cpu-threads", "1", "--out", tmp_path / "fixed")[0] == ExitCode.DONE
+    assert used == []
+    assert torch.get_num_threads() == before
+
+
+def _with_one_thread(features: Any) -> Any:
+    def checked(*arguments: Any) -> Any:
+        assert torch.get_num_threads() == 1
+        return features(*arguments)
+
+    return checked
+
+
 def test_without_labels_the_features_are_judged_alone(run, trained: Path, folder: Path, tmp_path: Path) -> None:
     heap = tmp_path / "heap"
     heap.mkdir()

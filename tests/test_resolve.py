@@ -18,7 +18,7 @@ from fastmoco.resolve import resolve
 from pipelines.image_index import ImageIndex
 
 CPU = torch.device("cpu")
-MAY_STAY_OPEN = {"limit", "crop_scale_min", "head", "out", "checkpoint_every", "schedule", "gpus"}
+MAY_STAY_OPEN = {"cpu_threads", "limit", "crop_scale_min", "head", "out", "checkpoint_every", "schedule", "gpus"}
 
 
 def images(count: int, height: int, width: int) -> ImageIndex:
