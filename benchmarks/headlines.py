@@ -36,6 +36,7 @@ def headlines(collection: Collection) -> list[Headline]:
         *_steps(collection),
         *_trained(collection),
         *_peers(collection),
+        *_neighbours(collection),
         *_accuracy(collection),
     ]
 
@@ -114,6 +115,23 @@ def _peers(collection: Collection) -> Iterator[Headline]:
             f"{short(ours[best]['images_per_s']['median'])} images/s",
             ", ".join(beside),
         )
+
+
+def _neighbours(collection: Collection) -> Iterator[Headline]:
+    """Of every pipeline, what is left of the rate beside the fewest neighbours."""
+    for result in collection.of("neighbours").values():
+        rows = {(row["pipeline"], row["threads"], row["neighbours"]): row for row in result["rows"]}
+        few = min((count for _, _, count in rows if count), default=None)
+        beside = f"{few} busy process{'es' * (few != 1)}"
+        for (pipeline, threads, count), row in rows.items():
+            fixed = rows.get((pipeline, "fixed", count))
+            if threads != "tuned" or count != few or fixed is None:
+                continue
+            yield Headline(
+                f"training beside {beside}, {task_words(result['task'])}, `{pipeline}`",
+                f"{row['to_idle_fixed']['median']:.0%} of the idle rate",
+                f"{fixed['kept']['median']:.0%} with as many threads as cores",
+            )
 
 
 def _accuracy(collection: Collection) -> Iterator[Headline]:

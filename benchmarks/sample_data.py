@@ -16,6 +16,7 @@ from tools.make_ffcv import Settings as ConverterSettings
 from tools.make_ffcv import convert
 
 SMALL = 64  # crops of up to this many pixels are fed from images of 32×32, as CIFAR's
+DRAWN, BETON = "generated", "images.beton"  # in the folder of a benchmark
 PHOTO_SIZE = (375, 500)  # height and width of most of ImageNet
 
 
@@ -25,7 +26,7 @@ def open_index(data: str | None, side: int, limit: int | None, scratch: Path) ->
     Raises DataError.
     """
     if data is None:
-        folder = scratch / "generated"
+        folder = scratch / DRAWN
         draw_jpegs(folder, *((1_024, (32, 32)) if side <= SMALL else (256, PHOTO_SIZE)))
         data = str(folder)
     if data.endswith(".beton"):
@@ -60,7 +61,7 @@ def as_beton(index: ImageIndex, scratch: Path, workers: int) -> ImageIndex:
     """The same images in a `.beton` file, JPEGs copied byte for byte: what FFCV reads."""
     if index.records is not None:
         return index
-    path = str(scratch / "images.beton")
+    path = str(scratch / BETON)
     settings = ConverterSettings(data=index.name, out=path, workers=max(1, workers))
     with Progress(disable=True) as progress:
         convert(index, settings, progress)

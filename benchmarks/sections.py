@@ -156,6 +156,25 @@ def _scaling(name: str, result: dict[str, Any]) -> Iterator[Block]:
         yield from _notes(axis)
 
 
+def _neighbours(name: str, result: dict[str, Any]) -> Iterator[Block]:
+    yield Heading(task_words(result["task"]), 3)
+    rows = [
+        (
+            f"{row['pipeline']}, {row['threads']}",
+            str(row["neighbours"]),
+            spread(row["images_per_s"]),
+            short(row["used_threads"]["median"]),
+            f"{row['kept']['median']:.0%}",
+            times(row["to_fixed"]),
+            "–" if row["to_idle_fixed"] is None else f"{row['to_idle_fixed']['median']:.0%}",
+        )
+        for row in result["rows"]
+    ]
+    columns = ("pipeline, threads", "busy processes", "images/s", "threads at the end", "kept", "to fixed")
+    yield Table((*columns, "of fixed, idle"), rows)
+    yield from _notes(result)
+
+
 def _roofline(name: str, result: dict[str, Any]) -> Iterator[Block]:
     ceilings = result["ceilings"]
     units = {n: ("GB/s", 1e-9) if n == "copy" else ("TFLOP/s", 1e-12) for n in ceilings}
@@ -200,6 +219,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[str, dict[str, Any]], Iterator[Blo
     ("Beside the peers", "peers", _peers),
     ("Time to accuracy", "accuracy", _accuracy),
     ("How cost grows", "scaling", _scaling),
+    ("Beside busy processes", "neighbours", _neighbours),
     ("Under the roofline", "roofline", _roofline),
 )
 
