@@ -11,18 +11,18 @@ _STUDY = "the reproduction study's settings"
 
 
 def shapes() -> Recipe:
-    """Ten classes of drawn grey shapes, a quarter-width ResNet-18: learns in two minutes on two CPU cores."""
-    # Small batches: 1,000 steps of 32 images teach far more than 250 of 128. Large crops: a small one shows no shape.
+    """Ten classes of drawn grey shapes, a quarter-width ResNet-18: learns in one to three minutes on two CPU cores."""
+    # Small batches: 1,250 steps of 16 images teach as much as 1,375 of 32. Large crops: a small one shows no shape.
     return Recipe(
         config=RunConfig(
-            model=ModelConfig(arch="resnet18", width=0.25, moco_k=1024, moco_m=0.99, moco_t=0.1, bn_splits=2),
-            optim=OptimConfig(batch_size=32, lr=0.05, wd=5e-4, epochs=11, cos=True),
-            augment=AugmentConfig(aug="cifar", crop_scale_min=0.6),
+            model=ModelConfig(arch="resnet18", width=0.25, moco_k=512, moco_m=0.99, moco_t=0.1, bn_splits=1),
+            optim=OptimConfig(batch_size=16, lr=0.03, wd=5e-4, epochs=5, cos=True),
+            augment=AugmentConfig(aug="cifar", crop_scale_min=0.7),
             run=RunOptions(knn_every=2),
         ),
         data="drawn in memory",
         unknown="Our own: no figure is published. Raw pixels have 48.4 %, the untrained encoder 41.8 %.",
-        measured=(Measured("kNN", 88.4, "11 epochs, two minutes on two CPU cores, seed 0"),),
+        measured=(Measured("kNN", 82.9, "5 epochs, 1 min 40 s on two CPU cores, seed 0; 82 to 88 by rounding alone"),),
     )
 
 
