@@ -6,7 +6,7 @@ N images · B a batch · D features · S side of a view
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -26,14 +26,14 @@ from fastmoco.device import DTYPES
 from fastmoco.errors import CheckpointError
 from fastmoco.eval_options import EvalOptions
 from fastmoco.eval_sets import Part
-from fastmoco.features import extract
+from fastmoco.features import TunedSource, extract
 from fastmoco.labelled_views import LabelledViews, ViewKind
 from fastmoco.thread_count import with_fastest_threads
 from pipelines.augment import CIFAR, V2
 from pipelines.backends import choose, default_workers, open_pipeline, open_source
 from pipelines.image_index import ImageIndex
 from pipelines.plans import Planner
-from pipelines.views import BatchPlan, Crops, CropSource
+from pipelines.views import CropSource
 
 SMALL = 64  # views of up to this many pixels are moved and flipped, and coloured as in the CIFAR demo
 WORTH_PROCESSES = 2_000  # images: fewer are read before processes have started, which takes seconds
@@ -184,22 +184,9 @@ class Extractor:
         workers = self.options.workers
         if workers is None:
             workers = 0 if pipeline == "torch" and len(index) < WORTH_PROCESSES else default_workers()
-        return _Tuned(open_source(pipeline, index, self.backbone.side, self.device, workers), self.tuned)
+        return TunedSource(open_source(pipeline, index, self.backbone.side, self.device, workers), self.tuned)
 
     def tuned(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; a CPU works on each with as many threads as are fastest, unless a number was given."""
         fixed = self.device.type != "cpu" or self.options.cpu_threads is not None
         return batches if fixed else with_fastest_threads(batches)
-
-
-class _Tuned:
-    """A source whose crops are worked on with a number of threads that suits the machine."""
-
-    def __init__(self, source: CropSource, tuned: Callable[[Iterator[Crops]], Iterator[Crops]]) -> None:
-        self._source, self._tuned = source, tuned
-
-    def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
-        return self._tuned(self._source.crops(plans))
-
-    def close(self) -> None:
-        self._source.close()

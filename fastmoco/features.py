@@ -5,7 +5,7 @@ N images · D features · S side of a view
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,9 +13,22 @@ from torch import Tensor
 
 from pipelines.image_index import ImageIndex
 from pipelines.plans import eval_plans
-from pipelines.views import CropSource
+from pipelines.views import BatchPlan, Crops, CropSource
 
 BATCH = 256
+
+
+class TunedSource:
+    """A crop source whose batches are worked on with as many CPU threads as `tuned` finds to be fastest."""
+
+    def __init__(self, source: CropSource, tuned: Callable[[Iterator[Crops]], Iterator[Crops]]) -> None:
+        self._source, self._tuned = source, tuned
+
+    def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
+        return self._tuned(self._source.crops(plans))
+
+    def close(self) -> None:
+        self._source.close()
 
 
 def normalised(crops: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastmoco.config import RunConfig
 from fastmoco.encoder import Encoder
-from fastmoco.features import extract
+from fastmoco.features import TunedSource, extract
 from fastmoco.knn_ranks import knn_accuracy_of_ranks
+from fastmoco.thread_count import tunes_threads, with_fastest_threads
 from fastmoco.uniformity import alignment, effective_rank, uniformity
 from fastmoco.world import World
 from pipelines.augment import Augmentation
@@ -49,9 +50,10 @@ class Monitor:
             assert config.data.workers is not None
 
             def source_of(index: ImageIndex) -> CropSource:
-                if index is dataset.train:
-                    return train_source
-                return open_source(config.data.pipeline, index, self._side, device, config.data.workers or 0)
+                source = train_source
+                if index is not dataset.train:
+                    source = open_source(config.data.pipeline, index, self._side, device, config.data.workers or 0)
+                return TunedSource(source, with_fastest_threads) if tunes_threads(config, world) else source
 
             everything = np.arange(len(bank))
             if test is not None and test.labels is not None:

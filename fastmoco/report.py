@@ -12,6 +12,7 @@ from fastmoco.config import RunConfig
 from fastmoco.console import Fact, summary_facts
 from fastmoco.device import describe
 from fastmoco.encoder import Encoder
+from fastmoco.thread_count import tunes_threads
 from fastmoco.world import World
 from pipelines.dataset import Dataset
 
@@ -76,8 +77,7 @@ def _batch(images: int, splits: int, devices: int) -> str:
 def _devices(config: RunConfig, world: World) -> str:
     one = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
     if world.size == 1:
-        tuned = world.device.type == "cpu" and config.run.cpu_threads is None
-        return one.replace("CPU, ", "CPU, up to ") if tuned else one
+        return one.replace("CPU, ", "CPU, up to ") if tunes_threads(config, world) else one
     machines = world.size // world.place.local_size
     where = "" if machines == 1 else f" on {machines} machines"
     return f"{world.size}{where}, each {one}; gradients sent in {config.scale.grad_comm}"

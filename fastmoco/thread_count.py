@@ -16,6 +16,9 @@ from typing import TypeVar
 
 import torch
 
+from fastmoco.config import RunConfig
+from fastmoco.world import World
+
 T = TypeVar("T")
 _Steps = Generator[None, float, T]  # is sent the seconds of one step after the other
 
@@ -114,6 +117,14 @@ class ThreadCount:
                 recent.popleft()
             if sum(recent) > RECENT_S and sum(recent) > SLOWER * step_s * len(recent):
                 return
+
+
+def tunes_threads(config: RunConfig, world: World) -> bool:
+    """Whether a run is to choose the number: alone on a CPU, where the user has given none.
+
+    Of several ranks each waits for the others in every step, whose time then tells nothing about its own threads.
+    """
+    return world.device.type == "cpu" and world.size == 1 and config.run.cpu_threads is None
 
 
 def with_fastest_threads(batches: Iterator[T]) -> Iterator[T]:

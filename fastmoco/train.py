@@ -26,7 +26,7 @@ from fastmoco.report import start_facts
 from fastmoco.schedules import ema_momentum_at, lr_at
 from fastmoco.start import Started, started
 from fastmoco.state import build_state
-from fastmoco.thread_count import ThreadCount
+from fastmoco.thread_count import ThreadCount, tunes_threads
 from fastmoco.watchdog import Watchdog
 from fastmoco.world import Vote
 from pipelines.augment import AUGMENTATIONS, with_scale
@@ -91,9 +91,7 @@ class Trainer:
         self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, self.world, dtype)
         self.state = build_state(config, self.world, dataset.train)
         self.records = None if start.directory is None else Records(start.directory, config, start.console)
-        # Other ranks' threads would tell nothing about this rank's: several keep the number that they were given.
-        tuned = device.type == "cpu" and self.world.size == 1 and config.run.cpu_threads is None
-        self.threads = ThreadCount(torch.get_num_threads()) if tuned else None
+        self.threads = ThreadCount(torch.get_num_threads()) if tunes_threads(config, self.world) else None
         self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every or 0)
         choices = (model.moco_k or 0) + (model.mechanism != "end-to-end")  # there the positive is one of the K keys

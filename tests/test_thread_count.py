@@ -238,6 +238,28 @@ def test_a_given_number_is_that_of_the_steps_and_of_nothing_after(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("flags", "evaluations"), [([], 3), (["--cpu-threads", "2"], 0)])
+def test_evaluations_of_a_run_choose_too(
+    flags: list[str],
+    evaluations: int,
+    two_threads: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of features before and after training, and of pixels; each reads the images of the bank and of the test part."""
+    tuned = []
+
+    def noted(batches: Iterator[Any]) -> Iterator[Any]:
+        tuned.append(batches)
+        return batches
+
+    monkeypatch.setattr("fastmoco.monitor.with_fastest_threads", noted)
+    trained(tmp_path / "run", *flags, "--knn-every", "2", "--knn-k", "5")
+    assert len(tuned) == 2 * evaluations
+    assert ("CPU, up to 2 threads" in capsys.readouterr().out) == (evaluations > 0)
+
+
 def test_only_a_cpu_that_is_to_repeat_bit_for_bit_gets_a_number(tmp_path: Path) -> None:
     from pipelines.dataset import load_dataset
 
