@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.resources import nvml_device
-from fastmoco.errors import exit_code
+from fastmoco.errors import ConfigError, exit_code
 from fastmoco.files import write_atomically
 from fastmoco.rundir import git_commit, versions
 
@@ -116,6 +116,17 @@ def seconds_per_call(call: Callable[[], object], calls: int, device: torch.devic
     for _ in range(calls):
         call()
     return watch.stop() / calls
+
+
+def chosen(words: str, known: Sequence[str], flag: str) -> list[str]:
+    """The names in a flag's value, which commas separate, each once. Raises ConfigError for one that is not known."""
+    names = list(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{flag} {name} is unknown: expected some of {','.join(known)}")
+    if not names:
+        raise ConfigError(f"{flag} is empty: name some of {','.join(known)}")
+    return names
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from rich.console import Console
 from benchmarks.end_to_end import Images, open_case, our_engine
 from benchmarks.harness import (
     Reading,
+    chosen,
     environment,
     make_console,
     ratios,
@@ -102,8 +103,8 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         settings = replace(
             settings, width=0.125, batch_size=8, seconds=0.2, repetitions=1, pipelines="resident", neighbours="0,1"
         )
-    names = _chosen(settings.pipelines, tuple(PIPELINES), "--pipelines")
-    kinds = _chosen(settings.threads, tuple(ENVIRONMENT), "--threads")
+    names = chosen(settings.pipelines, tuple(PIPELINES), "--pipelines")
+    kinds = chosen(settings.threads, tuple(ENVIRONMENT), "--threads")
     counts = _counts(settings.neighbours)
     result: dict[str, Any] = {"benchmark": "neighbours", "environment": environment(torch.device("cpu"))}
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch, ExitStack() as stack:
@@ -259,16 +260,6 @@ def _run_config(settings: Settings, data: str) -> RunConfig:
         bn_splits=task.bn_splits,
         allow_large_queue=True,  # a queue's cost does not depend on what is in it
     )
-
-
-def _chosen(words: str, known: tuple[str, ...], flag: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{flag} {name} is unknown: expected some of {','.join(known)}")
-    if not names:
-        raise ConfigError(f"{flag} is empty: name some of {','.join(known)}")
-    return names
 
 
 def _counts(words: str) -> list[int]:

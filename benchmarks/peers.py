@@ -33,6 +33,7 @@ from benchmarks.archives import unpacked
 from benchmarks.end_to_end import Images, augmentation_name, measure
 from benchmarks.harness import (
     Reading,
+    chosen,
     environment,
     make_console,
     ratios,
@@ -94,7 +95,11 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.3, repetitions=2, workers=1)
-    names, task, device = _names(settings.rows), _task(settings), pick_device(settings.device)
+    names, task, device = (
+        chosen(settings.rows, (*OURS, *PEERS), "--rows"),
+        _task(settings),
+        pick_device(settings.device),
+    )
     torch.backends.cudnn.benchmark = True  # for every row, as the authors' script does
     result: dict[str, Any] = {"benchmark": f"peers-{settings.config}", "environment": environment(device)}
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
@@ -121,16 +126,6 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         kind = settings.config + ("-symmetric" if settings.symmetric else "")
         write_json(settings.out / f"peers-{kind}.json", result)
     return result
-
-
-def _names(rows: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in rows.split(",") if name.strip()))
-    for name in names:
-        if name not in (*OURS, *PEERS):
-            raise ConfigError(f"--rows {name} is unknown: expected some of {','.join((*OURS, *PEERS))}")
-    if not names:
-        raise ConfigError(f"--rows is empty: name some of {','.join((*OURS, *PEERS))}")
-    return names
 
 
 def _task(settings: Settings) -> Task:

@@ -32,6 +32,7 @@ from rich.console import Console
 from benchmarks.harness import (
     Reading,
     Stopwatch,
+    chosen,
     environment,
     make_console,
     ratios,
@@ -137,10 +138,7 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
 
 
 def _names(backends: str) -> list[str]:
-    names = [name.strip() for name in backends.split(",") if name.strip()]
-    for name in names:
-        if name not in PIPELINES:
-            raise ConfigError(f"--backends {name} is unknown: expected some of {','.join(PIPELINES)}")
+    names = chosen(backends, PIPELINES, "--backends") if backends else []
     return [name for name in names if name != CONTROL] + [CONTROL]
 
 

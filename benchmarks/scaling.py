@@ -33,6 +33,7 @@ from rich.console import Console
 from benchmarks.end_to_end import Case, Images, measure, open_case, start_fork_server
 from benchmarks.harness import (
     Reading,
+    chosen,
     environment,
     make_console,
     ratios,
@@ -109,10 +110,7 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.1, repetitions=2)
-    names = [name.strip() for name in settings.axis.split(",") if name.strip()]
-    for name in names:
-        if name not in AXES:
-            raise ConfigError(f"--axis {name} is unknown: expected some of {','.join(AXES)}")
+    names = chosen(settings.axis, tuple(AXES), "--axis")
     device = pick_device(settings.device)
     task = _task(settings, device)
     torch.backends.cudnn.benchmark = True  # for every case, as the trainer and the authors' script do

@@ -42,6 +42,7 @@ from benchmarks.end_to_end import (
     step_only,
 )
 from benchmarks.harness import (
+    chosen,
     environment,
     make_console,
     ratios,
@@ -104,7 +105,11 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.2, repetitions=2)
-    names, task, device = _names(settings.pipelines), _task(settings), pick_device(settings.device)
+    names, task, device = (
+        chosen(settings.pipelines, (*PIPELINES, PLAIN), "--pipelines"),
+        _task(settings),
+        pick_device(settings.device),
+    )
     torch.backends.cudnn.benchmark = True  # for every case, as the trainer and the authors' script do
     result: dict[str, Any] = {"benchmark": f"train-{settings.config}", "environment": environment(device)}
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
@@ -135,16 +140,6 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     if settings.out is not None:
         write_json(settings.out / f"train-{settings.config}.json", result)
     return result
-
-
-def _names(pipelines: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in pipelines.split(",") if name.strip()))
-    for name in names:
-        if name not in (*PIPELINES, PLAIN):
-            raise ConfigError(f"--pipelines {name} is unknown: expected some of {','.join((*PIPELINES, PLAIN))}")
-    if not names:
-        raise ConfigError(f"--pipelines is empty: name some of {','.join((*PIPELINES, PLAIN))}")
-    return names
 
 
 def _task(settings: Settings) -> Task:
