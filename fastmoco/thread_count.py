@@ -83,7 +83,7 @@ class ThreadCount:
         began = best = self.threads
         best_s = sum(times := (yield from self._window())) / len(times)
         cost_s = 0.0
-        others = ladder(self.most)
+        others = candidates(self.most)
         for direction in ([n for n in reversed(others) if n < began], [n for n in others if n > began]):
             for threads in direction:
                 self._use(threads)
@@ -148,9 +148,13 @@ def threads_restored(number: int | None = None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def ladder(most: int) -> list[int]:
-    """The numbers of threads that are tried, rising: a quarter, half and three quarters of most, one less, and most."""
-    return sorted({max(1, most * quarters // 4) for quarters in (1, 2, 3, 4)} | {max(1, most - 1)})
+def candidates(most: int) -> list[int]:
+    """The numbers of threads that are tried, rising: most, one less, three quarters, and halves down to one.
+
+    Down to one, because a container may have a share of a machine whose cores torch counts.
+    """
+    halves = {most >> shift for shift in range(most.bit_length())}
+    return sorted(halves | {max(1, most - 1), max(1, most * 3 // 4)})
 
 
 def _long_enough(times: list[float]) -> bool:
