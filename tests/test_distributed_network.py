@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,8 @@ class Machines:
 
 @pytest.fixture
 def machines() -> Iterator[Machines]:
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command ip, of the package iproute2")
     made = Machines(f"fastmoco-{os.getpid()}")
     try:
         made.join()
