@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
-MODULES = {"dali": "nvidia.dali", "ffcv": "ffcv", "triton": "triton"}
+MODULES = {"dali": "nvidia.dali", "ffcv": "ffcv", "onnx": "onnxruntime", "triton": "triton"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +31,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def require_backend(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Call it with dali, ffcv or triton: skips the test where that is not installed, or fails it if so asked."""
+    """Call it with a name of MODULES: skips the test where that is not installed, or fails it if so asked."""
 
     def require(name: str) -> None:
         parents = MODULES[name].split(".")

@@ -168,7 +168,8 @@ def test_safetensors_keeps_width_stem_and_preparation(made, tmp_path: Path, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["narrow", "r18"])
-def test_onnx_runs_on_any_batch(made, tmp_path: Path, name: str) -> None:
+def test_onnx_runs_on_any_batch(made, tmp_path: Path, name: str, require_backend) -> None:
+    require_backend("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     encoder, source = made(name)
     done = export(backbone_of(source), "onnx", tmp_path / "b.onnx")

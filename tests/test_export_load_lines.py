@@ -7,7 +7,7 @@ import functools
 import itertools
 import pickle
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,11 @@ CASES = [  # by architecture, so that each is made once
 
 @pytest.mark.parametrize(("arch", "target"), CASES)
 @torch.no_grad()
-def test_a_file_loads_as_is_printed_or_is_refused(folder: Path, arch: str, target: str) -> None:
+def test_a_file_loads_as_is_printed_or_is_refused(
+    folder: Path, arch: str, target: str, require_backend: Callable[[str], None]
+) -> None:
+    if target == "onnx":
+        require_backend("onnx")
     backbone, path = random_backbone(arch), folder / f"it's {arch}.{SUFFIX.get(target, target)}"
     if (arch, target) == ("resnext50_32x8d", "lincls"):
         with pytest.raises(ConfigError) as caught:
