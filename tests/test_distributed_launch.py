@@ -18,6 +18,7 @@ from fastmoco.errors import ConfigError, ExitCode, RankLostError
 from fastmoco.launch import ALONE, Place, is_launched, tell_torchrun
 
 RUN = [*TINY, *BASE, "--knn-every", "0", "--checkpoint-every", "1", "--dist-timeout", "60"]
+RUN += ["--cpu-threads", "1"]  # of each rank
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
 
 Started = subprocess.Popen[bytes]

@@ -22,7 +22,7 @@ from tests.ranks import results, start
 
 TIMEOUT_S = 10
 RUN = [*TINY, *BASE, "--knn-every", "0", "--pipeline", "resident", "--checkpoint-every", "1", "--epochs", "20"]
-RUN += ["--dist-timeout", str(TIMEOUT_S), "--log-every", "1"]
+RUN += ["--dist-timeout", str(TIMEOUT_S), "--log-every", "1", "--cpu-threads", "1"]
 
 
 def ip(*arguments: str) -> None:

@@ -26,6 +26,7 @@ from tests.ranks import Died, Failed, results, start
 
 # So low a rate that float32 runs stay together; kNN then tells features that differ in their last digits alike.
 BASE = [*RESIDENT, "--no-tensorboard", "--lr", "1e-5", "--log-every", "1", "--knn-every", "1", "--dist-timeout", "30"]
+BASE += ["--cpu-threads", "1"]  # of each rank
 
 
 def ending(out: Path, *arguments: str, console: Console | None = None) -> str:
