@@ -63,7 +63,7 @@ from pipelines.errors import BackendMissingError, DataError
 
 TUNED, FIXED, PASSIVE = "tuned", "fixed", "passive"
 ENVIRONMENT = {TUNED: {}, FIXED: {}, PASSIVE: {"OMP_WAIT_POLICY": "PASSIVE"}}
-WARM_UP = 5  # steps before a case says that it is ready
+WARM_UP = 3  # steps before a case says that it is ready
 TIMEOUT_S = 240.0  # for a case to open, or beyond what a reading is to take
 SPIN = "while True: pass"
 
@@ -100,9 +100,8 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Measures, prints a table and returns what it writes. Raises ConfigError, DataError and RankLostError."""
     console = console or make_console()
     if settings.quick:
-        settings = replace(
-            settings, width=0.125, batch_size=8, seconds=0.2, repetitions=1, pipelines="resident", neighbours="0,1"
-        )
+        settings = replace(settings, width=0.125, batch_size=8, seconds=0.2, repetitions=1)
+        settings = replace(settings, pipelines="resident", neighbours="0,1", threads=f"{TUNED},{FIXED}")
     names = chosen(settings.pipelines, tuple(PIPELINES), "--pipelines")
     kinds = chosen(settings.threads, tuple(ENVIRONMENT), "--threads")
     counts = _counts(settings.neighbours)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,13 @@ def test_ratios_are_to_the_same_round(tmp_path: Path, simulated: None) -> None:
 
 
 def test_neighbours_are_busy_and_end_with_the_block() -> None:
+    before = _spinning()
     with neighbours.neighbours(2):
-        time.sleep(0.5)
-        mine = _children(neighbours.SPIN)
-        assert len(mine) == 2
-        assert all(_cpu_ticks(pid) > 0 for pid in mine)
-    assert _children(neighbours.SPIN) == []
+        deadline = time.monotonic() + 60
+        while len(mine := _spinning() - before) < 2 or not all(map(_cpu_ticks, mine)):
+            assert time.monotonic() < deadline, "they do nothing"
+            time.sleep(0.05)
+    assert _spinning() <= before
 
 
 @pytest.mark.parametrize(
@@ -121,27 +122,26 @@ def test_a_training_process_that_dies_is_named() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # on a busy machine two threads crawl, which is what the script is about
 def test_the_script_measures_and_leaves_nobody_behind(tmp_path: Path) -> None:
+    before = _spinning()
     command = [sys.executable, "benchmarks/neighbours.py", "--quick", "--out", str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "neighbours.json").read_text())
     found = [(row["pipeline"], row["threads"], row["neighbours"]) for row in result["rows"]]
-    assert found == [("resident", kind, count) for kind in (TUNED, FIXED, PASSIVE) for count in (0, 1)]
+    assert found == [("resident", kind, count) for kind in (TUNED, FIXED) for count in (0, 1)]
     assert all(row["images_per_s"]["median"] > 0 for row in result["rows"])
-    assert _children(neighbours.SPIN) == []
+    assert _spinning() <= before
 
 
-def _children(words: str) -> list[int]:
-    """Processes of this machine that are still running a command with these words."""
-    found = []
+def _spinning() -> set[int]:
+    """Processes of this machine that run a neighbour's command."""
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in command and "pytest" not in command:
-            found.append(int(folder.name))
+        with suppress(OSError):
+            if (folder / "cmdline").read_bytes().split(b"\0")[1:] == [b"-c", neighbours.SPIN.encode(), b""]:
+                found.add(int(folder.name))
     return found
 
 
