@@ -45,7 +45,6 @@ from benchmarks.harness import (
     run_script,
     show,
     summarise,
-    take_turns,
     write_json,
 )
 from benchmarks.ladder import CONFIGS
@@ -128,9 +127,8 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
             turns = list(cases) if repetition % 2 == 0 else list(reversed(cases))
             for count in counts:
                 with neighbours(count):
-                    taken = take_turns({case: cases[case].read for case in turns}, 1)
-                for case, one in taken.items():
-                    readings.setdefault((case, count), []).extend(one)
+                    for case in turns:
+                        readings.setdefault((case, count), []).append(cases[case].read())
     rows = [_row(name, kind, count, readings) for name, kind in processes for count in counts]
     task = asdict(_task(settings)) | {"width": settings.width}
     result |= {"settings": asdict(settings) | {"out": None}, "task": task, "rows": rows, "left_out": left_out}

@@ -95,11 +95,8 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.3, repetitions=2, workers=1)
-    names, task, device = (
-        chosen(settings.rows, (*OURS, *PEERS), "--rows"),
-        _task(settings),
-        pick_device(settings.device),
-    )
+    names = chosen(settings.rows, (*OURS, *PEERS), "--rows")
+    task, device = _task(settings), pick_device(settings.device)
     torch.backends.cudnn.benchmark = True  # for every row, as the authors' script does
     result: dict[str, Any] = {"benchmark": f"peers-{settings.config}", "environment": environment(device)}
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:

@@ -105,11 +105,8 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.2, repetitions=2)
-    names, task, device = (
-        chosen(settings.pipelines, (*PIPELINES, PLAIN), "--pipelines"),
-        _task(settings),
-        pick_device(settings.device),
-    )
+    names = chosen(settings.pipelines, (*PIPELINES, PLAIN), "--pipelines")
+    task, device = _task(settings), pick_device(settings.device)
     torch.backends.cudnn.benchmark = True  # for every case, as the trainer and the authors' script do
     result: dict[str, Any] = {"benchmark": f"train-{settings.config}", "environment": environment(device)}
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:

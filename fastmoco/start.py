@@ -58,12 +58,11 @@ def started(config: RunConfig, console: Console) -> Iterator[Started]:
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     opened: list[RunDirectory] = []
-    with threads_restored(), World.join(config.run.device, config.scale.dist_timeout) as world:
+    with World.join(config.run.device, config.scale.dist_timeout) as world:
         try:
             start = _start(config, console, world, opened)
-            if world.device.type == "cpu" and start.config.run.cpu_threads is not None:
-                torch.set_num_threads(start.config.run.cpu_threads)
-            with start.stop:
+            threads = start.config.run.cpu_threads if world.device.type == "cpu" else None
+            with threads_restored(threads), start.stop:
                 yield start
         except BaseException as error:
             for directory in opened:

@@ -109,13 +109,14 @@ class ThreadCount:
 
     def _rest(self, seconds: float, step_s: float) -> _Steps[None]:
         """Until so many seconds of steps have passed, or the last few took much longer than `step_s` each."""
-        recent, passed_s = deque[float](), 0.0
+        recent, recent_s, passed_s = deque[float](), 0.0, 0.0
         while passed_s < seconds:
             recent.append((yield))
+            recent_s += recent[-1]
             passed_s += recent[-1]
-            while sum(recent) - recent[0] > RECENT_S:
-                recent.popleft()
-            if sum(recent) > RECENT_S and sum(recent) > SLOWER * step_s * len(recent):
+            while recent_s - recent[0] > RECENT_S:
+                recent_s -= recent.popleft()
+            if recent_s > RECENT_S and recent_s > SLOWER * step_s * len(recent):
                 return
 
 
