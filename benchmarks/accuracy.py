@@ -29,16 +29,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.archives import CACHE, unpacked
-from benchmarks.harness import environment, make_console, run_script, short, show, write_json
-from benchmarks.learning_curve import Evaluation, Sessions, draw, evaluations, first_at
+from benchmarks.measure.archives import CACHE, unpacked
+from benchmarks.measure.harness import environment, make_console, run_script, short, show, write_json
+from benchmarks.measure.learning_curve import Evaluation, Sessions, draw, evaluations, first_at
 from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
 from fastmoco.console import say
 from fastmoco.device import pick_device
 from fastmoco.errors import ConfigError, Preempted
-from fastmoco.metrics import read_metrics
 from fastmoco.recipes import recipe
-from fastmoco.rundir import read_config, read_status
+from fastmoco.run.directory import read_config, read_status
+from fastmoco.run.metrics import read_metrics
 from fastmoco.train import train
 
 PUBLISHED = {"cifar10-demo": (80.0, 82.6), "cifar10-demo-symmetric": (85.3,)}  # after 200 epochs, in the notebook

@@ -38,14 +38,14 @@ from typing import Literal
 import torch
 import tyro
 
-from benchmarks.harness import run_script
-from benchmarks.ladder import CONFIGS, train_step
-from benchmarks.plain import Task
-from benchmarks.rank_scaling import HALF_GRADIENTS, Messages
-from fastmoco.averaging import BUCKET_BYTES
-from fastmoco.batchnorm import SplitBatchNorm2d
+from benchmarks.measure.harness import run_script
+from benchmarks.measure.ladder import CONFIGS, train_step
+from benchmarks.measure.plain import Task
+from benchmarks.measure.rank_scaling import HALF_GRADIENTS, Messages
+from fastmoco.distributed.world import World
 from fastmoco.errors import ConfigError
-from fastmoco.world import World
+from fastmoco.model.batchnorm.split import SplitBatchNorm2d
+from fastmoco.step.gradients import BUCKET_BYTES
 
 AIMS = {"r50": 5000.0, "cifar": 50000.0}  # images/s of one H200
 IMAGES = {"r50": 1_281_167, "cifar": 50_000}  # of an epoch: ImageNet-1k, CIFAR-10

@@ -4,11 +4,12 @@
     uv run python benchmarks/neighbours.py --quick
 
 The default recipe's step, fed by each pipeline, beside 0, 1 and 2 processes that do nothing but spin, which this script
-starts itself. Threads are `tuned` as the trainer tunes them (`fastmoco.thread_count`) or `fixed` at torch's own number;
-`passive` are fixed ones that OpenMP lets sleep at its barriers (OMP_WAIT_POLICY=PASSIVE). Each case is a process of its
-own, because OpenMP reads its settings once. A reading is what a run would see that starts now: the search for the
-number of threads is in it. Cases and numbers of neighbours take turns, and ratios are to readings of the same round:
-`kept` to the same case without neighbours, `to fixed` to fixed threads beside as many, `of fixed, idle` beside none.
+starts itself. Threads are `tuned` as the trainer tunes them (`fastmoco.run.thread_count`) or `fixed` at torch's own
+number; `passive` are fixed ones that OpenMP lets sleep at its barriers (OMP_WAIT_POLICY=PASSIVE). Each case is a
+process of its own, because OpenMP reads its settings once. A reading is what a run would see that starts now: the
+search for the number of threads is in it. Cases and numbers of neighbours take turns, and ratios are to readings of the
+same round: `kept` to the same case without neighbours, `to fixed` to fixed threads beside as many, `of fixed, idle`
+beside none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.end_to_end import Images, open_case, our_engine
-from benchmarks.harness import (
+from benchmarks.measure.end_to_end import Images, open_case, our_engine
+from benchmarks.measure.harness import (
     Reading,
     chosen,
     environment,
@@ -47,17 +48,17 @@ from benchmarks.harness import (
     summarise,
     write_json,
 )
-from benchmarks.ladder import CONFIGS
-from benchmarks.plain import Task
-from benchmarks.sample_data import BETON, DRAWN, open_index
+from benchmarks.measure.ladder import CONFIGS
+from benchmarks.measure.plain import Task
+from benchmarks.measure.sample_data import BETON, DRAWN, open_index
 from fastmoco.config import RunConfig
 from fastmoco.device import DTYPES
 from fastmoco.errors import ConfigError, RankLostError
-from fastmoco.host_memory import keep_freed_memory
 from fastmoco.recipes import recipe
-from fastmoco.resolve import resolve
-from fastmoco.thread_count import ThreadCount
-from pipelines.backends import PIPELINES, default_workers
+from fastmoco.run.malloc import keep_freed_memory
+from fastmoco.run.resolve import resolve
+from fastmoco.run.thread_count import ThreadCount
+from pipelines.backends.select import PIPELINES, default_workers
 from pipelines.errors import BackendMissingError, DataError
 
 TUNED, FIXED, PASSIVE = "tuned", "fixed", "passive"

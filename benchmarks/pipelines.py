@@ -29,7 +29,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.harness import (
+from benchmarks.measure.harness import (
     Reading,
     Stopwatch,
     chosen,
@@ -41,18 +41,18 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.pipelines_table import show_slopes, show_speeds
-from benchmarks.plain_crops import plain_crops
-from benchmarks.resources import cpu_seconds, device_memory, memory_bytes
-from benchmarks.sample_data import SMALL, as_beton, open_index, stored_bytes
+from benchmarks.measure.plain_crops import plain_crops
+from benchmarks.measure.resources import cpu_seconds, device_memory, memory_bytes
+from benchmarks.measure.sample_data import SMALL, as_beton, open_index, stored_bytes
+from benchmarks.reporting.pipelines_table import show_slopes, show_speeds
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
-from fastmoco.host_memory import keep_freed_memory
-from pipelines.augment import CIFAR, V2
-from pipelines.backends import PIPELINES, default_workers, open_pipeline, open_source
+from fastmoco.run.malloc import keep_freed_memory
+from pipelines.augment.presets import CIFAR, V2
+from pipelines.backends.select import PIPELINES, default_workers, open_pipeline, open_source
+from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
-from pipelines.image_index import ImageIndex
-from pipelines.plans import Planner
+from pipelines.plan.planner import Planner
 from pipelines.workers import PREFETCHED
 
 CONTROL = "dataloader"

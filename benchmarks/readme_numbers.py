@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.collected import RESULTS, Collection, newest_by_hardware
-from benchmarks.harness import run_script
-from benchmarks.headlines import headlines
+from benchmarks.measure.harness import run_script
+from benchmarks.reporting.collected import RESULTS, Collection, newest_by_hardware
+from benchmarks.reporting.headlines import headlines
 from fastmoco.errors import ConfigError
 from fastmoco.files import write_atomically
 

@@ -20,11 +20,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.collected import RESULTS, Collection, keep, read
-from benchmarks.harness import run_script
-from benchmarks.headlines import bottlenecks, headlines
-from benchmarks.page import Block, Bullets, Code, Heading, Table, Text, as_html, as_markdown, pictures
-from benchmarks.sections import sections
+from benchmarks.measure.harness import run_script
+from benchmarks.reporting.collected import RESULTS, Collection, keep, read
+from benchmarks.reporting.headlines import bottlenecks, headlines
+from benchmarks.reporting.page import Block, Bullets, Code, Heading, Table, Text, as_html, as_markdown, pictures
+from benchmarks.reporting.sections import sections
 from fastmoco.files import write_atomically
 
 

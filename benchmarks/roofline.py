@@ -4,10 +4,10 @@
     uv run python benchmarks/roofline.py --config r50               # measures the step itself
     uv run python benchmarks/roofline.py --quick
 
-The least a step has to compute and to move is counted kernel by kernel from the model (benchmarks/traffic.py has the
-formulas and what they assume). A kernel takes at least the longer of its arithmetic and its memory traffic; their sum
-is the least time of the step, and a measured rate stands at its share of that. Ceilings are sustained, not a data
-sheet's: square products, and copies far larger than the caches, read and write counted.
+The least a step has to compute and to move is counted kernel by kernel from the model (benchmarks/measure/traffic.py
+has the formulas and what they assume). A kernel takes at least the longer of its arithmetic and its memory traffic;
+their sum is the least time of the step, and a measured rate stands at its share of that. Ceilings are sustained, not a
+data sheet's: square products, and copies far larger than the caches, read and write counted.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import step as step_script
-from benchmarks.collected import read
-from benchmarks.harness import (
+from benchmarks.measure.harness import (
     Reading,
     Summary,
     environment,
@@ -44,12 +43,13 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.headlines import PLAIN
-from benchmarks.ladder import LADDER
-from benchmarks.plain import Task
-from benchmarks.plots import roofline_picture
+from benchmarks.measure.ladder import LADDER
+from benchmarks.measure.plain import Task
+from benchmarks.measure.traffic import Ceilings, Group, count_step, group_of, groups_of
+from benchmarks.reporting.collected import read
+from benchmarks.reporting.headlines import PLAIN
+from benchmarks.reporting.plots import roofline_picture
 from benchmarks.step import MATRIX_SIDES
-from benchmarks.traffic import Ceilings, Group, count_step, group_of, groups_of
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
 

@@ -33,12 +33,12 @@ from typing import Any
 
 import tyro
 
-from benchmarks.archives import SUFFIXES, unpacked
-from benchmarks.collected import PART, SUITE
-from benchmarks.harness import run_script, write_json
-from benchmarks.suites import DATA, OUT, SUITES, WHOLE, Part, Suite
+from benchmarks.measure.archives import SUFFIXES, unpacked
+from benchmarks.measure.harness import run_script, write_json
+from benchmarks.measure.suites import DATA, OUT, SUITES, WHOLE, Part, Suite
+from benchmarks.reporting.collected import PART, SUITE
 from fastmoco.errors import ConfigError
-from fastmoco.rundir import git_commit
+from fastmoco.run.directory import git_commit
 
 SCRIPTS = Path(__file__).resolve().parent
 LOG = "log.txt"

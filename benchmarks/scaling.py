@@ -6,9 +6,9 @@
 
 One thing changes along an axis, all else stays as in the configuration. Of the step, on synthetic views, ours is read
 beside the plain one; of the loaders, all that have workers, with nothing behind them; of ranks, ours with the real
-messages, the configuration's batch on each (benchmarks/rank_scaling.py says what is compared and counted). All points
-of an axis take turns, and `to first` is the ratio to the same case's first point in the same round: of milliseconds a
-step, and for workers and ranks of images/s. Memory is what a case adds while it runs.
+messages, the configuration's batch on each (benchmarks/measure/rank_scaling.py says what is compared and counted). All
+points of an axis take turns, and `to first` is the ratio to the same case's first point in the same round: of
+milliseconds a step, and for workers and ranks of images/s. Memory is what a case adds while it runs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.end_to_end import Case, Images, measure, open_case, start_fork_server
-from benchmarks.harness import (
+from benchmarks.measure.end_to_end import Case, Images, measure, open_case, start_fork_server
+from benchmarks.measure.harness import (
     Reading,
     chosen,
     environment,
@@ -44,15 +44,15 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.ladder import CONFIGS, LADDER, Climber
-from benchmarks.plain import Task
-from benchmarks.rank_scaling import HALF_GRADIENTS, Ranks, add_efficiency, rank_counts
-from benchmarks.sample_data import open_index
+from benchmarks.measure.ladder import CONFIGS, LADDER, Climber
+from benchmarks.measure.plain import Task
+from benchmarks.measure.rank_scaling import HALF_GRADIENTS, Ranks, add_efficiency, rank_counts
+from benchmarks.measure.sample_data import open_index
 from fastmoco.config import Arch
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
-from pipelines.backends import PIPELINES
-from pipelines.backends import default_workers as cores
+from pipelines.backends.select import PIPELINES
+from pipelines.backends.select import default_workers as cores
 from pipelines.errors import BackendMissingError, DataError
 from pipelines.workers import start_server
 

@@ -26,7 +26,7 @@ import tyro
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import (
+from benchmarks.measure.harness import (
     Reading,
     environment,
     make_console,
@@ -39,8 +39,8 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.ladder import CONFIGS, LADDER, Climber, Rung, step_flops, time_limit
-from benchmarks.plain import Task
+from benchmarks.measure.ladder import CONFIGS, LADDER, Climber, Rung, step_flops, time_limit
+from benchmarks.measure.plain import Task
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
 

@@ -6,10 +6,10 @@
 
 images/s are images of the data set, two views each. Every pipeline feeds the step that the trainer builds on this
 machine; kNN and checkpoints are left out. `plain` is what most people run: a plain DataLoader with a plain eager
-float32 step behind it (`benchmarks/plain.py`); `dataloader` is the same loader with our step. The share of step-only is
-the rate over that of the same step on synthetic views, taken in the same round: 100 % is a loader that costs nothing.
-The cases take turns, each with a new iterator, whose first batches are not counted. Files that fit in memory come from
-the page cache, not from the disk.
+float32 step behind it (`benchmarks/measure/plain.py`); `dataloader` is the same loader with our step. The share of
+step-only is the rate over that of the same step on synthetic views, taken in the same round: 100 % is a loader that
+costs nothing. The cases take turns, each with a new iterator, whose first batches are not counted. Files that fit in
+memory come from the page cache, not from the disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.end_to_end import (
+from benchmarks.measure.end_to_end import (
     PLAIN,
     Case,
     Engine,
@@ -41,7 +41,7 @@ from benchmarks.end_to_end import (
     start_fork_server,
     step_only,
 )
-from benchmarks.harness import (
+from benchmarks.measure.harness import (
     chosen,
     environment,
     make_console,
@@ -53,16 +53,16 @@ from benchmarks.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.ladder import CONFIGS
-from benchmarks.plain import Task
-from benchmarks.sample_data import open_index, stored_bytes
+from benchmarks.measure.ladder import CONFIGS
+from benchmarks.measure.plain import Task
+from benchmarks.measure.sample_data import open_index, stored_bytes
 from fastmoco.config import Arch, RunConfig
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
-from fastmoco.resolve import resolve
-from pipelines.backends import PIPELINES, default_workers
+from fastmoco.run.resolve import resolve
+from pipelines.backends.select import PIPELINES, default_workers
+from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
-from pipelines.image_index import ImageIndex
 
 STEP, PLAIN_STEP = "step only", "plain step only"
 ENOUGH = 0.95  # of the step's own rate: below, the loader is what to make faster

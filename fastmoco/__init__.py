@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: only what needs it does so
 
     from torch import nn
 
-    from fastmoco.preprocessing import Preprocessing
+    from fastmoco.export.preprocessing import Preprocessing
 
 __all__ = ["load_backbone"]
 
@@ -30,8 +30,8 @@ def load_backbone(
     The backbone is torchvision's `ResNet` with an identity for `fc`, in evaluation mode, float32, on the CPU; before it
     goes a `preprocessing.Preprocessing`. Raises CheckpointError or ConfigError, ValueErrors of one line that say why.
     """
-    from fastmoco.backbone_files import read_backbone
-    from fastmoco.preprocessing import Preprocessing
+    from fastmoco.export.preprocessing import Preprocessing
+    from fastmoco.export.read import read_backbone
 
     backbone = read_backbone(path, arch=arch, stem=stem, side=side)
     return backbone.module, Preprocessing(backbone.side, backbone.mean, backbone.std)

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fastmoco.arguments import nearest, parse
 from fastmoco.config import RunConfig
+from fastmoco.config.arguments import nearest, parse
+from fastmoco.distributed.launch import is_launched, launch, tell_torchrun
 from fastmoco.errors import ConfigError, ExitCode, ToldError, exit_code
-from fastmoco.launch import is_launched, launch, tell_torchrun
 from fastmoco.recipes import check_data, recipe
 
 USAGE = """usage: fastmoco COMMAND [--debug]
@@ -70,49 +70,49 @@ def _train(argv: list[str]) -> None:
 
 
 def _recipes(argv: list[str]) -> None:
-    from fastmoco.recipes.show import recipes_command
+    from fastmoco.commands.recipes import recipes_command
 
     recipes_command(argv)
 
 
 def _sweep(argv: list[str]) -> None:
-    from fastmoco.sweep_command import sweep_command
+    from fastmoco.commands.sweep import sweep_command
 
     sweep_command(argv, parse_train)
 
 
 def _export(argv: list[str]) -> None:
-    from fastmoco.export_options import parse_export
+    from fastmoco.export.options import parse_export
 
     options = parse_export(argv)
-    from fastmoco.export_command import export_command
+    from fastmoco.commands.export import export_command
 
     export_command(options)
 
 
 def _scan(argv: list[str]) -> None:
-    from fastmoco.scan_options import parse_scan
+    from fastmoco.commands.scan_options import parse_scan
 
     options = parse_scan(argv)
-    from fastmoco.scan_command import scan_command
+    from fastmoco.commands.scan import scan_command
 
     scan_command(options)
 
 
 def _views(argv: list[str]) -> None:
-    from fastmoco.views_options import parse_views
+    from fastmoco.commands.views_options import parse_views
 
     options = parse_views(argv)
-    from fastmoco.views_command import views_command
+    from fastmoco.commands.views import views_command
 
     views_command(options)
 
 
 def _eval(argv: list[str]) -> None:
-    from fastmoco.eval_options import parse_eval
+    from fastmoco.evaluation.options import parse_eval
 
     options = parse_eval(argv)
-    from fastmoco.eval_command import eval_command
+    from fastmoco.commands.eval import eval_command
 
     eval_command(options)
 

@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.decode import printable
+from pipelines.data.decode import printable
 
 LINES_APART_S = 10.0  # off a terminal, at least
 SILENCE_S = 60.0  # and at most, where an epoch takes longer

@@ -13,27 +13,27 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastmoco.clock import StepClock
 from fastmoco.config import RunConfig
 from fastmoco.console import Reading, TrainingProgress, duration, say, show_facts
 from fastmoco.device import DTYPES, describe
+from fastmoco.distributed.watchdog import Watchdog
+from fastmoco.distributed.world import Vote
 from fastmoco.errors import DeviceError, DivergedError, Preempted, RankLostError
-from fastmoco.forecast import Forecast
-from fastmoco.graph import GraphedStep
-from fastmoco.monitor import Monitor
-from fastmoco.records import Records
-from fastmoco.report import start_facts
-from fastmoco.schedules import ema_momentum_at, lr_at
-from fastmoco.start import Started, started
-from fastmoco.state import build_state
-from fastmoco.thread_count import ThreadCount, tunes_threads
-from fastmoco.watchdog import Watchdog
-from fastmoco.world import Vote
-from pipelines.augment import AUGMENTATIONS, with_scale
-from pipelines.backends import open_pipeline, open_source
+from fastmoco.evaluation.online import Monitor
+from fastmoco.run.forecast import Forecast
+from fastmoco.run.recorder import Records
+from fastmoco.run.report import start_facts
+from fastmoco.run.start import Started, started
+from fastmoco.run.state import build_state
+from fastmoco.run.thread_count import ThreadCount, tunes_threads
+from fastmoco.run.throughput import StepClock
+from fastmoco.step.cuda_graph import GraphedStep
+from fastmoco.step.schedules import ema_momentum_at, lr_at
+from pipelines.augment.presets import AUGMENTATIONS, with_scale
+from pipelines.backends.select import open_pipeline, open_source
 from pipelines.errors import DataError
-from pipelines.order import orders
-from pipelines.plans import Planner
+from pipelines.plan.order import orders
+from pipelines.plan.planner import Planner
 from pipelines.views import Views
 
 SAVE_SECONDS = 60.0  # between two checkpoints, unless steps were given: an epoch may take less time than saving

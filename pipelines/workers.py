@@ -79,7 +79,7 @@ def start_server() -> None:
     """Starts the server that forks the workers, and does not wait; deaf to SIGTERM, as they will be: torchrun sends
     that to whole process groups, and while one rank has no more batches, the others wait for it in vain. SIGKILL still
     ends a worker."""
-    forkserver.set_forkserver_preload(["pipelines.torch_crops", "pipelines.dataloader"])  # imports torch once
+    forkserver.set_forkserver_preload(["pipelines.backends.torch", "pipelines.backends.baseline"])  # imports torch once
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()  # its signal mask is inherited

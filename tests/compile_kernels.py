@@ -13,12 +13,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastmoco.batchnorm_triton import split_batch_norm
-from fastmoco.info_nce_triton import info_nce
-from fastmoco.momentum_triton import momentum_update
-from pipelines.augment import CIFAR, V1, V2
-from pipelines.augment_triton import apply, crop_and_apply
-from pipelines.resample_triton import ResidentPixels
+from fastmoco.model.batchnorm.triton import split_batch_norm
+from fastmoco.step.info_nce_triton import info_nce
+from fastmoco.step.sgd_ema_triton import momentum_update
+from pipelines.augment.presets import CIFAR, V1, V2
+from pipelines.augment.resample_triton import ResidentPixels
+from pipelines.augment.triton_ops import apply, crop_and_apply
 
 
 class Hopper:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["fastmoco.train", "pipelines.torch_crops", "pipelines.dataloader"]
+PRELOAD = ["fastmoco.train", "pipelines.backends.torch", "pipelines.backends.baseline"]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipelines.image_index import ImageIndex
-from pipelines.resample import crop_resize
+from pipelines.augment.resample import crop_resize
+from pipelines.data.index import ImageIndex
 from pipelines.views import BatchPlan
 
 

@@ -33,12 +33,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.errors import ConfigError, ExitCode
-from pipelines.beton import Manifest
-from pipelines.beton_writer import BetonWriter
-from pipelines.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
-from pipelines.decode import exif_orientation, is_jpeg, open_image, printable
+from pipelines.data.beton import Manifest
+from pipelines.data.beton_writer import BetonWriter
+from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
+from pipelines.data.decode import exif_orientation, is_jpeg, open_image, printable
+from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
-from pipelines.image_index import ImageIndex
 from pipelines.randomness import Domain, philox, uniform
 
 RESIZED_QUALITY = 95

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.errors import ConfigError, ExitCode
-from pipelines.dataset import BadImages, load_dataset
-from pipelines.decode import printable
+from pipelines.data.dataset import BadImages, load_dataset
+from pipelines.data.decode import printable
+from pipelines.data.index import ImageIndex
+from pipelines.data.tar_shards import CLASS_NAMES
 from pipelines.errors import DataError
-from pipelines.image_index import ImageIndex
 from pipelines.randomness import Domain, permutation
-from pipelines.tar_shards import CLASS_NAMES
 
 READERS = 8  # threads that read: they wait for the disk
 READ_AHEAD = 64  # images

@@ -32,8 +32,8 @@ from fastmoco.recipes.small_images import (
     mnist,
     shapes,
 )
+from pipelines.data.names import NAMES
 from pipelines.errors import DataError
-from pipelines.names import NAMES
 
 __all__ = ["PUBLISHED", "RECIPES", "Expected", "Measured", "Published", "Recipe", "check_data", "entry", "recipe"]
 

@@ -1,0 +1,78 @@
+"""fastmoco export: the backbone of a run as a file of another library."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from fastmoco.console import Fact, make_console, show_facts
+from fastmoco.export.formats import call_in, detectron2_settings
+from fastmoco.export.options import ExportOptions
+from fastmoco.export.read import Backbone, read_backbone
+from fastmoco.export.write import IMAGES, export
+
+
+def export_command(options: ExportOptions) -> None:
+    """Writes, and says what was written. Raises what `read_backbone` and `export` raise."""
+    path = options.path
+    backbone = read_backbone(options.run)
+    done = export(backbone, options.to, path, overwrite=options.overwrite)
+    facts = [
+        Fact("from", backbone.origin),
+        Fact("backbone", describe(backbone), f"views of {backbone.side} pixels"),
+        Fact("normalisation", f"mean {_words(backbone.mean)}, std {_words(backbone.std)}"),
+        Fact("checked", f"the features of {IMAGES} images agree to {max(done.apart, 1e-7):.0e}", done.checked_with),
+        Fact("written", str(path), f"{done.size_bytes / 2**20:.1f} MiB"),
+        Fact("load it", load_lines(backbone, options.to, os.path.relpath(path))),
+    ]
+    show_facts(make_console(), "fastmoco export", facts)
+
+
+def describe(backbone: Backbone) -> str:
+    """`resnet18 with the CIFAR stem at width 0.25, 128 features`."""
+    stem = " with the CIFAR stem" if backbone.stem == "cifar" else ""
+    width = "" if backbone.width == 1 else f" at width {backbone.width:g}"
+    return f"{backbone.arch}{stem}{width}, {backbone.feature_dim:,} features"
+
+
+def load_lines(backbone: Backbone, target: str, name: str) -> str:
+    """The Python, the command or the settings that load the file; those of detectron2 as its train_net.py takes them.
+
+    What is Python runs as it is, but that the images of ONNX, `batch`, have to be there.
+    """
+    if target in ("torchvision", "timm"):
+        return _load_state(backbone, target, name)
+    if target == "detectron2":
+        settings = {"MODEL.WEIGHTS": name, **detectron2_settings(backbone)}
+        return shlex.join(str(word) for setting in settings.items() for word in setting)
+    return {
+        "lincls": f"python main_lincls.py -a {backbone.arch} --pretrained {shlex.quote(name)} DATA",
+        "safetensors": f"import fastmoco; backbone, preprocess = fastmoco.load_backbone({name!r})",
+        "onnx": "import onnxruntime; "
+        f"features = onnxruntime.InferenceSession({name!r}).run(['features'], {{'images': batch}})[0]",
+    }[target]
+
+
+def _load_state(backbone: Backbone, library: str, name: str) -> str:
+    model, options = call_in(library, backbone.arch)
+    words = [f"{key}={value}" for key, value in options.items()]
+    if library == "torchvision":
+        build = f"torchvision.models.{model}({', '.join(words)})"
+    else:
+        build = f"timm.create_model({', '.join([repr(model), *words])})"
+    reader = ("safetensors.torch", "load_file") if name.lower().endswith(".safetensors") else ("torch", "load")
+    lines = [
+        f"import {', '.join(dict.fromkeys(['torch', reader[0], library]))}",
+        f"model = {build}",
+        f"model.load_state_dict({'.'.join(reader)}({name!r}), strict=False)",
+    ]
+    if backbone.stem == "cifar":
+        lines[2:2] = [
+            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
+            "model.maxpool = torch.nn.Identity()",
+        ]
+    return "; ".join(lines)
+
+
+def _words(colour: tuple[float, float, float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in colour)

@@ -1,0 +1,28 @@
+"""Everything that defines a run. Imports errors and nothing else of fastmoco, and no torch: `--help` is instant."""
+
+from fastmoco.config.run_config import (
+    FREE_ON_RESUME,
+    Arch,
+    Aug,
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    differences,
+)
+from fastmoco.config.run_options import RunOptions, ScaleOptions
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "Arch",
+    "Aug",
+    "AugmentConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "RunOptions",
+    "ScaleOptions",
+    "differences",
+]

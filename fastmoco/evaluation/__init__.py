@@ -1,0 +1,1 @@
+"""Probes of frozen features, and evaluation while training. Imports export, run and below."""

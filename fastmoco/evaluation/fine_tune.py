@@ -1,0 +1,77 @@
+"""Fine-tuning: the whole backbone and a classifier trained on labelled images, from the pretrained weights.
+
+B images a step · S side of a view · D features · C classes
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.errors import ConfigError
+from fastmoco.evaluation.labelled_views import LabelledViews
+from fastmoco.evaluation.linear import new_classifier
+from fastmoco.evaluation.settings import Sgd
+
+# Ours: a new classifier has further to go than weights that are good already.
+CLASSIFIER_LR_FACTOR = 10.0
+
+
+class Classifier(nn.Module):
+    """A copy of a backbone with a linear layer on its features: (B, 3, S, S) → (B, C)."""
+
+    def __init__(self, backbone: nn.Module, fc: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.fc = copy.deepcopy(backbone), fc
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.backbone(images).float())
+
+
+def fine_tune(
+    backbone: nn.Module,
+    feature_dim: int,
+    num_classes: int,
+    views: LabelledViews,
+    sgd: Sgd,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> Classifier:
+    """The classifier after `sgd.epochs` of SGD on mean cross-entropy, ready for evaluation; `backbone` stays as it is.
+
+    The learning rate of the new layer is ten times `sgd.lr`. Weights of convolutions and of the layer decay; biases and
+    batch norm do not. Batch norm uses and updates its statistics as in training. `dtype` is that of autocast.
+    Raises ConfigError where the loss stops being finite, DataError.
+    """
+    assert views.drop_last, "batch norm has no statistics of a batch of one"
+    model = Classifier(backbone, new_classifier(feature_dim, num_classes, device, seed)).to(device)
+    model.requires_grad_(True).train()
+    decays = [p for p in model.backbone.parameters() if p.ndim > 1]
+    others = [p for p in model.backbone.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decays, "factor": 1.0, "weight_decay": sgd.weight_decay},
+        {"params": others, "factor": 1.0},
+        {"params": [model.fc.weight], "factor": CLASSIFIER_LR_FACTOR, "weight_decay": sgd.weight_decay},
+        {"params": [model.fc.bias], "factor": CLASSIFIER_LR_FACTOR},
+    ]
+    optimiser = torch.optim.SGD(groups, lr=sgd.lr, momentum=sgd.momentum)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    loss = torch.zeros((), device=device)
+    for step, (images, labels) in enumerate(views.batches(sgd.epochs)):
+        lr = sgd.lr_at(step, views.steps_per_epoch)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * group["factor"]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            scores = model(images)
+        loss = F.cross_entropy(scores.float(), labels)
+        optimiser.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+    if not (loss.isfinite() & model.fc.weight.isfinite().all()).item():
+        raise ConfigError(f"fine-tuning diverged with a learning rate of {sgd.lr:g}: lower --fine-tune-lr")
+    return model.eval()

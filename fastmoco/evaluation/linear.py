@@ -1,0 +1,75 @@
+"""The linear probe: one layer on frozen features, trained by SGD as in the authors' `main_lincls.py`.
+
+N images · D features · C classes · B images a step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.errors import ConfigError
+from fastmoco.evaluation.settings import Sgd
+from pipelines.plan.order import epoch_order
+
+INIT_STD = 0.01
+
+
+def new_classifier(feature_dim: int, num_classes: int, device: torch.device, seed: int) -> nn.Linear:
+    """A layer with weights drawn from N(0, 0.01²) and biases of 0, as in the authors' code."""
+    layer = nn.Linear(feature_dim, num_classes)
+    with torch.no_grad():
+        layer.weight.normal_(0, INIT_STD, generator=torch.Generator().manual_seed(seed))
+        layer.bias.zero_()
+    return layer.to(device)
+
+
+def fit_linear(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps_per_epoch: int,
+    feature_dim: int,
+    num_classes: int,
+    sgd: Sgd,
+    device: torch.device,
+    seed: int = 0,
+) -> nn.Linear:
+    """A linear layer after SGD on mean cross-entropy + ½ · weight_decay · ‖W‖², in float32; biases do not decay.
+
+    batches  (features (B, D) float32, labels (B,) int64) of all epochs, on the device
+
+    Full batches and many steps bring it to the minimum that scikit-learn's LogisticRegression finds with
+    C = 1 / (N · weight_decay) (see `tests/evaluation/test_linear.py`). Raises ConfigError where the loss stops being
+    finite.
+    """
+    layer = new_classifier(feature_dim, num_classes, device, seed)
+    groups = [{"params": [layer.weight], "weight_decay": sgd.weight_decay}, {"params": [layer.bias]}]
+    optimiser = torch.optim.SGD(groups, lr=sgd.lr, momentum=sgd.momentum)
+    loss = torch.zeros((), device=device)
+    for step, (features, labels) in enumerate(batches):
+        for group in optimiser.param_groups:
+            group["lr"] = sgd.lr_at(step, steps_per_epoch)
+        loss = F.cross_entropy(layer(features), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    if not (loss.isfinite() & layer.weight.isfinite().all()).item():
+        raise ConfigError(f"the linear probe diverged with a learning rate of {sgd.lr:g}: lower --linear-lr")
+    return layer
+
+
+def cached_batches(features: Tensor, labels: Tensor, sgd: Sgd, seed: int = 0) -> tuple[Iterator, int]:
+    """Batches of all epochs from features in memory, and how many there are in an epoch.
+
+    Every epoch has an order of its own, a pure function of (seed, epoch), and its last batch may be smaller.
+    """
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in range(sgd.epochs):
+            order = torch.from_numpy(epoch_order(seed, epoch, len(features))).to(features.device)
+            for rows in order.split(sgd.batch_size):
+                yield features[rows], labels[rows]
+
+    return batches(), -(-len(features) // sgd.batch_size)

@@ -1,0 +1,1 @@
+"""Backbones from files and into files of other libraries. Imports run and below."""

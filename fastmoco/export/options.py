@@ -1,0 +1,71 @@
+"""What `fastmoco export` can be asked for, checked before anything is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastmoco.config.arguments import parse
+from fastmoco.config.checks import check_types, require
+from fastmoco.errors import ConfigError
+
+DESCRIPTION = (
+    "Write the backbone of a run, without its projection head, for another library. The file is loaded back and its "
+    "features are compared before it gets its name."
+)
+SUFFIXES = {
+    "torchvision": (".pth", ".safetensors"),
+    "timm": (".pth", ".safetensors"),
+    "detectron2": (".pkl",),
+    "lincls": (".pth.tar", ".pth"),
+    "safetensors": (".safetensors",),
+    "onnx": (".onnx",),
+}
+"""What the name of a file ends with, by its target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Which backbone, for whom, and where to."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """The folder of a run, or a file: a checkpoint, a backbone, the authors' .pth.tar, torchvision's state dict."""
+    to: Literal["torchvision", "timm", "detectron2", "lincls", "safetensors", "onnx"]
+    """The library or format; lincls is main_lincls.py of facebookresearch/moco."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """The file to write."""
+    overwrite: bool = False
+    """Replace that file."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self, "run", lambda v: v != "" and "\0" not in v, "the folder of a run, or a file")
+        require(self, "out", lambda v: v != "" and "\0" not in v, "the name of a file")
+
+    @property
+    def path(self) -> Path:
+        """Of the file to write, absolute."""
+        return Path(os.path.abspath(os.path.expanduser(self.out)))
+
+
+def parse_export(argv: list[str]) -> ExportOptions:
+    """The arguments of `fastmoco export`. Raises ConfigError; exits for --help."""
+    flags = ["--" + name for name in ExportOptions.__dataclass_fields__ if name != "run"]
+    options = parse(ExportOptions, argv, command="export", description=DESCRIPTION, flags=[*flags, "-o"])
+    check_path(options.to, options.path, overwrite=options.overwrite)
+    return options
+
+
+def check_path(target: str, path: Path, *, overwrite: bool) -> None:
+    """Refuse a name that `target` does not read, and what must not be replaced. Raises ConfigError."""
+    if not path.name.lower().endswith(SUFFIXES[target]):
+        names = " or ".join(SUFFIXES[target])
+        raise ConfigError(f"--out is {path.name!a}, expected a name that ends with {names} for --to {target}")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"--out {path} is a link, a folder or a device, which is left alone: choose another name")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out {path} exists: use --overwrite to replace it, or choose another name")

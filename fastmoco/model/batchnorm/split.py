@@ -1,0 +1,180 @@
+"""Batch normalisation over groups of a batch, as if each group lived on its own device.
+
+N samples · C channels · H, W sides · s splits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.distributed.world import World
+from fastmoco.errors import ConfigError
+from fastmoco.model.batchnorm import cpu as batchnorm_cpu
+from fastmoco.model.batchnorm.sync import group_batch_norm
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose training statistics are those of N/s consecutive samples, not of all N.
+
+    With group g the rows gN/s … (g+1)N/s − 1, for each channel:
+
+        y[g] = weight · (x[g] − mean(x[g])) / sqrt(var(x[g]) + eps) + bias          var biased, over N/s · H · W values
+        running ← (1 − momentum) · running + momentum · mean over g of (mean(x[g]), var(x[g]) unbiased)
+
+    MoCo needs it: with statistics over the whole batch a query can find its key by the statistics they share
+    (He et al. 2020, section 3.3, "Shuffling BN"). In evaluation it is `nn.BatchNorm2d`.
+
+    What follows it in a block can be handed over, so that one kernel does all of it: `forward(x, relu, residual)` is
+    relu(y + residual), each where given, residual of the shape and type of x.
+
+    Input x (N, C, H, W) of any floating type → the same shape and type; the statistics have the type of the parameters,
+    float32, under autocast too. A group of channels-last rows is itself dense and channels-last, hence one native
+    kernel for each group: on a CPU in `fastmoco.model.batchnorm.cpu`, elsewhere with a concatenation after them.
+    Reductions written out in torch took 5 to 25 times as long on one core, folding the groups into the channels (which
+    copies to NCHW) 4 to 8 times.
+
+    kernels             "torch", or "triton" for `fastmoco.model.batchnorm.triton` in training: see `use_kernels`
+    ranks               over which each group is spread; where it is one, N are this rank's samples: see `divide_groups`
+    updates_statistics  False while a forward is repeated for its activations alone: see `statistics_kept`
+
+    `num_batches_tracked` stays 0: only a cumulative average reads it, and counting costs one kernel a layer and step.
+
+    Raises ConfigError where N is not a multiple of s, or a group has one value per channel.
+    """
+
+    def __init__(self, num_features: int, num_splits: int = 1, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        if num_splits < 1:
+            raise ConfigError(f"the number of batch norm splits is {num_splits}; give 1 (no split) or more")
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.num_splits = num_splits
+        self.kernels = "torch"
+        self.ranks: World | None = None
+        self.updates_statistics = True
+
+    def forward(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        if self.training:
+            self._check(input)
+            if self.ranks is not None:
+                assert self.momentum is not None
+                statistics = self._statistics()
+                y = group_batch_norm(input, self.weight, self.bias, *statistics, self.momentum, self.eps, self.ranks)
+            elif self.kernels == "triton":
+                from fastmoco.model.batchnorm.triton import (
+                    split_batch_norm,  # Triton comes with torch's CUDA builds only
+                )
+
+                return self._fused(split_batch_norm, input, relu, residual)
+            elif input.device.type == "cpu" and not torch.compiler.is_compiling():
+                return self._fused(batchnorm_cpu.split_batch_norm, input, relu, residual)
+            else:
+                y = self._groups(input)
+        else:
+            y = super().forward(input)
+        if residual is not None:
+            y += residual
+        return F.relu(y, inplace=True) if relu else y
+
+    def _check(self, input: Tensor) -> None:
+        rows, rest = divmod(input.shape[0], self.num_splits)
+        if rest or rows == 0:
+            raise ConfigError(
+                f"a batch of {input.shape[0]} samples does not divide into {self.num_splits} batch norm splits; "
+                f"use a batch that is a multiple of {self.num_splits}, or fewer splits"
+            )
+        if rows * input.shape[2] * input.shape[3] == 1:
+            raise ConfigError(
+                f"batch norm meets one sample of 1×1 pixels in each of its {self.num_splits} splits, "
+                "which has no variance; use a larger batch, larger images or fewer splits"
+            )
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Running mean and variance to update: the layer's, or copies that nobody keeps."""
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None
+        assert variance is not None
+        return (mean, variance) if self.updates_statistics else (mean.clone(), variance.clone())
+
+    def _fused(self, function: Callable[..., Tensor], input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+        return function(
+            input,
+            self.weight,
+            self.bias,
+            *self._statistics(),
+            self.num_splits,
+            self.momentum,
+            self.eps,
+            relu,
+            residual,
+        )
+
+    def _groups(self, input: Tensor) -> Tensor:
+        running_mean, running_var = self._statistics()
+        if self.num_splits == 1:
+            return self._normalise(input, running_mean, running_var)
+        means = running_mean.repeat(self.num_splits, 1)
+        variances = running_var.repeat(self.num_splits, 1)
+        groups = input.split(len(input) // self.num_splits)
+        normalised = [self._normalise(group, means[i], variances[i]) for i, group in enumerate(groups)]
+        if self.updates_statistics:
+            with torch.no_grad():
+                running_mean.copy_(means.mean(dim=0))
+                running_var.copy_(variances.mean(dim=0))
+        return torch.cat(normalised)
+
+    def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+        assert self.momentum is not None
+        return F.batch_norm(
+            x, running_mean, running_var, self.weight, self.bias, training=True, momentum=self.momentum, eps=self.eps
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"
+
+
+def use_kernels(module: nn.Module, kernels: str) -> None:
+    """Sets whose kernels the batch norms of a module train with: "torch" or "triton" (see `kernels.check_kernels`)."""
+    for layer in _layers(module):
+        layer.kernels = kernels
+
+
+def divide_groups(module: nn.Module, world: World) -> None:
+    """Gives every rank its share of the groups of a batch that is divided over the ranks: what batch norm computes is
+    what it would on one rank, whatever their number.
+
+    With s splits and R ranks, a rank has s/R whole groups, or shares one with R/s − 1 others (all of them where s is 1,
+    which is synchronised batch norm). Raises ConfigError where neither is a whole number.
+    """
+    for layer in _layers(module):
+        splits, size = layer.num_splits, world.size
+        if splits % size == 0:
+            layer.num_splits = splits // size
+        elif size % splits == 0:
+            layer.num_splits, layer.ranks = 1, world.part(splits)
+        else:
+            raise ConfigError(
+                f"{splits} batch norm splits do not divide over {size} devices, nor these into groups of one split "
+                f"each: use --bn-splits {size}, or 1 for one group over all devices"
+            )
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, a training forward leaves the running statistics as they are, and gives the same output."""
+    layers = _layers(module)
+    before = [layer.updates_statistics for layer in layers]
+    try:
+        for layer in layers:
+            layer.updates_statistics = False
+        yield
+    finally:
+        for layer, updates in zip(layers, before, strict=True):
+            layer.updates_statistics = updates
+
+
+def _layers(module: nn.Module) -> list[SplitBatchNorm2d]:
+    return [layer for layer in module.modules() if isinstance(layer, SplitBatchNorm2d)]

@@ -1,0 +1,88 @@
+"""The two encoders: views in, aligned queries and keys out.
+
+B batch · R ranks that share it · C embedding · S side of a view
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.distributed.world import World, gathered
+from fastmoco.model.batchnorm.split import divide_groups
+from fastmoco.model.encoder import Encoder
+from pipelines.views import Views
+
+
+class MoCo(nn.Module):
+    """A query encoder that learns, and a key encoder that starts as its copy and follows it (`fastmoco.step.sgd_ema`).
+
+    Both stay in training mode: the key encoder normalises with the statistics of its batch too.
+
+    With `twins`, for end-to-end training, keys have a gradient too: the key encoder is the query encoder's twin, of the
+    same weights at every step, and `TrainStep` adds up the gradients of both.
+
+    Of the `world`'s ranks each embeds its share of the views, and receives the keys of all.
+    """
+
+    def __init__(self, query: Encoder, *, twins: bool = False, world: World | None = None) -> None:
+        super().__init__()
+        self.query = query
+        self.key = copy.deepcopy(query).requires_grad_(twins)
+        self.twins = twins
+        self.world = World(next(query.parameters()).device) if world is None else world
+        divide_groups(self, self.world)
+
+    def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (q, k) of this rank's queries (B/R, C) and all ranks' keys (B, C), float32 of unit norm.
+
+        Row i of q is from the same image as row i of k, or on rank r as row rB/R + i: `world.share(k)` are its
+        positives. k has a gradient only where the encoders are twins.
+
+        Asymmetric, one pair, with all ranks' rows in the order of `views.query`:
+
+            q = f_q(views.query),  k[key_order] = f_k(views.key)
+
+        Symmetric, also the exchanged views, in the order of `views.key`:
+
+            q′ = f_q(views.key),  k′ = f_k(views.query)[key_order]
+
+        In each pair one side went through its encoder in the shuffled order, so that split batch norm groups a query
+        and its key with different images (He et al. 2020, section 3.3, "Shuffling BN").
+        """
+        sides = [(views.query, views.key)] + ([(views.key, views.query)] if symmetric else [])
+        # Keys first: their journey to the other ranks takes no time, since queries take longer.
+        journeys = [self._depart(self._keys(images)) for _, images in sides]
+        q = [self.queries(images) for images, _ in sides]
+        k = [journey() for journey in journeys]
+        k = [_unshuffle(k[0], views.key_order), *(other[views.key_order] for other in k[1:])]
+        return list(zip(q, k, strict=True))
+
+    def _depart(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Starts to gather all ranks' keys (B, C) from each one's (B/R, C); the call returned ends it."""
+        if self.twins:
+            return lambda: gathered(keys, self.world)
+        return self.world.gather(keys).wait
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, C) of unit norm, with gradient."""
+        return _embed(self.query, x)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.twins and torch.is_grad_enabled()):
+            return _embed(self.key, x)
+
+
+def _embed(encoder: Encoder, x: Tensor) -> Tensor:
+    """(B, 3, S, S) → (B, C) float32 of unit norm (float64 from a float64 encoder)."""
+    embedding = encoder(x)
+    return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
+
+
+def _unshuffle(shuffled: Tensor, key_order: Tensor) -> Tensor:
+    """k with k[key_order[r]] = shuffled[r]."""
+    return torch.empty_like(shuffled).index_copy_(0, key_order, shuffled)

@@ -1,0 +1,1 @@
+"""A run from its start to its last checkpoint, and everything in its folder. Imports step, recipes and below."""

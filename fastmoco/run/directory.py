@@ -1,0 +1,205 @@
+"""The folder of a run: who may open it, what lies where, and the status that other programs read.
+
+config.json           the resolved configuration
+status.json           state, exit code, message, step, epoch, commit, versions; replaced atomically
+metrics.jsonl  tb/    what was measured
+checkpoints/          see checkpoint.py
+views.png curves.png backbone.safetensors
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastmoco.config import RunConfig
+from fastmoco.errors import CheckpointError, ConfigError, ExitCode
+from fastmoco.files import write_atomically
+from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An open run: this process holds its lock until it ends or calls `close`."""
+
+    path: Path
+    lock: int
+
+    @classmethod
+    def open(cls, path: Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
+        """Create the folder of a new run, or open that of an earlier one to go on with it or to replace it.
+
+        Raises ConfigError: not a folder, not writable, not empty without `resume` or `overwrite`, nothing to resume,
+        in use by another process, or to be overwritten and not recognisably a run; CheckpointError where a run is to
+        be resumed that has no checkpoint.
+        """
+        path = Path(os.path.abspath(path.expanduser()))
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"{path} is a file, expected a folder for the run: choose another with --out")
+            if resume:
+                _check_resumable(path)
+            filled = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
+            if filled and not (resume or overwrite):
+                raise ConfigError(f"{path} is not empty: use --resume to go on, --overwrite to replace it, or --out")
+            if filled and overwrite and (reason := _not_a_run(path)):
+                raise ConfigError(f"--overwrite will not delete {path}, because {reason}: choose another with --out")
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, _locked(path))
+            if overwrite:
+                run._delete_content()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"{path} cannot be used for the run ({reason}): choose another with --out") from error
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_NAME
+
+    @property
+    def views_png(self) -> Path:
+        return self.path / "views.png"
+
+    @property
+    def curves_png(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def backbone(self) -> Path:
+        return self.path / "backbone.safetensors"
+
+    def write_config(self, config: RunConfig) -> None:
+        write_atomically(self.path / "config.json", config.to_json())
+
+    def write_status(self, *, step: int, epoch: int, exit_code: int | None = None, message: str = "") -> None:
+        """Replace status.json; without an exit code the run is going on. Raises OSError."""
+        states = {None: "running", ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
+        status = {
+            "state": states.get(exit_code, "failed"),
+            "exit_code": exit_code,
+            "message": message,
+            "step": step,
+            "epoch": epoch,
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_commit": git_commit(),
+            "versions": versions(),
+        }
+        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Let another process open the run."""
+        os.close(self.lock)
+
+    def _delete_content(self) -> None:
+        # What makes the folder recognisable goes last: a deletion that is interrupted can be repeated.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name in ("config.json", "status.json")):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+
+
+def read_config(run: Path) -> RunConfig:
+    """The configuration of a run, open or not. Raises ConfigError."""
+    try:
+        text = (run / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{run} has no readable config.json ({error}): expected the folder of a run") from None
+    return RunConfig.from_json(text)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """The last status of a run, open or not. Raises ConfigError."""
+    try:
+        status = json.loads((run / "status.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{run} has no readable status.json ({error}): expected the folder of a run") from None
+    if not isinstance(status, dict) or not {"state", "exit_code", "step", "versions"} <= status.keys():
+        raise ConfigError(f"{run}/status.json was not written by a run")
+    return status
+
+
+def default_run_name(config: RunConfig) -> str:
+    """A name for the folder of a run, of letters, digits, dots and dashes: `cifar10-resnet18-200ep-seed0`."""
+    data = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename(os.path.abspath(config.data.data))).strip("-.")[:40]
+    epochs = f"{config.optim.epochs}ep" if config.optim.epochs is not None else None
+    return "-".join(part for part in (data or "images", config.model.arch, epochs, f"seed{config.run.seed}") if part)
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Of everything the numbers of a run can depend on; None for what is absent or not installed as a package."""
+    import torch  # takes seconds to load, and nothing else here needs it
+
+    found: dict[str, str | None] = dict.fromkeys(("fastmoco", "torch", "torchvision", "numpy"))
+    for name in found:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    cudnn = torch.backends.cudnn.version()
+    python = platform.python_version()
+    return found | {"python": python, "cuda": torch.version.cuda, "cudnn": str(cudnn) if cudnn else None}
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the checkout this code runs from, with `+` if a tracked file differs; None if installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed copy may lie inside the checkout of something else
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _locked(path: Path) -> int:
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+    except OSError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is using {path}: wait for it, or choose another with --out") from None
+    return descriptor
+
+
+def _check_resumable(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"there is no run to resume in {path}: leave --resume out, or correct --out")
+    if not any((path / "checkpoints").glob("step-*.safetensors")):
+        raise CheckpointError(f"the run in {path} has no checkpoint to resume from: start again with --overwrite")
+
+
+def _not_a_run(path: Path) -> str | None:
+    """Why a folder must not be deleted, or None if it is certainly a run."""
+    if path.is_symlink():
+        return "it is a symbolic link"
+    if path in (Path.home(), *(here := Path.cwd(), *here.parents)):
+        return "the current or home folder lies in it"
+    with suppress(ConfigError):  # by content: many programs keep a config.json
+        config = read_config(path)
+        if (path / "config.json").read_text(encoding="utf-8") == config.to_json():
+            return None
+    with suppress(ConfigError):
+        read_status(path)
+        return None
+    return "it holds no config.json or status.json of a run"

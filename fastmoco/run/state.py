@@ -1,0 +1,166 @@
+"""TrainState: everything a run consists of at a step, to and from one checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
+from fastmoco.device import DTYPES
+from fastmoco.distributed.world import World
+from fastmoco.errors import CheckpointError
+from fastmoco.model.dictionaries import BatchKeys, Dictionary, MemoryBank
+from fastmoco.model.encoder import build_encoder, feature_dim
+from fastmoco.model.key_queue import KeyQueue
+from fastmoco.model.moco import MoCo
+from fastmoco.run import checkpoint
+from fastmoco.run.directory import versions
+from fastmoco.step.train_step import TrainStep
+from pipelines.data.index import ImageIndex
+
+
+@dataclass
+class TrainState:
+    """Model, dictionary, optimiser and sums; `step` counts the steps that are done.
+
+    There is no state of a loader or of a random number generator: what a step sees follows from (seed, step).
+    """
+
+    config: RunConfig
+    model: MoCo
+    dictionary: Dictionary
+    train_step: TrainStep
+    data_fingerprint: str
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors by the names they have in a checkpoint."""
+        named = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        kept = self.dictionary.state_dict()
+        named |= {f"{self.dictionary.NAME}/{name}": tensor for name, tensor in kept.items()}
+        for group, tensors in self.train_step.state_dict().items():
+            named |= {f"step/{group}/{name}": tensor for name, tensor in tensors.items()}
+        return named
+
+    def digests(self) -> dict[str, bytes]:
+        """SHA-256 of what is in each part of the state, which must be the same on all ranks."""
+        found: dict[str, Any] = {}
+        for name, tensor in self.tensors().items():
+            part = "/".join(name.split("/")[:2]).split(".")[0]
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            found.setdefault(part, hashlib.sha256()).update(data)
+        return {part: digest.digest() for part, digest in found.items()}
+
+    def save(self, directory: Path) -> Path:
+        """Raises CheckpointError where the disk refuses; what was there before stays."""
+        meta = {
+            "step": self.step,
+            "config": self.config.flat(),
+            "data": self.data_fingerprint,
+            "versions": versions(),
+        }
+        return checkpoint.save(directory, self.step, self.tensors(), meta)
+
+    def load(self, path: Path) -> None:
+        """Raises CheckpointError: damaged, or of another architecture, configuration or data set.
+
+        Rank 0 alone reads, so that the others need not see its disk, and theirs are copies of its tensors: a checkpoint
+        says nothing of how many ranks wrote it.
+        """
+        world = self.train_step.world
+        self.step = world.on_main(lambda: self._read(path))
+        with torch.no_grad():
+            for tensor in self.tensors().values():
+                world.copy_from_main(tensor)
+
+    def _read(self, path: Path) -> int:
+        """The step that the tensors are of."""
+        own = self.tensors()
+        try:
+            saved, meta = checkpoint.load(path, own)
+        except CheckpointError:
+            self._check(path, checkpoint.verify(path))  # names the settings, where those explain the tensors
+            raise
+        self._check(path, meta)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        return meta["step"]
+
+    def _check(self, path: Path, meta: dict[str, Any]) -> None:
+        theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
+        changed = [
+            f"{name} is {ours!r} and was {before!r}"
+            for name, ours, before in differences(self.config, theirs)
+            if name not in FREE_ON_RESUME
+        ]
+        if changed:
+            raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}; resume with the same settings")
+        if meta["data"] != self.data_fingerprint:
+            raise CheckpointError(
+                f"{path} was trained on other images ({meta['data']}, and now {self.data_fingerprint}): "
+                f"restore the data set, or start a new run with --out"
+            )
+
+
+def build_state(config: RunConfig, world: World, images: ImageIndex) -> TrainState:
+    """Step 0 of a run on these images: weights, dictionary and training step, all from the seed, on every rank alike.
+
+    `config` has no open fields.
+    """
+    m, optim = config.model, config.optim
+    assert m.arch is not None
+    assert m.bn_splits is not None
+    assert m.moco_t is not None
+    assert optim.wd is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
+        query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
+    dictionary = _build_dictionary(config, world, len(images)).to(world.device)
+    model = MoCo(query, twins=dictionary.TWINS, world=world).to(world.device)
+    train_step = TrainStep(
+        model,
+        dictionary,
+        temperature=m.moco_t,
+        symmetric=m.symmetric,
+        sgd_momentum=optim.sgd_momentum,
+        weight_decay=optim.wd,
+        decay_norm_and_bias=not optim.exclude_bn_from_wd,
+        dtype=DTYPES[config.run.amp],
+        compile=config.run.compile,
+        kernels=config.run.kernels,
+        checkpoint_activations=config.run.checkpoint_activations,
+        half_gradients=config.scale.grad_comm == "bf16",
+    )
+    return TrainState(config, model, dictionary, train_step, fingerprint(images))
+
+
+def _build_dictionary(config: RunConfig, world: World, images: int) -> KeyQueue | BatchKeys | MemoryBank:
+    """What keys and negatives come from, on the CPU, so that the random ones of the start are the same everywhere."""
+    m, seed = config.model, config.run.seed
+    if m.mechanism == "end-to-end":
+        return BatchKeys()
+    assert m.moco_k is not None
+    generator = torch.Generator().manual_seed(seed)
+    if m.mechanism == "memory-bank":
+        return MemoryBank(images, m.moco_dim, generator, negatives=m.moco_k, momentum=m.bank_m, seed=seed, world=world)
+    return KeyQueue(m.moco_k, m.moco_dim, generator)
+
+
+def fingerprint(images: ImageIndex) -> str:
+    """`N images, HASH` of names, sizes and labels (of the pixels, where they are in memory): which data this is."""
+    digest = hashlib.sha256(images.sizes.tobytes())
+    if images.labels is not None:
+        digest.update(images.labels.tobytes())
+    if images.pixels is not None:
+        digest.update(images.pixels.tobytes())
+    for path in images.paths or ():
+        digest.update(os.fsencode(os.path.basename(path)) + b"\0")
+    return f"{len(images):,} images, {digest.hexdigest()[:16]}"

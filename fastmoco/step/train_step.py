@@ -1,0 +1,285 @@
+"""One training step, from views to the next parameters, without a host read.
+
+B batch · R ranks that share it · C embedding · K negatives · N keys of a step (B, or 2B when symmetric)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.model.batchnorm.split import use_kernels
+from fastmoco.model.dictionaries import Contrast, Dictionary
+from fastmoco.model.moco import MoCo
+from fastmoco.step.flat_params import FlatParameters
+from fastmoco.step.gradients import GradientSum
+from fastmoco.step.info_nce import in_batch_info_nce, info_nce
+from fastmoco.step.kernels import check_kernels
+from fastmoco.step.sgd_ema import MomentumUpdate
+from pipelines.views import Views
+
+# max-autotune's own CUDA graphs refuse buffers that a step changes, which batch norm's are.
+_COMPILE_MODES = {"off": None, "default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+class LossScaler:
+    """Dynamic loss scaling for float16, kept on the device (Micikevicius et al. 2018, section 3.2).
+
+    scale is halved where a step overflows, and doubled after 2,000 in a row that do not.
+    """
+
+    GROWTH_INTERVAL = 2000
+    RANGE = (1.0, 2.0**24)
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, ok: Tensor) -> None:
+        good_steps = torch.where(ok, self.good_steps + 1, 0)
+        grow = good_steps == self.GROWTH_INTERVAL
+        scale = torch.where(ok, torch.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)
+        self.scale.copy_(scale.clamp(*self.RANGE))
+        self.good_steps.copy_(torch.where(grow, 0, good_steps))
+
+
+D = TypeVar("D", bound=Dictionary)
+
+
+class TrainStep(Generic[D]):
+    """`step(views, lr, ema_momentum)`: forward, InfoNCE, backward, update, enqueue.
+
+    dictionary              where keys and negatives come from: a `KeyQueue`, or one of `model.dictionaries`
+    temperature             τ of InfoNCE
+    symmetric               exchange the views too; the losses add up, both sets of keys enter the queue
+    sgd_momentum            momentum of SGD
+    weight_decay            L2 penalty of SGD
+    decay_norm_and_bias     whether it reaches normalisation layers and biases, as in the authors' code
+    dtype                   float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
+    compile                 "off", "default" or "max-autotune": how the encoders' forward is compiled
+    kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
+                            torch's batch norm, which the compiler fuses itself: for them, loss and update alone
+    checkpoint_activations  keep less for the backward and compute it again (`fastmoco.model.encoder.Backbone`)
+    half_gradients          ranks send each other gradients in bfloat16
+
+    With several ranks (`model.world`) each trains on its share of the batch, and all end a step with the same bits:
+    gradients, batch norm statistics and losses are averaged, keys gathered, and so the step is that of one rank on the
+    whole batch.
+
+    A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics and
+    dictionary stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
+    the host learns of it from `read_metrics`.
+
+    Where the encoders are twins, both learn: the gradients of the two add up, and the key encoder is given the query
+    encoder's new weights whatever ema_momentum is.
+
+    The model and the dictionary must be on their device. The model's parameters move into flat buffers here: load
+    weights into it before or after, but do not move it again.
+    """
+
+    def __init__(
+        self,
+        model: MoCo,
+        dictionary: D,
+        *,
+        temperature: float,
+        symmetric: bool,
+        sgd_momentum: float,
+        weight_decay: float,
+        decay_norm_and_bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        compile: str = "off",
+        kernels: str = "torch",
+        checkpoint_activations: bool = False,
+        half_gradients: bool = False,
+    ) -> None:
+        if compile not in _COMPILE_MODES:
+            raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
+        if temperature <= 0:
+            raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
+        assert model.twins == dictionary.TWINS, "keys have a gradient where their mechanism needs one, and only there"
+        self.device = next(model.parameters()).device
+        check_kernels(kernels, self.device)
+        mode = _COMPILE_MODES[compile]
+        assert mode is None or not checkpoint_activations, "a compiled forward decides itself what it keeps"
+        self.model = model.train()
+        self.dictionary = dictionary
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.dtype = dtype
+        self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
+        self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
+        self.world = model.world
+        self._gradient_sum = GradientSum(
+            model.query, self.query, self.world, half=half_gradients, overlap=not model.twins
+        )
+        elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
+        assert not elsewhere, (elsewhere, self.device)
+        self.update = MomentumUpdate(
+            self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=kernels
+        )
+        self._info_nce = info_nce
+        if kernels == "triton":
+            from fastmoco.step import info_nce_triton  # Triton comes with torch's CUDA builds only
+
+            self._info_nce = info_nce_triton.info_nce
+        use_kernels(model, kernels if mode is None else "torch")
+        for encoder in (model.query, model.key):  # of the key encoder, only where its keys have a gradient
+            encoder.backbone.checkpoint_activations = checkpoint_activations
+        self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._no_momentum = torch.zeros_like(self.ema_momentum)
+        # Counts are float64, exact to 2^53, so that one stacked tensor brings them all to the host.
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in _SUMS}
+        if mode is not None:
+            model.query.compile(mode=mode, dynamic=False)
+            model.key.compile(mode=mode, dynamic=False)
+
+    def __call__(self, views: Views, lr: float, ema_momentum: float) -> None:
+        """Trains on one batch. lr and ema_momentum (from `step.schedules`) reach the device without waiting."""
+        self.lr.fill_(lr)
+        self.ema_momentum.fill_(ema_momentum)
+        self.run(views)
+
+    def run(self, views: Views) -> None:
+        """The step itself, with the lr and ema_momentum that lie on the device: kernels only, always the same ones.
+
+        It leaves the gradients zero, as it needs to find them.
+        """
+        assert self.query.grads is not None
+        statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
+
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            contrasts = self.dictionary.contrasts(self.model, views, self.symmetric)
+        loss = torch.stack([self._loss(contrast) for contrast in contrasts]).sum()
+        averages = self._average(loss.detach())
+        scale = None if self.scaler is None else self.scaler.scale
+        if self.world.size > 1:
+            loss = loss / self.world.size  # so that the sum of all ranks' gradients is their mean
+        (loss if scale is None else loss * scale).backward()
+        if self.key.grads is not None:
+            self.query.grads.add_(self.key.grads)
+            self.key.grads.zero_()
+        self._gradient_sum.finish()
+        loss = averages()
+        # All ranks come to the same verdict, on the same mean loss and sums of gradients. The largest magnitude is one
+        # pass without a temporary: NaN and infinity both come through. That the gradients are still scaled changes no
+        # verdict, because the scale is 1 or more.
+        ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
+
+        self.update(self.lr, self._no_momentum if self.model.twins else self.ema_momentum, ok, scale)
+        for flat, before in zip((self.query, self.key), statistics, strict=True):
+            flat.buffers.copy_(torch.where(ok, flat.buffers, before))
+        self.dictionary.remember(contrasts, views, ok)
+        if self.scaler is not None:
+            self.scaler.update(ok)
+        self._count(loss, ok)
+
+    def _loss(self, contrast: Contrast) -> Tensor:
+        """Of this rank's queries."""
+        q, k, negatives, keys = contrast
+        if negatives is None:
+            assert keys is not None
+            return in_batch_info_nce(q, keys, self.temperature, first=self.world.rank * len(q))
+        return self._info_nce(q, k, negatives, self.temperature)
+
+    def _average(self, loss: Tensor) -> Callable[[], Tensor]:
+        """Starts to average the ranks' losses and batch norm statistics, all of which the forward pass has made.
+
+        The call returned ends it, after the backward: the statistics are then in place, and it returns the loss.
+        """
+        if self.world.size == 1:
+            return lambda: loss
+        parts = [self.query.buffers, self.key.buffers, loss[None]]
+        pending = self.world.sum_(torch.cat(parts))
+
+        def end() -> Tensor:
+            means = pending.wait().div_(self.world.size).split([len(part) for part in parts])
+            for flat, mean in zip((self.query, self.key), means, strict=False):
+                flat.buffers.copy_(mean)
+            return means[-1][0]
+
+        return end
+
+    def changed_tensors(self) -> list[Tensor]:
+        """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
+        tensors = [self.update.momentum_buffer, *self.dictionary.state_dict().values()]
+        tensors += [flat.grads for flat in (self.query, self.key) if flat.grads is not None]
+        tensors += [tensor for flat in (self.query, self.key) for tensor in (flat.values, flat.buffers)]
+        tensors += self._sums.values()
+        if self.scaler is not None:
+            tensors += [self.scaler.scale, self.scaler.good_steps]
+        return tensors
+
+    def _count(self, loss: Tensor, ok: Tensor) -> None:
+        sums = self._sums
+        sums["loss_sum"].add_(torch.where(ok, loss, 0.0))
+        sums["steps"].add_(1.0)
+        sums["skipped_steps"].add_(~ok)
+        sums["consecutive_skipped"].add_(1.0).mul_(~ok)
+
+    def read_metrics(self) -> dict[str, float]:
+        """What happened since the last call, with one host read; call it every N steps.
+
+        loss                 mean over the steps that were not skipped; NaN where there is none
+        steps                how many, skipped ones included
+        skipped_steps        how many were skipped
+        consecutive_skipped  length of the run of skipped steps that ends now; it may reach back past the last call
+        """
+        values = torch.stack([self._sums[name] for name in _SUMS]).tolist()
+        read = dict(zip(_SUMS, values, strict=True))
+        for name in ("loss_sum", "steps", "skipped_steps"):
+            self._sums[name].zero_()
+        trained = read["steps"] - read["skipped_steps"]
+        return {
+            "loss": read["loss_sum"] / trained if trained else float("nan"),
+            **{name: int(read[name]) for name in ("steps", "skipped_steps", "consecutive_skipped")},
+        }
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The step's own state, live tensors: momentum buffer by parameter name, loss scaler, sums.
+
+        Model and dictionary are saved by who owns them.
+        """
+        torn = "the model was moved, or its gradients set to None, after the step took over its parameters"
+        assert self.query.is_intact(), torn
+        assert self.key.is_intact(), torn
+        state = {"momentum_buffer": self.query.named(self.update.momentum_buffer), "sums": dict(self._sums)}
+        if self.scaler is not None:
+            state["scaler"] = {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Copies a `state_dict` into this step. Raises CheckpointError where names, shapes or types differ."""
+        own = self.state_dict()
+        _compare("the training step", state, own)
+        for group, tensors in own.items():
+            _compare(group, state[group], tensors)
+            for name, tensor in tensors.items():
+                found = state[group][name]
+                if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                    raise CheckpointError(
+                        f"{group} of {name} is {tuple(found.shape)} {found.dtype} in the checkpoint, expected "
+                        f"{tuple(tensor.shape)} {tensor.dtype}; resume with the configuration it was saved with"
+                    )
+        for group, tensors in own.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[group][name])
+
+
+_SUMS = ("loss_sum", "steps", "skipped_steps", "consecutive_skipped")
+
+
+def _compare(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or surplus:
+        raise CheckpointError(
+            f"the checkpoint's state of {what} lacks {missing[:3]} and has {surplus[:3]} beside what this run needs; "
+            "resume with the configuration it was saved with"
+        )

@@ -1,0 +1,1 @@
+"""Augmentation: presets, sampled parameters, and their application in torch and Triton. Imports data and below."""

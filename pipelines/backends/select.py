@@ -1,0 +1,67 @@
+"""Names of pipelines → pipelines; what `auto` takes, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from pipelines.backends.baseline import DataLoaderPipeline
+from pipelines.backends.dali import DaliCrops
+from pipelines.backends.ffcv import FfcvCrops
+from pipelines.backends.resident import ResidentCrops
+from pipelines.backends.torch import TorchCrops
+from pipelines.backends.two_view import TwoViewPipeline
+from pipelines.data.index import ImageIndex
+from pipelines.data.resident_pixels import SHARE_OF_FREE_MEMORY, free_memory_bytes, resident_bytes
+from pipelines.errors import BackendMissingError
+from pipelines.plan.planner import Planner
+from pipelines.views import CropSource
+
+SOURCES = {"resident": ResidentCrops, "torch": TorchCrops, "dali": DaliCrops, "ffcv": FfcvCrops}
+PIPELINES = (*SOURCES, "dataloader")
+Pipeline = TwoViewPipeline | DataLoaderPipeline
+
+
+def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str]:
+    """The pipeline that `name` (one of PIPELINES, or auto) stands for, and the reason in words."""
+    if name != "auto":
+        return name, "as asked for"
+    needed, free = resident_bytes(index), free_memory_bytes(device)
+    sizes = f"{len(index):,} decoded images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on {device}"
+    if needed <= SHARE_OF_FREE_MEMORY * free:
+        return "resident", sizes
+    if index.records is not None and index.records.in_beton and importlib.util.find_spec("ffcv"):
+        return "ffcv", f"{sizes}: too many to keep there, and they are in a .beton file"
+    if device.type == "cuda" and importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        return "dali", f"{sizes}: too many to keep there, and DALI decodes on the device"
+    return "torch", f"{sizes}: too many to keep there"
+
+
+def default_workers() -> int:
+    """One worker for every core this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def open_source(name: str, index: ImageIndex, side: int, device: torch.device, workers: int) -> CropSource:
+    """The crop source of a pipeline. The control has none of its own; it is evaluated through `torch`."""
+    if name not in PIPELINES:
+        raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(PIPELINES)}")
+    return SOURCES["torch" if name == "dataloader" else name](index, side, device, workers)
+
+
+def open_pipeline(
+    name: str,
+    index: ImageIndex,
+    planner: Planner,
+    source: CropSource,
+    side: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+) -> Pipeline:
+    """Two views of every image of the index, in batches."""
+    if name == "dataloader":
+        return DataLoaderPipeline(index, planner, side, device, dtype, workers)
+    return TwoViewPipeline(planner, source, device, dtype)

@@ -1,0 +1,150 @@
+"""Writing a `.beton` file that is complete or not there.
+
+The format is in `data.beton`. FFCV's own DatasetWriter is not used: it waits for ever for a worker that met a bad
+image, and what it leaves behind when it is killed looks like a finished file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+
+from pipelines.data.beton import (
+    ALLOCATION,
+    HASHED_BYTES,
+    HEADER,
+    JPG,
+    NO_LABEL,
+    RAW,
+    SAMPLE,
+    SAMPLES_AT,
+    VERSION,
+    Manifest,
+    field_table,
+    manifest_path,
+)
+from pipelines.data.decode import printable
+from pipelines.errors import DataError
+
+PAGE_BYTES = 2**23  # FFCV's own choice; larger where an image needs it
+MAX_SIDE = 65_535  # the format keeps a side in two bytes
+
+
+class BetonWriter:
+    """Collects images under a temporary name; `finish` gives the file its own and then writes the manifest.
+
+    A context manager: leaving it without `finish` removes what was written. A killed process leaves `PATH.partial`,
+    which the next conversion to PATH replaces. Only one process at a time can write to PATH.
+
+    capacity     the most images that will be added
+    largest      the most bytes that one image takes
+    """
+
+    def __init__(self, path: str, capacity: int, largest: int) -> None:
+        self.path = os.path.abspath(path)
+        for existing in (self.path, manifest_path(self.path)):
+            if os.path.lexists(existing):
+                raise DataError(f"{printable(existing)} exists; remove it, or give another name")
+        self._page = max(PAGE_BYTES, 1 << (largest - 1).bit_length())
+        if self._page >= 2**32:
+            raise DataError(f"an image takes up to {largest:,} bytes; FFCV's pages end at 2 GiB")
+        self._rows = np.zeros(capacity, dtype=SAMPLE)
+        self._allocations = np.zeros(capacity, dtype=ALLOCATION)
+        self._count, self._names = 0, []
+        self._partial = self.path + ".partial"
+        try:
+            descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise DataError(f"cannot write {printable(self._partial)}: {error.strerror}") from error
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise DataError(f"another process is writing {printable(self._partial)}; wait for it to end") from error
+        self._file.truncate(0)
+        self._end = -(-(SAMPLES_AT + capacity * SAMPLE.itemsize) // self._page) * self._page
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            os.unlink(self._partial)
+            self._file.close()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+    def add(self, data: bytes | np.ndarray, size: tuple[int, int], label: int | None, name: str) -> None:
+        """Append a JPEG (bytes) or pixels (H, W, 3) uint8. Raises DataError for a side that the format cannot hold."""
+        height, width = size
+        if max(size) > MAX_SIDE:
+            raise DataError(f"{printable(name)} is {width}×{height} pixels; a .beton file holds sides up to {MAX_SIDE}")
+        raw = isinstance(data, np.ndarray)
+        payload = np.ascontiguousarray(data).data.cast("B") if raw else memoryview(data)
+        assert len(payload) <= self._page
+        if self._end // self._page != (self._end + len(payload) - 1) // self._page:
+            self._end = -(-self._end // self._page) * self._page
+        i = self._count
+        _write(self._file.fileno(), payload, self._end)
+        self._rows[i] = (RAW if raw else JPG, width, height, self._end, NO_LABEL if label is None else label)
+        self._allocations[i] = (i, self._end, len(payload))
+        self._names.append(name)
+        self._end += len(payload)
+        self._count += 1
+
+    def finish(self, manifest: Callable[[int, str, str], Manifest]) -> Manifest:
+        """Write the tables, wait for the disk, rename, and write `manifest(bytes, tables_sha256, file_sha256)`."""
+        assert self._count, "a .beton file of no images"
+        descriptor = self._file.fileno()
+        header = np.array([(VERSION, 2, self._page, self._count, self._end)], dtype=HEADER)
+        front = header.tobytes() + field_table().tobytes() + self._rows[: self._count].tobytes()
+        back = self._allocations[: self._count].tobytes()
+        _write(descriptor, front, 0)
+        _write(descriptor, back, self._end)
+        length = self._end + len(back)
+        digest = ""
+        if length <= HASHED_BYTES:
+            with open(self._partial, "rb") as written:
+                digest = hashlib.file_digest(written, "sha256").hexdigest()
+        beside = manifest_path(self.path)
+        record = manifest(length, hashlib.sha256(front + back).hexdigest(), digest)
+        os.fsync(descriptor)
+        os.rename(self._partial, self.path)
+        self._file.close()
+        _sync_folder(self.path)
+        with open(beside + ".partial", "w", encoding="utf-8") as file:
+            file.write(record.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(beside + ".partial", beside)
+        _sync_folder(self.path)
+        return record
+
+
+def _write(descriptor: int, data: bytes | memoryview, place: int) -> None:
+    """All of `data` at `place`: one pwrite stops at 2 GiB and where a disk fills."""
+    rest = memoryview(data)
+    while len(rest):
+        done = os.pwrite(descriptor, rest, place)
+        rest, place = rest[done:], place + done
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

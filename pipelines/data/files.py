@@ -1,0 +1,170 @@
+"""Which files are the images: folders, class folders and lists, before any of them is opened.
+
+The order is that of the bytes of the relative paths, on every machine. Hidden files and folders and `__MACOSX` do not
+exist; other files that are not named like an image are counted and passed over.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.data.decode import printable
+from pipelines.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+TEST_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists beside `train` is evaluated on
+
+_LIST_PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Names of image files, and what their places say about them.
+
+    paths    absolute, in order
+    classes  the class of each file, or None when the places say nothing
+    skipped  how many other files there were
+    """
+
+    paths: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+    skipped: int = 0
+
+    def class_names(self) -> tuple[str, ...]:
+        """Sorted by their bytes, or as numbers if all of them are numbers."""
+        names = set(self.classes or ())
+        numbers = all(name.isascii() and name.isdigit() for name in names)
+        return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, os.fsencode(name))))
+
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64 positions in `class_names`."""
+        if self.classes is None:
+            return None
+        number = {name: label for label, name in enumerate(self.class_names())}
+        return np.array([number[name] for name in self.classes], dtype=np.int64)
+
+
+def find_splits(root: str) -> tuple[str, str | None]:
+    """(training folder, test folder or None) of `root`: its `train` and `val` (`valid`, `validation`, `test`).
+
+    They count as splits if `train` stands beside at least one of the others, or alone; else `root` itself is the
+    training folder, so that a class may be called `train`.
+    """
+    _, folders, _ = _entries(root)
+    names = {os.path.basename(folder).lower(): folder for folder in folders}
+    tests = [names[name] for name in TEST_FOLDERS if name in names]
+    if "train" in names and (tests or len(names) == 1):
+        return names["train"], tests[0] if tests else None
+    return root, None
+
+
+def list_folder(root: str) -> ImageFiles:
+    """Every image below `root`, with its class where the folders are classes.
+
+    Folders are classes if no image lies directly in `root`, every image lies directly in one of its sub-folders, and
+    there are at least two of those; then each of them must have an image. Anything else is a heap without labels.
+
+    A folder reached twice, through symbolic links, is listed once, under its own name if it has one below `root`.
+    Raises DataError where a folder cannot be read or holds no image.
+    """
+    seen, found, skipped = set(), [], 0
+    folders, links = [root], []  # links wait until every folder has been listed under its own name
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        identity, below, files = _entries(folder)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        for path in below:
+            (links if os.path.islink(path) else folders).append(path)
+        images = [path for path in files if path.lower().endswith(EXTENSIONS)]
+        found += images
+        skipped += len(files) - len(images)
+        links.sort(key=os.fsencode, reverse=True)
+    if not found:
+        raise DataError(
+            f"{printable(root)} holds no images ({_count(skipped, 'other file')}); expected files that end in "
+            f"{', '.join(EXTENSIONS)}, in it or below"
+        )
+    found.sort(key=os.fsencode)
+    return ImageFiles(tuple(found), _classes(root, found), skipped)
+
+
+def read_list(path: str) -> ImageFiles:
+    """The images a text file names: one path a line, relative to the file's folder, with `<TAB>class` or without.
+
+    Every line has a class or none has. Order and repetitions are kept. Raises DataError naming the line.
+    """
+    with open(path, "rb") as file:
+        if b"\0" in file.read(_LIST_PROBE_BYTES):
+            raise DataError(
+                f"{printable(path)} is neither a folder nor a list; expected text with one image path a line"
+            )
+    text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    folder = os.path.dirname(os.path.abspath(path))
+    paths, classes = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        image, tab, label = line.rstrip("\r").partition("\t")
+        if not image:
+            continue
+        if not image.lower().endswith(EXTENSIONS):
+            raise DataError(
+                f"line {number} of {printable(path)} is '{printable(image[:80])}'; expected the path of an image "
+                f"({', '.join(EXTENSIONS)}), then nothing, or a tab and a class"
+            )
+        paths.append(os.path.join(folder, image))
+        classes.append(label.strip() if tab else None)
+        if classes[-1] == "" or (classes[0] is None) != (classes[-1] is None):
+            has = (
+                "no class, unlike the first" if not tab else "a class, unlike the first" if label else "an empty class"
+            )
+            raise DataError(f"line {number} of {printable(path)} has {has}; give a class on every line or on none")
+    if not paths:
+        raise DataError(f"{printable(path)} names no images; expected one path a line")
+    labelled = tuple(name for name in classes if name is not None)
+    return ImageFiles(tuple(paths), labelled or None)
+
+
+def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
+    """(identity, folders, files) of `folder`, hidden ones left out. A link to nothing is a file, later found bad."""
+    folders, files = [], []
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif entry.is_file() or entry.is_symlink():  # not a pipe, socket or device
+                    files.append(entry.path)
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder {printable(folder)} ({error.strerror}); make it readable or leave it out"
+        ) from error
+    return (status.st_dev, status.st_ino), sorted(folders, key=os.fsencode), files
+
+
+def _classes(root: str, images: list[str]) -> tuple[str, ...] | None:
+    """The first-level folder of each image if those are classes by the rule of `list_folder`."""
+    parents = [os.path.dirname(image) for image in images]
+    name_of = {parent: os.path.relpath(parent, root) for parent in set(parents)}
+    if len(name_of) < 2 or any(os.sep in name or name == os.curdir for name in name_of.values()):
+        return None
+    names = set(name_of.values())
+    folders = [os.path.basename(path) for path in _entries(root)[1] if not os.path.islink(path)]
+    empty = [name for name in folders if name not in names]
+    if empty:
+        raise DataError(
+            f"the class folder {printable(os.path.join(root, empty[0]))} holds no images "
+            f"({len(empty)} of {len(folders)} class folders are empty); fill or remove it"
+        )
+    return tuple(name_of[parent] for parent in parents)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,172 @@
+"""Help, lists and wrong arguments are answered at once: nothing is loaded that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from fastmoco.commands.views_options import ViewsOptions
+from fastmoco.config import Aug
+from fastmoco.errors import ConfigError, ExitCode, RankLostError, error_named, exit_code
+from fastmoco.export.formats import FORMATS
+from fastmoco.export.options import SUFFIXES
+from fastmoco.model import architectures
+from fastmoco.model.encoder import ARCHITECTURES
+from pipelines.augment.presets import AUGMENTATIONS
+from pipelines.data.named import LOADERS
+from pipelines.data.names import ARRAYS
+
+ROOT = Path(__file__).parents[2]
+SLOW = ["torch", "torchvision", "matplotlib", "sklearn", "tensorboard", "numpy"]  # to load; torch alone takes seconds
+CPU_S = 1.5  # of a whole process; it takes a tenth to a third of a second, and with torch several
+
+DONE, CONFIG, DATA = ExitCode.DONE, ExitCode.CONFIG, ExitCode.DATA
+CASES: dict[str, tuple[ExitCode, str]] = {
+    "": (CONFIG, "usage: fastmoco COMMAND"),
+    "--help": (DONE, "usage: fastmoco COMMAND"),
+    "trian": (CONFIG, "unknown command 'trian'; did you mean train?"),
+    "recipes": (DONE, "cifar10-demo-symmetric"),
+    "recipes imagenet-v2": (DONE, "fastmoco train imagenet-v2"),
+    "recipes --help": (DONE, "usage: fastmoco recipes [NAME]"),
+    "recipes a b": (CONFIG, "takes one name at most"),
+    "recipes mnits": (CONFIG, "unknown recipe 'mnits'; did you mean 'mnist'"),
+    "train --help": (DONE, "--batch-size"),
+    "train shapes -h": (DONE, "--batch-size"),
+    "train shapse": (CONFIG, "unknown recipe 'shapse'; did you mean 'shapes'"),
+    "train imagenet-v2": (DATA, "there is no ./imagenet, and the recipe imagenet-v2 trains on that: ImageNet-1k"),
+    "train --batch-sise 8": (CONFIG, "unknown argument '--batch-sise'; did you mean --batch-size?"),
+    "train --batch-size": (CONFIG, "--batch-size"),
+    "train --batch-size many": (CONFIG, "many"),
+    "train --batch-size 1": (CONFIG, "--batch-size is 1, expected 2 or more"),
+    "train --arch resnet19": (CONFIG, "resnet19"),
+    "train --width 0.3": (CONFIG, "--width is 0.3, expected a multiple of 0.125"),
+    "train --cos --schedule 1": (CONFIG, "--cos and --schedule both define the learning rate"),
+    "train --resume --overwrite": (CONFIG, "--resume goes on with a run and --overwrite deletes it"),
+    "train --config": (CONFIG, "--config needs a value"),
+    "train --config nowhere.json": (CONFIG, "--config nowhere.json cannot be read"),
+    "sweep --help": (DONE, "--vary"),
+    "sweep": (CONFIG, "nothing to vary"),
+    "sweep shapse": (CONFIG, "unknown recipe 'shapse'; did you mean 'shapes'"),
+    "sweep shapes --vary momo-k=8,16": (CONFIG, "did you mean 'moco_k'"),
+    "sweep shapes --vary moco-m=0,0.9,7": (CONFIG, "--moco-m is 7.0, expected a number from 0 to 1"),
+    "sweep ablation-queue --batch-sise 8": (CONFIG, "unknown argument '--batch-sise'; did you mean --batch-size?"),
+    "sweep imagenet-v2 --vary moco-m=0,0.9": (DATA, "there is no ./imagenet"),
+    "export --help": (DONE, "--to"),
+    "export": (CONFIG, "--to"),
+    "export run --to timm": (CONFIG, "--out"),
+    "export run --to tensorflow -o b.pb": (CONFIG, "tensorflow"),
+    "export run --to timm -o b.pkl": (CONFIG, "expected a name that ends with .pth or .safetensors for --to timm"),
+    "export run --to timm -o b.pth --overwrit": (CONFIG, "did you mean --overwrite?"),
+    "scan --help": (DONE, "--bad-images"),
+    "scan": (CONFIG, "DATA"),
+    "scan images --workers -1": (CONFIG, "--workers is -1, expected 0 or more"),
+    "scan images --wrokers 1": (CONFIG, "did you mean --workers?"),
+    "eval --help": (DONE, "--probes"),
+    "eval": (CONFIG, "RUN_OR_CHECKPOINT"),
+    "eval run --prober knn": (CONFIG, "did you mean --probes?"),
+    "eval run --probes kmm": (CONFIG, "did you mean knn?"),
+    "eval run --labels 0%": (CONFIG, "--labels has '0%'"),
+    "eval run --probes knn --labels 1%": (CONFIG, "--labels is for the few-label probe"),
+    "eval run --arch resnet19": (CONFIG, "unknown architecture 'resnet19'; did you mean resnet1"),
+    "eval run --crop-size 4": (CONFIG, "--crop-size is 4, expected 8 pixels or more"),
+    "views --help": (DONE, "--compare"),
+    "views": (CONFIG, "DATA"),
+    "views shapes --piepline torch": (CONFIG, "did you mean --pipeline?"),
+    "views shapes --compare torch": (CONFIG, "--compare is 'torch', expected two pipelines"),
+    "views shapes --compare torch,resdent": (CONFIG, "--compare is 'resdent', expected one of"),
+    "views shapes --crop-size 4": (CONFIG, "--crop-size is 4, expected 8 pixels or more"),
+    "views shapes --out v.jpg": (CONFIG, "expected the name of a .png file"),
+}
+
+# Each of the command lines, one after the other: the exit code, what was said, and what was loaded for it.
+SCRIPT = """
+import contextlib, io, json, sys
+from fastmoco.cli import main
+
+slow, lines = json.loads(sys.argv[1])
+found = [["", 0, "", [name for name in slow if name in sys.modules]]]
+for line in lines:
+    said, before = io.StringIO(), set(sys.modules)
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = main(line.split())
+        except SystemExit as left:
+            code = left.code or 0
+    found.append([line, code, said.getvalue(), [name for name in slow if name in set(sys.modules) - before]])
+print(json.dumps(found))
+"""
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    """The standard output of a new process, in which warnings are errors."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, "-W", "error", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By command line: exit code, what was said, what was loaded. All from one process, in an empty folder."""
+    (_, _, _, by_import), *found = json.loads(
+        python("-c", SCRIPT, json.dumps([SLOW, list(CASES)]), cwd=tmp_path_factory.mktemp("empty"))
+    )
+    assert by_import == [], "by fastmoco.cli alone"
+    return {line: rest for line, *rest in found}
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_an_answer_loads_nothing_slow(answers: dict[str, Any], line: str) -> None:
+    code, said, loaded = answers[line]
+    expected, words = CASES[line]
+    assert loaded == []
+    assert code == expected, said
+    assert words in said
+    if said.startswith("fastmoco: "):
+        assert said.count("\n") == 1
+
+
+def test_the_package_loads_nothing_slow(tmp_path: Path) -> None:
+    loaded = f"print([name for name in {SLOW} if name in sys.modules])"
+    assert python("-c", f"import fastmoco, sys; fastmoco.load_backbone; {loaded}", cwd=tmp_path) == "[]\n"
+
+
+@pytest.mark.parametrize("line", ["--help", "recipes", "train --help", "eval --help"])
+def test_the_time_of_a_whole_process(line: str, tmp_path: Path) -> None:
+    """CPU time, which is the same on a busy machine; the best of three."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        python("-m", "fastmoco", *line.split(), cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(once() for _ in range(3)) < CPU_S
+
+
+def test_names_known_beforehand_are_those_of_what_is_loaded_later() -> None:
+    assert tuple(LOADERS) == ARRAYS
+    assert tuple(ARCHITECTURES) == architectures.NAMES
+    assert SUFFIXES.keys() == FORMATS.keys()
+    assert get_args(Aug) == tuple(AUGMENTATIONS)
+
+
+def test_errors_that_only_torch_has_keep_their_exit_code() -> None:
+    assert exit_code(torch.OutOfMemoryError("no memory")) == ExitCode.DEVICE
+    assert isinstance(error_named("OutOfMemoryError", "no memory"), torch.OutOfMemoryError)
+    assert isinstance(error_named("KeyError", "x"), RankLostError)
+    assert exit_code(KeyError()) is None
+
+
+def test_two_pipelines_are_checked_one_by_one() -> None:
+    assert ViewsOptions(data="shapes", compare="torch, resident").pipelines == ["torch", "resident"]
+    assert ViewsOptions(data="shapes", pipeline="dali").pipelines == ["dali"]
+    with pytest.raises(ConfigError, match=r"--compare is 'resdent', expected one of .* did you mean resident"):
+        ViewsOptions(data="shapes", compare="torch,resdent")

@@ -1,0 +1,197 @@
+"""What ranks say to each other: sums, gathers, shares, outcomes and votes; and one rank alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmoco.distributed.world import Vote, World, gathered
+from fastmoco.errors import ConfigError, DivergedError, ExitCode, RankLostError, exit_code
+from pipelines.errors import DataError
+from tests.ranks import Died, Failed, results, start
+
+# ---- one rank --------------------------------------------------------------------------------------------------------
+
+
+def alone() -> World:
+    return World(torch.device("cpu"))
+
+
+def test_alone_every_collective_is_an_identity() -> None:
+    world, tensor = alone(), torch.arange(6.0).view(3, 2)
+    assert world.sum_(tensor).wait() is tensor
+    assert world.gather(tensor).wait() is tensor
+    assert gathered(tensor, world) is tensor
+    assert world.part(1) is world
+    torch.testing.assert_close(world.share(tensor), tensor)
+    before = tensor.clone()
+    world.copy_from_main(tensor)
+    assert torch.equal(tensor, before)
+    world.check_same({"queue": b"12"})
+    assert world.noted() is None
+    assert world.note(ValueError())
+
+
+def test_alone_a_vote_is_answered_at_once() -> None:
+    vote = Vote(alone())
+    assert [vote(hand) for hand in (False, True, False)] == [False, True, False]
+
+
+def test_alone_outcomes_pass_through() -> None:
+    world = alone()
+    assert world.on_main(lambda: (1, 2)) == (1, 2)
+    assert world.first_on_each_machine(lambda: 3) == 3
+    with pytest.raises(DataError, match="no images"):
+        world.on_main(lambda: _raise(DataError("no images")))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
+def test_without_other_ranks_nothing_is_started(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with World.join("cpu") as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', expected a number"):
+        World.join("cpu")
+
+
+def test_a_lost_rank_is_resumable() -> None:
+    assert exit_code(RankLostError()) == ExitCode.PREEMPTED
+
+
+# ---- several ---------------------------------------------------------------------------------------------------------
+
+
+def conversation(folder: Path) -> dict[str, Any]:
+    """One rank's side of everything that does not fail."""
+    with World.join("cpu", timeout_s=30) as world:
+        rank, said = world.rank, {}
+        said["identity"] = (rank, world.size, world.is_main, *world.place[2:4])
+        said["sum"] = world.sum_(torch.full((3,), float(rank + 1))).wait().tolist()
+        said["bf16"] = world.sum_(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
+        said["gather"] = world.gather(torch.full((2, 1), rank)).wait().flatten().tolist()
+        strided = torch.arange(8.0).view(2, 4).T[:, :1] + 10 * rank
+        said["strided"] = world.gather(strided).wait().flatten().tolist()
+        said["share"] = world.share(torch.arange(8)).tolist()
+
+        rows = torch.tensor([1.0 + rank], requires_grad=True)
+        weights = torch.arange(1.0, 1 + world.size) * 10**rank
+        (gathered(rows, world) * weights).sum().backward()
+        assert rows.grad is not None
+        said["gradient"] = rows.grad.item()
+
+        mine = torch.full((2, 2), float(rank)).T
+        world.copy_from_main(mine)
+        said["from main"] = mine.tolist()
+
+        pair = world.part(world.size // 2)
+        said["part"] = (pair.rank, pair.size, pair.sum_(torch.tensor([rank])).wait().item())
+        single = world.part(world.size)
+        said["single"] = (single.size, single.gather(torch.tensor([rank])).wait().item())
+
+        said["outcome"] = world.on_main(lambda: {"rank": rank})
+        try:
+            world.on_main(lambda: _raise(DataError(f"rank {rank} finds no images")))
+        except DataError as error:
+            said["error"] = str(error)
+
+        def index() -> str:
+            found = (folder / "index").exists()
+            (folder / "index").touch()
+            return f"{'read' if found else 'made'} by {rank}"
+
+        said["index"] = world.first_on_each_machine(index)
+        vote = Vote(world)
+        said["votes"] = [vote(hand) for hand in (False, rank == 1, False, False)]
+        vote.close()
+
+        world.check_same({"queue": b"same"})
+        try:
+            world.check_same({"queue": b"same", "weights": b"odd!" if rank == 1 else b"even"})
+        except DivergedError as error:
+            said["differs"] = str(error)
+        said["noted"] = world.note(DataError(f"of rank {rank}"))
+        return said
+
+
+@pytest.mark.slow
+def test_four_ranks_talk(tmp_path: Path) -> None:
+    said = results(start(4, conversation, tmp_path))
+    for rank, mine in enumerate(said):
+        assert mine["identity"] == (rank, 4, rank == 0, rank, 4)
+        assert mine["sum"] == mine["bf16"] == [10.0] * 3
+        assert mine["gather"] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert mine["strided"] == [10.0 * of + row for of in range(4) for row in range(4)]
+        assert mine["share"] == [2 * rank, 2 * rank + 1]
+        assert mine["gradient"] == (rank + 1) * 1111  # what the losses of all four ask of this row
+        assert mine["from main"] == [[0.0, 0.0], [0.0, 0.0]]
+        assert mine["part"] == (rank % 2, 2, 1 if rank < 2 else 5)
+        assert mine["single"] == (1, rank)
+        assert mine["outcome"] == {"rank": 0}
+        assert mine["error"] == "rank 0 finds no images"
+        assert mine["index"] == ("made by 0" if rank == 0 else f"read by {rank}")
+        assert mine["votes"] == [False, False, True, False]  # one call later
+        assert mine["differs"].startswith("weights of rank 1 is not that of rank 0")
+    assert sum(mine["noted"] for mine in said) == 1
+
+
+def loses_a_rank(how: str) -> Any:
+    """Rank 1 leaves in some way, and rank 0 learns of it."""
+    world = World.join("cpu", timeout_s=2)
+    world.sum_(torch.ones(2)).wait()
+    began = time.monotonic()
+    if world.rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stalled":
+            time.sleep(5)
+        error = DataError("photo.jpg is empty")
+        world.note(error)
+        raise error
+    try:
+        world.sum_(torch.ones(2)).wait()
+    except (RankLostError, DataError) as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stalled", "failed"])
+def test_a_rank_that_is_lost(how: str) -> None:
+    left, right = start(2, loses_a_rank, how) if how != "stalled" else (*start(2, loses_a_rank, how)[:1], None)
+    kind, message, seconds = left
+    assert seconds < 6
+    if how == "failed":
+        assert (kind, message) == ("DataError", "photo.jpg is empty")
+        assert isinstance(right, Failed)
+    else:
+        assert kind == "RankLostError"
+        assert message.startswith("another rank is gone, or silent for 2 s (")
+        assert message.endswith("): go on with --resume")
+    if how == "killed":
+        assert right == Died(-signal.SIGKILL)
+
+
+def test_nobody_else_talks_to_torch_distributed() -> None:
+    """And torchrun is started in one place."""
+    root = Path(__file__).resolve().parents[2]
+    files = [path for folder in ("fastmoco", "pipelines") for path in (root / folder).rglob("*.py")]
+    found = {path.name for path in files if "torch.distributed" in path.read_text()}
+    assert found - {"outcomes.py"} == {"world.py", "launch.py"}  # which names it in a comment

@@ -1,0 +1,59 @@
+"""The map puts like by like, always in the same way, and is drawn with and without labels."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.errors import ConfigError
+from fastmoco.evaluation.embedding_plot import LEAST_POINTS, draw, project
+from fastmoco.evaluation.options import check_method
+
+
+def clouds(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Three far clouds on the sphere; the length of a feature does not count."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    features = torch.eye(3, 16)[labels] + 0.05 * torch.randn(count, 16, generator=generator)
+    return features * (1 + 50 * torch.rand(count, 1, generator=generator)), labels.numpy()
+
+
+def test_like_lies_by_like() -> None:
+    features, labels = clouds(60)
+    points = project(features)
+    assert points.shape == (60, 2)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    assert (labels[distances.argmin(1)] == labels).all()
+    assert (points == project(features)).all(), "the same seed, the same map"
+
+
+@pytest.mark.parametrize("features", [torch.ones(LEAST_POINTS, 4), torch.zeros(9, 3), torch.eye(LEAST_POINTS)])
+def test_few_or_equal_points_have_a_map_too(features: torch.Tensor) -> None:
+    points = project(features)
+    assert points.shape == (len(features), 2)
+    assert np.isfinite(points).all()
+
+
+@pytest.mark.parametrize(("classes", "labelled"), [(3, True), (12, True), (200, True), (0, False)])
+def test_the_map_is_drawn_in_the_colours_of_the_classes(tmp_path: Path, classes: int, labelled: bool) -> None:
+    points = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
+    names = tuple(f"_name$ {i}" for i in range(classes))
+    draw(points, np.arange(400) % classes if labelled else None, names, "title", tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    coloured = pixels[(pixels.max(1) - pixels.min(1)) > 60]
+    hues = {tuple(colour) for colour in (coloured // 64).tolist()}
+    assert len(coloured) > 1_000
+    assert len(hues) >= (6 if classes > 10 else 3 if classes else 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")
+def test_umap_names_its_package_where_it_is_missing() -> None:
+    with pytest.raises(ConfigError, match="pip install umap-learn, or --map tsne"):
+        check_method("umap")

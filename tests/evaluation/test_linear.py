@@ -1,0 +1,81 @@
+"""The linear probe: the minimum that scikit-learn finds, the authors' schedule, and every image once an epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from fastmoco.errors import ConfigError
+from fastmoco.evaluation.confusion import measure
+from fastmoco.evaluation.linear import cached_batches, fit_linear
+from fastmoco.evaluation.settings import Sgd
+from tests.evaluation.test_logistic import blobs
+
+CPU = torch.device("cpu")
+
+
+def trained(features: Tensor, labels: Tensor, classes: int, sgd: Sgd) -> torch.nn.Linear:
+    batches, steps = cached_batches(features, labels, sgd)
+    return fit_linear(batches, steps, features.shape[1], classes, sgd, CPU)
+
+
+def test_full_batches_reach_the_minimum_that_scikit_learn_finds() -> None:
+    """The same objective: mean cross-entropy + ½ wd ‖W‖², which is scikit-learn's with C = 1 / (N · wd)."""
+    features, labels, queries, asked = blobs(600, 2000)
+    decay = 1e-2
+    sgd = Sgd(lr=1.0, epochs=300, batch_size=600, schedule="constant", weight_decay=decay)
+    layer = trained(features, labels, 7, sgd)
+    theirs = LogisticRegression(C=1 / (len(features) * decay), tol=1e-8, max_iter=2000)
+    theirs.fit(features.double().numpy(), labels)
+    torch.testing.assert_close(layer.weight.detach().double(), torch.from_numpy(theirs.coef_), rtol=0, atol=1e-4)
+    # an intercept may be shifted by what is added to all classes alike
+    shift = layer.bias.detach().double() - torch.from_numpy(theirs.intercept_)
+    torch.testing.assert_close(shift, shift.mean().expand_as(shift), rtol=0, atol=1e-4)
+    ours = measure(layer(queries), asked).top1_percent
+    assert 60 < ours < 95, "a task on which classifiers differ"
+    assert ours == pytest.approx(100 * theirs.score(queries.numpy(), asked.numpy()), abs=0.1)
+
+
+def test_the_authors_schedule_ends_near_the_unregularised_optimum() -> None:
+    """lr 30 with steps at 60 and 80 %: on average-pooled features, which are small, as good as logistic regression."""
+    features, labels, queries, asked = blobs(2000, 2000, scale=0.1)
+    layer = trained(features, labels, 7, Sgd(epochs=30))
+    theirs = LogisticRegression(C=1e4, max_iter=2000).fit(features.numpy(), labels)
+    ours = measure(layer(queries), asked).top1_percent
+    assert ours == pytest.approx(100 * theirs.score(queries.numpy(), asked.numpy()), abs=1.5)
+
+
+def test_learning_rates_are_those_of_the_authors() -> None:
+    steps = 5
+    rates = [Sgd().lr_at(step, steps) for step in range(500)]
+    assert rates == pytest.approx([30.0] * 300 + [3.0] * 100 + [0.3] * 100)
+    cosine = [Sgd(schedule="cosine").lr_at(epoch * steps, steps) for epoch in (0, 50, 99)]
+    assert cosine == pytest.approx([30.0, 15.0, 30 * 0.5 * (1 + np.cos(0.99 * np.pi))])
+    assert Sgd(epochs=1).lr_at(0, steps) == 30
+
+
+def test_every_image_once_an_epoch_in_orders_of_their_own() -> None:
+    features = torch.arange(23.0)[:, None]
+    batches, steps = cached_batches(features, torch.arange(23), Sgd(epochs=3, batch_size=8))
+    found = list(batches)
+    assert steps == 3
+    assert [len(labels) for _, labels in found] == [8, 8, 7] * 3
+    for rows, labels in found:
+        assert (rows[:, 0] == labels).all()
+    orders = [torch.cat([labels for _, labels in found[e * 3 : e * 3 + 3]]).tolist() for e in range(3)]
+    assert all(sorted(order) == list(range(23)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_the_same_seed_gives_the_same_layer() -> None:
+    features, labels, _, _ = blobs(100, 1)
+    first, again = (trained(features, labels, 7, Sgd(lr=1, epochs=3)) for _ in range(2))
+    assert (first.weight == again.weight).all()
+
+
+def test_a_probe_that_diverges_names_the_flag() -> None:
+    with pytest.raises(ConfigError, match="diverged with a learning rate of 1e\\+38: lower --linear-lr"):
+        trained(torch.full((8, 2), 1e20), torch.arange(8) % 2, 2, Sgd(lr=1e38, epochs=2))

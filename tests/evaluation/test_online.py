@@ -1,0 +1,156 @@
+"""What evaluation measures on each kind of data set, and that it leaves no trace in the encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmoco.config import DataConfig, RunConfig, RunOptions
+from fastmoco.distributed.world import World
+from fastmoco.evaluation import online as monitor_module
+from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
+from fastmoco.evaluation.knn import knn_accuracy
+from fastmoco.evaluation.online import Monitor
+from fastmoco.model.encoder import Encoder, build_encoder
+from fastmoco.run.resolve import resolve
+from pipelines.augment.presets import CIFAR
+from pipelines.backends.resident import ResidentCrops
+from pipelines.backends.two_view import TwoViewPipeline
+from pipelines.data.index import Dataset, ImageIndex
+from pipelines.data.shapes import CLASS_NAMES, make_shapes
+from pipelines.plan.planner import Planner
+
+CPU = torch.device("cpu")
+
+
+def shapes(count: int, start: int = 0, *, labelled: bool = True) -> ImageIndex:
+    pixels, labels = make_shapes(count, size=16, start=start)
+    return ImageIndex.from_pixels("shapes", pixels, labels if labelled else None, CLASS_NAMES if labelled else ())
+
+
+def monitor_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> Monitor:
+    config = RunConfig(data=DataConfig(pipeline="resident", workers=1), run=RunOptions(knn_k=5))
+    config, _ = resolve(config.replace(batch_size=32), dataset.train, CPU)
+    source = ResidentCrops(dataset.train, 16, CPU, 1)
+    planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
+    return Monitor(config, dataset, source, TwoViewPipeline(planner, source, CPU, dtype), CIFAR, World(CPU), dtype)
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "PAIRS", 128)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    """Trained for a few batches' worth of statistics, so that batch norm in evaluation differs from training."""
+    torch.manual_seed(0)
+    built = build_encoder("resnet18", width=0.125, stem="cifar", dim=16, bn_splits=2)
+    built.train()
+    with torch.no_grad():
+        for _ in range(3):
+            built(torch.randn(16, 3, 16, 16))
+    return built
+
+
+def features(encoder: Encoder, index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR.mean, CIFAR.std))
+    pixels = torch.from_numpy(index.pixels[positions]).permute(0, 3, 1, 2)  # pyright: ignore[reportOptionalSubscript]
+    encoder.eval()
+    with torch.no_grad():
+        found = encoder.features((pixels / 255 - mean) / std)
+    encoder.train()
+    return found
+
+
+def labels(index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
+    assert index.labels is not None
+    return torch.from_numpy(index.labels[positions])
+
+
+def test_with_a_test_split_the_training_images_answer(encoder: Encoder) -> None:
+    dataset = Dataset(shapes(120), shapes(40, 120))
+    monitor = monitor_of(dataset)
+    bank, test = np.arange(120), np.arange(40)
+    assert dataset.test is not None
+    sets = (dataset.train, bank), (dataset.test, test)
+    expected = [(features(encoder, *s), labels(*s)) for s in sets]
+    accuracy = knn_accuracy(*expected[0], *expected[1], k=5, temperature=0.1, num_classes=10)
+    assert monitor.has_labels
+    assert monitor.evaluate(encoder) == {"knn_top1_percent": pytest.approx(accuracy, abs=2.6)}  # one image on the edge
+    pixels = monitor.pixels()
+    assert pixels is not None
+    assert 10 < pixels < 100
+
+
+def test_without_a_test_split_a_tenth_asks_and_is_not_its_own_answer(encoder: Encoder) -> None:
+    """Classes that take turns, as in shapes, where image i is of class i mod 10, must all be asked for."""
+    monitor = monitor_of(Dataset(shapes(200)))
+    assert monitor._sets is not None
+    answers, asks = (s.positions for s in monitor._sets)
+    assert len(asks) == 20
+    np.testing.assert_array_equal(np.sort(np.concatenate([asks, answers])), np.arange(200))
+    assert len(set((asks % 10).tolist())) >= 6
+    assert 0 <= monitor.evaluate(encoder)["knn_top1_percent"] < 100
+
+
+def test_a_bank_apart_from_the_training_images(encoder: Encoder) -> None:
+    """STL-10: pretraining without labels, evaluation with another, labelled part."""
+    dataset = Dataset(shapes(64, labelled=False), shapes(40, 500), bank=shapes(100, 200))
+    monitor = monitor_of(dataset)
+    assert monitor.has_labels
+    assert set(monitor.evaluate(encoder)) == {"knn_top1_percent"}
+
+
+def test_without_labels_it_measures_pairs_and_their_spread(encoder: Encoder) -> None:
+    dataset = Dataset(shapes(64, labelled=False))
+    monitor = monitor_of(dataset)
+    assert not monitor.has_labels
+    assert monitor.pixels() is None
+    found = monitor.evaluate(encoder)
+
+    source = ResidentCrops(dataset.train, 16, CPU, 1)
+    planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
+    encoder.eval()
+    queries, keys = [], []
+    with torch.no_grad():
+        for views in TwoViewPipeline(planner, source, CPU, torch.float32).views(0, 4):
+            queries.append(encoder(views.query))
+            aligned = torch.empty_like(queries[-1])
+            aligned[views.key_order] = encoder(views.key)
+            keys.append(aligned)
+    q, k = torch.cat(queries), torch.cat(keys)
+    assert len(q) == 128
+    expected = {
+        "alignment": alignment(q, k),
+        "uniformity": uniformity(q),
+        "effective_rank": effective_rank(q - q.mean(0)),
+    }
+    assert found == pytest.approx(expected, rel=1e-4)
+    shuffled = F.normalize(k.roll(1, 0), dim=1)
+    assert alignment(q, k) < alignment(q, shuffled), "views of one image are closer than views of two"
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_evaluation_leaves_no_trace(encoder: Encoder, labelled: bool, dtype: torch.dtype) -> None:
+    monitor = monitor_of(Dataset(shapes(64, labelled=labelled)), dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    first, rng = monitor.evaluate(encoder), torch.random.get_rng_state()
+    assert encoder.training
+    assert all(module.training for module in encoder.modules())
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
+    assert monitor.evaluate(encoder) == first, "always on the same images"
+    assert torch.equal(rng, torch.random.get_rng_state())
+
+
+def test_train_mode_comes_back_when_evaluation_fails(encoder: Encoder, monkeypatch) -> None:
+    monitor = monitor_of(Dataset(shapes(64)))
+    monkeypatch.setattr(encoder, "features", lambda _: torch.empty(0).sum(3))
+    with pytest.raises(IndexError):
+        monitor.evaluate(encoder)
+    assert encoder.training

@@ -1,0 +1,105 @@
+"""What load_backbone hands out sees images as every evaluation does."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmoco.evaluation.features import normalised
+from fastmoco.export.preprocessing import Preprocessing
+from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
+from pipelines.backends.resident import ResidentCrops
+from pipelines.backends.torch import TorchCrops
+from pipelines.data.dataset import load_dataset
+from pipelines.data.index import ImageIndex
+from pipelines.plan.planner import eval_plans
+from tests.oddities import good_files, picture
+
+CPU = torch.device("cpu")
+ODD = {file.name: file for file in good_files()}
+
+
+def evaluated(kind: type[ResidentCrops] | type[TorchCrops], index: ImageIndex, side: int) -> Tensor:
+    """(N, 3, S, S) as the evaluation of a run makes them."""
+    source = kind(index, side, CPU, 0)
+    plans = eval_plans(index.sizes, np.arange(len(index)), len(index), side)
+    return normalised(next(iter(source.crops(plans))).images[0], IMAGENET_MEAN, IMAGENET_STD)
+
+
+def grey_levels(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
+
+
+def real_images(test_data: Path, tmp_path: Path, name: str) -> ImageIndex:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    kind = {"cifar10": "cifar10/test/*/*.jpg", "photographs": "imagenet-60/*.JPEG"}[name]
+    for path in sorted(test_data.glob(kind))[:: 997 if name == "cifar10" else 6]:
+        (folder / path.name).symlink_to(path)
+    return load_dataset(str(folder), data_root=str(tmp_path)).train
+
+
+@pytest.mark.parametrize(("name", "side"), [("cifar10", 32), ("photographs", 224), ("photographs", 64)])
+def test_real_images_as_in_an_evaluation(test_data: Path, tmp_path: Path, name: str, side: int) -> None:
+    """From files and from tensors, one grey level; where large JPEGs are decoded at reduced size, that difference."""
+    index = real_images(test_data, tmp_path, name)
+    assert index.paths is not None
+    assert len(index) >= 10
+    preprocess = Preprocessing(side, IMAGENET_MEAN, IMAGENET_STD)
+    from_files = torch.stack([preprocess(Image.open(path)) for path in index.paths])
+    from_tensors = torch.stack(
+        [preprocess(torch.from_numpy(index.read(i).copy()).permute(2, 0, 1)) for i in range(len(index))]
+    )
+    assert from_files.shape == (len(index), 3, side, side)
+    assert torch.equal(from_files, from_tensors)
+    assert grey_levels(from_files, evaluated(ResidentCrops, index, side)).max() < 1.001
+    reduced = grey_levels(from_files, evaluated(TorchCrops, index, side))
+    assert reduced.mean() < 1.3
+    assert reduced.max() < 20
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_have_the_colours_and_the_orientation_of_the_pipelines(name: str) -> None:
+    file = ODD[name]
+    preprocess = Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD)
+    with Image.open(io.BytesIO(file.data)) as image:
+        found = preprocess(image)
+    expected = preprocess(torch.from_numpy(file.pixels.copy()).permute(2, 0, 1))
+    assert grey_levels(found, expected).mean() <= file.tolerance + 1e-4
+
+
+@pytest.mark.parametrize(("side", "fraction"), [(32, 1.0), (64, 1.0), (72, 224 / 256), (224, 224 / 256)])
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (20, 20), (1, 9)])
+def test_the_centred_square_is_resized_and_normalised(side: int, fraction: float, size: tuple[int, int]) -> None:
+    """Against Pillow, whose antialiased bilinear filter torch's follows to a grey level."""
+    pixels = picture(300, 340)[: size[0], : size[1]]
+    length = max(1, round(fraction * min(size)))
+    top, left = (size[0] - length) // 2, (size[1] - length) // 2
+    crop = Image.fromarray(pixels).crop((left, top, left + length, top + length))
+    expected = np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR)) / 255
+    found = Preprocessing(side, CIFAR_MEAN, CIFAR_STD)(Image.fromarray(pixels)).permute(1, 2, 0)
+    apart = np.abs(found.numpy() * np.array(CIFAR_STD) + CIFAR_MEAN - expected)
+    assert found.dtype == torch.float32
+    assert apart.max() * 255 < 1.01
+
+
+def test_batches_and_grey_pictures() -> None:
+    preprocess = Preprocessing(8, CIFAR_MEAN, CIFAR_STD)
+    images = torch.randint(0, 256, (2, 5, 3, 20, 30), dtype=torch.uint8)
+    views = preprocess(images)
+    assert views.shape == (2, 5, 3, 8, 8)
+    torch.testing.assert_close(views[1, 4], preprocess(images[1, 4]))
+    grey = Image.fromarray(images[0, 0, 0].numpy())
+    torch.testing.assert_close(preprocess(grey), preprocess(images[0, 0, :1].expand(3, -1, -1)))
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8).byte(), torch.zeros(8, 8).byte()])
+def test_what_is_no_image_is_refused(image: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected a PIL image or uint8 RGB"):
+        Preprocessing(8, CIFAR_MEAN, CIFAR_STD)(image)

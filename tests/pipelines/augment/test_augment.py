@@ -1,0 +1,285 @@
+"""Every augmentation against torchvision's functional operation on the same parameters, one image at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from pipelines.augment import torch_ops as augment_torch
+from pipelines.augment.presets import (
+    CIFAR,
+    ORDERS,
+    V1,
+    V2,
+    Augmentation,
+    Column,
+    Op,
+    blur_taps,
+    sample_params,
+    with_scale,
+)
+from pipelines.augment.torch_ops import apply, colour
+
+SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
+RECIPES = [V1, V2, CIFAR, SOLARISING]
+JITTER = {
+    Op.BRIGHTNESS: (augment_torch.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.CONTRAST: (augment_torch.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.SATURATION: (augment_torch.adjust_saturation, TF.adjust_saturation, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.HUE: (augment_torch.adjust_hue, TF.adjust_hue, [-0.5, -0.4, -0.1, 0.0, 1e-3, 0.25, 0.5]),
+}
+
+
+def crops_of(count: int, side: int, seed: int = 0) -> Tensor:
+    """(count, S, S, 3) uint8: noise, and rows of pure colours and of greys, where hue and saturation have edges."""
+    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    corners = torch.tensor([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=torch.uint8)
+    images[:, 0] = corners[torch.arange(side) % 8]
+    images[:, 1] = torch.linspace(0, 255, side).to(torch.uint8)[:, None]
+    images[:, 2, :, 1] = images[:, 2, :, 0]
+    return images
+
+
+def planar(crops: Tensor) -> Tensor:
+    return crops.permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def neutral(count: int) -> np.ndarray:
+    """Rows that leave an image as it is."""
+    rows = np.zeros((count, len(Column)), dtype=np.float32)
+    rows[:, Column.ORDER] = ORDERS[0]
+    rows[:, Column.BRIGHTNESS : Column.HUE] = 1
+    return rows
+
+
+def reference(crop: Tensor, row: np.ndarray, augmentation: Augmentation) -> Tensor:
+    """One (S, S, 3) uint8 crop through torchvision's functionals: (3, S, S) float32, normalised."""
+    image = crop.permute(2, 0, 1).float() / 255
+    grey = bool(row[Column.GREY])
+    if grey and augmentation.grey_first:
+        image = TF.rgb_to_grayscale(image, 3)
+    order = int(row[Column.ORDER])
+    for place in range(4):
+        op = Op((order >> 2 * place) & 3)
+        image = JITTER[op][1](image, float(row[Column.BRIGHTNESS + op]))
+    if grey and not augmentation.grey_first:
+        image = TF.rgb_to_grayscale(image, 3)
+    sigma = float(row[Column.BLUR_SIGMA])
+    if sigma > 0:
+        taps = blur_taps(augmentation, image.shape[-1])
+        image = TF.gaussian_blur(image, [taps, taps], [sigma, sigma])
+    if row[Column.SOLARISE]:
+        image = TF.solarize(image, 0.5)
+    if row[Column.FLIP]:
+        image = TF.horizontal_flip(image)
+    return TF.normalize(image, list(augmentation.mean), list(augmentation.std))
+
+
+def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+# ---- one operation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", Op, ids=lambda op: op.name.lower())
+def test_jitter_operations_are_torchvisions(op: Op) -> None:
+    ours, theirs, factors = JITTER[op]
+    images = planar(crops_of(len(factors), 16))
+    expected = torch.stack([theirs(image, factor) for image, factor in zip(images, factors, strict=True)])
+    found = ours(images.clone(), torch.tensor(factors).view(-1, 1, 1, 1))
+    assert_near(found, expected, 2e-6)
+
+
+def test_grey_is_torchvisions() -> None:
+    images, rows = planar(crops_of(4, 16)), neutral(4)
+    expected = images.clone()
+    expected[[1, 3]] = TF.rgb_to_grayscale(images[[1, 3]], 3)
+    rows[[1, 3], Column.GREY] = 1
+    colour(images, rows, V2)
+    assert_near(images, expected, 1e-6)
+
+
+@pytest.mark.parametrize("side", [8, 17, 40, 53, 96])
+def test_blur_is_torchvisions(side: int) -> None:
+    """A width for each view, as many taps as fit, reflection at the border; as on a GPU and as on a CPU.
+
+    There 17 and 53 pixels, which have no divisor to be cut by, are one stretch, and 96 are two.
+    """
+    images, sigmas = planar(crops_of(4, side)), [0.1, 0.7, 1.3, 2.0]
+    taps = blur_taps(V2, side)
+    assert taps == min(15, 2 * side - 1)
+    expected = torch.stack([TF.gaussian_blur(i, [taps, taps], [s, s]) for i, s in zip(images, sigmas, strict=True)])
+    assert_near(augment_torch.blur_as_groups(images, torch.tensor(sigmas), taps), expected, 2e-6)
+    augment_torch.blur_by_bands(images, np.array(sigmas), taps)
+    assert_near(images, expected, 2e-6)
+
+
+def test_solarise_is_torchvisions() -> None:
+    images, rows = planar(crops_of(4, 16)), neutral(4)
+    rows[[1, 3], Column.SOLARISE] = 1
+    plain = images.clone()
+    colour(images, rows, SOLARISING)
+    assert torch.equal(images[[0, 2]], plain[[0, 2]])
+    assert torch.equal(images[[1, 3]], TF.solarize(plain[[1, 3]], 0.5))
+
+
+def test_flip_is_torchvisions() -> None:
+    crops, rows = crops_of(4, 16), neutral(4)
+    plain = apply(crops, rows, V2, torch.bfloat16)
+    rows[[2, 3], Column.FLIP] = 1
+    found = apply(crops, rows, V2, torch.bfloat16)
+    assert torch.equal(found[:2], plain[:2])
+    assert torch.equal(found[2:], TF.horizontal_flip(plain[2:]))
+
+
+@pytest.mark.parametrize("order", ORDERS.tolist())
+def test_every_order_of_the_jitter(order: int) -> None:
+    crops, rows = crops_of(2, 9), neutral(2)
+    rows[:, Column.ORDER] = order
+    rows[:, Column.BRIGHTNESS : Column.GREY] = [[1.35, 0.7, 1.4, -0.3], [0.65, 1.4, 0.6, 0.09]]
+    expected = torch.stack([reference(c, r, V2) for c, r in zip(crops, rows, strict=True)])
+    assert_near(apply(crops, rows, V2, torch.float32), expected)
+
+
+def test_the_24_orders_are_all_there_and_matter() -> None:
+    assert len(set(ORDERS.tolist())) == 24
+    assert {tuple(sorted((order >> 2 * place) & 3 for place in range(4))) for order in ORDERS.tolist()} == {
+        (0, 1, 2, 3)
+    }
+    crops, rows = crops_of(1, 9).repeat(24, 1, 1, 1), neutral(24)
+    rows[:, Column.ORDER] = ORDERS
+    rows[:, Column.BRIGHTNESS : Column.GREY] = [1.4, 0.6, 1.4, 0.4]
+    views = apply(crops, rows, V1, torch.float32)
+    assert len({view.numpy().tobytes() for view in views}) == 24
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augmentation", RECIPES, ids=lambda a: a.name)
+@pytest.mark.parametrize("side", [12, 33])
+def test_apply_equals_torchvisions_chain(augmentation: Augmentation, side: int) -> None:
+    crops = crops_of(64, side)
+    rows = sample_params(7, 2, np.arange(64), augmentation)[1]
+    views = apply(crops, rows, augmentation, torch.float32)
+    assert views.shape == (64, 3, side, side)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.stack([reference(c, r, augmentation) for c, r in zip(crops, rows, strict=True)])
+    assert_near(views, expected, 2e-5)  # in units of a standard deviation: 5e-6 of the range of a pixel
+
+
+def test_a_view_is_the_same_in_any_company() -> None:
+    """Groups, and the limit on their bytes, must not show."""
+    crops, rows = crops_of(200, 40), sample_params(7, 0, np.arange(200), V2)[0]
+    rows[:150, Column.ORDER] = ORDERS[3]  # at 40 pixels a group has 40 views
+    whole = apply(crops, rows, V2, torch.float32)
+    for i in (0, 39, 40, 149, 150, 199):
+        assert_near(apply(crops[i : i + 1], rows[i : i + 1], V2, torch.float32)[0], whole[i], 1e-6)
+
+
+def test_source_says_which_crop_a_view_is_of() -> None:
+    crops, rows = crops_of(5, 12), sample_params(1, 0, np.arange(8), V2)[0]
+    source = np.array([4, 4, 0, 2, 1, 3, 0, 0])
+    found = apply(crops, rows, V2, torch.float32, source)
+    assert_near(found, apply(crops[source], rows, V2, torch.float32), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["channels between", "every other"])
+def test_crops_of_any_strides(layout: str) -> None:
+    crops, rows = crops_of(6, 12), sample_params(1, 0, np.arange(6), V2)[0]
+    strided = torch.empty(12, 12, 3, 12, dtype=torch.uint8).permute(0, 1, 3, 2)[::2]
+    if layout == "every other":
+        strided = torch.empty(6, 12, 24, 3, dtype=torch.uint8)[:, :, ::2]
+    strided.copy_(crops)
+    before = crops.clone()
+    assert torch.equal(apply(strided, rows, V2, torch.float32), apply(crops, rows, V2, torch.float32))
+    assert torch.equal(crops, before)
+
+
+def test_a_view_without_colour_is_only_normalised() -> None:
+    crops = crops_of(3, 12)
+    expected = TF.normalize(planar(crops), list(V2.mean), list(V2.std))
+    assert_near(apply(crops, neutral(3), V2, torch.float32), expected, 1e-6)
+
+
+def test_jitter_leaves_its_neighbours_alone() -> None:
+    """One jittered view of the same order number between two that are not."""
+    crops, rows = crops_of(3, 12), neutral(3)
+    rows[1, Column.SATURATION] = 1.3
+    untouched = apply(crops, neutral(3), V2, torch.float32)
+    found = apply(crops, rows, V2, torch.float32)
+    assert torch.equal(found[[0, 2]], untouched[[0, 2]])
+    assert not torch.equal(found[1], untouched[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_training_type_is_the_rounded_float32(dtype: torch.dtype) -> None:
+    crops, rows = crops_of(6, 12), sample_params(1, 0, np.arange(6), V2)[0]
+    found = apply(crops, rows, V2, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, apply(crops, rows, V2, torch.float32).to(dtype))
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augmentation", RECIPES, ids=lambda a: a.name)
+def test_frequencies_and_ranges(augmentation: Augmentation) -> None:
+    a, count = augmentation, 20_000
+    rows = sample_params(0, 0, np.arange(count), a).reshape(2 * count, -1)
+    assert rows.dtype == np.float32
+    jittered = rows[:, Column.HUE] != 0
+    shares = {
+        Column.FLIP: (rows[:, Column.FLIP], a.flip_p),
+        Column.GREY: (rows[:, Column.GREY], a.grey_p),
+        Column.HUE: (jittered, a.jitter_p),
+        Column.BLUR_SIGMA: (rows[:, Column.BLUR_SIGMA] > 0, a.blur_p),
+        Column.SOLARISE: (rows[:, Column.SOLARISE], a.solarise_p),
+    }
+    for column, (chosen, p) in shares.items():
+        assert abs(chosen.mean() - p) <= 5 * math.sqrt(p * (1 - p) / (2 * count)) + 1e-4, column
+    for column, strength in ((2, a.brightness), (3, a.contrast), (4, a.saturation)):
+        assert (rows[~jittered, column] == 1).all()
+        quartiles = np.quantile(rows[jittered, column], [0, 0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(quartiles, 1 + strength * np.array([-1, -0.5, 0, 0.5, 1]), atol=0.03 * strength)
+    quartiles = np.quantile(rows[jittered, Column.HUE], [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(quartiles, a.hue * np.array([-1, -0.5, 0, 0.5, 1]), atol=0.03 * a.hue)
+    orders = np.array([np.mean(rows[:, Column.ORDER] == order) for order in ORDERS])
+    assert orders.sum() == pytest.approx(1)
+    np.testing.assert_allclose(orders, 1 / 24, atol=5 * math.sqrt(1 / 24 / (2 * count)))
+    if a.blur_p:
+        sigma = rows[rows[:, Column.BLUR_SIGMA] > 0, Column.BLUR_SIGMA]
+        np.testing.assert_allclose(np.quantile(sigma, [0, 0.5, 1]), [0.1, 1.05, 2.0], atol=0.03)
+
+
+def test_a_factor_is_never_below_zero() -> None:
+    strong = replace(CIFAR, brightness=1.5, jitter_p=1.0)
+    factors = sample_params(0, 0, np.arange(5000), strong)[..., Column.BRIGHTNESS]
+    assert factors.min() >= 0
+    assert np.quantile(factors, 0.5) == pytest.approx(1.25, abs=0.05)
+
+
+def test_choices_are_independent() -> None:
+    """Flip, grey, jitter, blur, solarise, and the two views: no correlation above five deviations."""
+    rows = sample_params(0, 0, np.arange(20_000), SOLARISING)
+    columns = [Column.FLIP, Column.GREY, Column.HUE, Column.BLUR_SIGMA, Column.SOLARISE]
+    chosen = np.concatenate([rows[view][:, columns].T != 0 for view in (0, 1)]).astype(float)
+    assert np.abs(np.corrcoef(chosen) - np.eye(10)).max() < 5 / math.sqrt(20_000)
+
+
+def test_rows_depend_on_seed_epoch_sample_and_view_alone() -> None:
+    rows = sample_params(3, 4, np.array([10, 11, 12]), V2)
+    np.testing.assert_array_equal(sample_params(3, 4, np.array([12]), V2), rows[:, 2:])
+    for other in (sample_params(2, 4, np.array([12]), V2), sample_params(3, 5, np.array([12]), V2), rows[::-1, 2:]):
+        assert (other != rows[:, 2:]).any()
+
+
+def test_with_scale_changes_the_scale_alone() -> None:
+    assert with_scale(V2, 0.08) == replace(V2, scale=(0.08, 1.0))

@@ -1,0 +1,67 @@
+"""The order of an epoch: every image once, mixed, and for archives without jumping about."""
+
+import numpy as np
+import pytest
+
+from pipelines.augment.presets import AUGMENTATIONS
+from pipelines.data.index import ImageIndex, Records
+from pipelines.errors import DataError
+from pipelines.plan.order import archive_order, epoch_order, orders
+from pipelines.plan.planner import Planner
+
+ARCHIVES = np.repeat(np.arange(40), 100)
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 300, 10**6])
+def test_every_image_comes_once(buffer: int) -> None:
+    order = archive_order(1, 0, ARCHIVES, buffer)
+    assert np.array_equal(np.sort(order), np.arange(4000))
+
+
+def test_without_a_buffer_archives_are_read_from_end_to_end_in_another_order() -> None:
+    files = ARCHIVES[archive_order(1, 0, ARCHIVES, 0)]
+    starts = np.flatnonzero(np.diff(files, prepend=-1))
+    assert len(starts) == 40, "each archive is one run"
+    assert not np.array_equal(files[starts], np.arange(40))
+
+
+def test_an_image_moves_less_than_the_buffer() -> None:
+    in_line, mixed = archive_order(1, 0, ARCHIVES, 0), archive_order(1, 0, ARCHIVES, 300)
+    place, moved = np.argsort(in_line), np.argsort(mixed)
+    assert 120 < np.abs(place - moved).max() < 300
+    assert np.corrcoef(place, moved)[0, 1] < 0.9999
+    # What a step reads lies in few archives, and what it shows is not one archive's classes alone.
+    archives = [len(np.unique(ARCHIVES[mixed[start : start + 100]])) for start in range(0, 4000, 100)]
+    assert 3 <= np.mean(archives) <= 6
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [archive_order(seed, epoch, ARCHIVES, 300) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert np.array_equal(orders[0], archive_order(1, 0, ARCHIVES, 300))
+    assert all((a != b).mean() > 0.9 for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_a_planner_takes_any_step_of_it() -> None:
+    sizes = np.full((4000, 2), 8, dtype=np.int32)
+    planner = Planner(
+        sizes,
+        seed=1,
+        batch_size=32,
+        augmentation=AUGMENTATIONS["v1"],
+        shuffle_keys=False,
+        order=lambda epoch: archive_order(1, epoch, ARCHIVES, 300),
+    )
+    assert np.array_equal(planner.plan(130).indices, archive_order(1, 1, ARCHIVES, 300)[5 * 32 : 6 * 32])
+
+
+def test_archives_are_asked_for_by_name() -> None:
+    count = len(ARCHIVES)
+    zeros = np.zeros(count, dtype=np.int64)
+    names = tuple(str(i) for i in range(count))
+    records = Records(("a.tar",) * 40, ARCHIVES.astype(np.int32), zeros, zeros, zeros.astype(bool), names)
+    index = ImageIndex("x", np.full((count, 2), 8, dtype=np.int32), records=records)
+    assert np.array_equal(orders("archives", index, 1, 300)(2), archive_order(1, 2, ARCHIVES, 300))
+    assert np.array_equal(orders("any", index, 1, 300)(2), epoch_order(1, 2, count))
+    loose = ImageIndex.from_pixels("y", np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="--order archives is for tar archives"):
+        orders("archives", loose, 1, 300)

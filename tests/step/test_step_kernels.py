@@ -1,0 +1,134 @@
+"""The step with Triton's kernels, in their interpreter, against the step with torch's operations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastmoco.errors import BackendMissingError, ConfigError
+from fastmoco.model.batchnorm.split import SplitBatchNorm2d, use_kernels
+from fastmoco.model.encoder import BasicBlock, Bottleneck
+from fastmoco.step.kernels import check_kernels
+from tests.step.test_step_parity import EMA, LR, changed, make_step, random_views, relative_error, whole_state
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_steps_with_kernels_are_the_steps_without(symmetric: bool, require_backend: Callable[[str], None]) -> None:
+    """From the same state each time: see test_step_parity on what rounding does to two float32 trajectories."""
+    require_backend("triton")
+    ours, plain = (
+        make_step(symmetric=symmetric, bn_splits=2, kernels=kernels, device=DEVICE) for kernels in ("triton", "torch")
+    )
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2):
+        for target, source in zip(ours.changed_tensors(), plain.changed_tensors(), strict=True):
+            target.copy_(source)
+        views = random_views(generator, device=DEVICE)
+        for step in (ours, plain):
+            step(views, LR, EMA)
+        for target, source in zip(ours.changed_tensors(), plain.changed_tensors(), strict=True):
+            if target.is_floating_point() and source.any():
+                assert relative_error(target, source) <= 1e-4
+            else:
+                assert torch.equal(target, source)
+    assert plain.read_metrics()["skipped_steps"] == 0
+
+
+@pytest.mark.slow
+def test_error_of_a_float16_step_is_no_larger_than_without_kernels(require_backend: Callable[[str], None]) -> None:
+    """Against float32. Gradients have no such order: theirs is the error of the few activations that rounding moves
+    across the kink of a ReLU. But they are scaled back, without which they would be 64 times as large."""
+    require_backend("triton")
+    views = random_views(torch.Generator().manual_seed(2), device=DEVICE)
+    exact, plain, ours = (
+        make_step(bn_splits=2, dtype=dtype, kernels=kernels, device=DEVICE)
+        for dtype, kernels in ((torch.float32, "torch"), (torch.float16, "torch"), (torch.float16, "triton"))
+    )
+    for step in (exact, plain, ours):
+        if step.scaler is not None:
+            step.scaler.scale.fill_(64.0)  # the first steps of the usual scale would be skipped
+        step(views, LR, EMA)
+        assert step.read_metrics()["skipped_steps"] == 0
+    for ours_is, plain_is, truth in (
+        (ours.query.buffers, plain.query.buffers, exact.query.buffers),
+        (ours.dictionary.keys, plain.dictionary.keys, exact.dictionary.keys),
+    ):
+        assert relative_error(ours_is, truth) <= 1.3 * relative_error(plain_is, truth) + 1e-3
+    assert relative_error(ours.update.momentum_buffer, exact.update.momentum_buffer) <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NaN in NumPy, which says so
+def test_a_bad_batch_leaves_no_trace_with_kernels(require_backend: Callable[[str], None]) -> None:
+    require_backend("triton")
+    step = make_step(bn_splits=2, kernels="triton", device=DEVICE)
+    views = random_views(torch.Generator().manual_seed(3), device=DEVICE)
+    views.query[0, 0, 0, 0] = float("nan")
+    before = whole_state(step)
+    step(views, LR, EMA)
+    assert changed(before, whole_state(step)) == []
+    assert step.query.grads is not None
+    assert not step.query.grads.any()
+    assert step.read_metrics()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_block_with_kernels_is_the_block_without(
+    block: type[BasicBlock | Bottleneck], training: bool, require_backend: Callable[[str], None]
+) -> None:
+    require_backend("triton")
+    channels = 4 * block.expansion
+    torch.manual_seed(0)
+    downsample = torch.nn.Sequential(torch.nn.Conv2d(8, channels, 1, 2, bias=False), SplitBatchNorm2d(channels, 2))
+    layer = block(8, 4, 2, downsample, norm_layer=lambda c: SplitBatchNorm2d(c, 2)).to(DEVICE).train(training)
+    x = torch.randn(4, 8, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(4, channels, 3, 3, device=DEVICE)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    found = {}
+    for kernels in ("torch", "triton"):
+        layer.load_state_dict(state)
+        use_kernels(layer, kernels)
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(upstream)
+        buffers = [b.clone() for b in layer.buffers()]
+        found[kernels] = [y, leaf.grad, *(p.grad for p in layer.parameters()), *buffers]
+    for ours, plain in zip(found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_encoders_keep_torchs_batch_norm(require_backend: Callable[[str], None]) -> None:
+    require_backend("triton")
+    for compile, kernels in (("off", "triton"), ("default", "torch")):
+        step = make_step(kernels="triton", compile=compile, device=DEVICE)
+        norms = [layer for layer in step.model.modules() if isinstance(layer, SplitBatchNorm2d)]
+        assert {norm.kernels for norm in norms} == {kernels}
+        assert step.update.kernels == "triton"
+
+
+def test_kernels_that_are_asked_for_and_missing_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="unknown kernels 'cuda'; expected one of torch, triton"):
+        make_step(kernels="cuda")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendMissingError, match="not installed: pip install triton, or use --kernels torch"):
+        make_step(kernels="triton")
+    check_kernels("torch", torch.device("cpu"))
+
+
+def test_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch, require_backend: Callable[[str], None]) -> None:
+    require_backend("triton")
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    check_kernels("triton", torch.device("cuda"))
+    with pytest.raises(BackendMissingError, match="needs a GPU, and the device is cpu: use --kernels torch"):
+        check_kernels("triton", torch.device("cpu"))

@@ -1,0 +1,248 @@
+"""A sweep trains every combination once, goes on where it was stopped, and says what came of each."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco.cli import main, parse_train
+from fastmoco.commands.sweep import table
+from fastmoco.config import RunConfig
+from fastmoco.errors import ConfigError, DivergedError, ExitCode
+from fastmoco.run.directory import RunDirectory, read_status
+from fastmoco.sweep.plot import draw_sweep
+from fastmoco.sweep.runs import Axis, Cell, paper_percent, plan, run_sweep, write_json
+from pipelines.backends.two_view import TwoViewPipeline
+from tests.run.test_train import RESIDENT, newest
+
+FLAGS = [*RESIDENT, "--no-tensorboard", "--knn-every", "1", "--log-every", "1", "--checkpoint-every", "2"]
+
+
+def sweep(out: Path, *arguments: str) -> int:
+    return main(["sweep", "shapes", *FLAGS, "--out", str(out), *arguments])
+
+
+# ---- what is varied --------------------------------------------------------------------------------------------------
+
+
+def test_values_become_flags() -> None:
+    axis = Axis.parse("moco-m=0,0.9,0.99")
+    assert axis == Axis("moco_m", ("0", "0.9", "0.99"))
+    assert axis.flags("0.9") == ["--moco-m", "0.9"]
+    assert Axis.parse("head=100+50,512").flags("100+50") == ["--head", "100", "50"]
+    assert [Axis.parse("symmetric=true,false").flags(v) for v in ("true", "false")] == [
+        ["--symmetric"],
+        ["--no-symmetric"],
+    ]
+
+
+def test_a_grid_has_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    axes = [Axis.parse("moco-m=0,0.9"), Axis.parse("data=/a/b,/a b")]
+    cells = plan(axes, parse_train, tmp_path)
+    assert [(cell.config.model.moco_m, cell.config.data.data) for cell in cells] == [
+        *((0.0, "/a/b"), (0.0, "/a b")),
+        *((0.9, "/a/b"), (0.9, "/a b")),
+    ]
+    assert [cell.name for cell in cells[:2]] == ["moco-m=0,data=-a-b", "moco-m=0,data=-a-b-2"]
+    assert [cell.folder.parent for cell in cells] == [tmp_path] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["shapes"], "nothing to vary: give --vary, such as fastmoco sweep shapes --vary moco-m=0,0.9,0.99"),
+        (["shapes", "--vary"], "--vary needs a value"),
+        (["shapes", "--vary", "moco-m"], "--vary 'moco-m': expected a setting and its values"),
+        (["shapes", "--vary", "moco-m=,"], "--vary 'moco-m=,': expected a setting and its values"),
+        (["shapes", "--vary", "moco-mm=0"], "no field 'moco_mm'; did you mean 'moco_m'?"),
+        (["shapes", "--vary", "moco-m=0,2"], "--moco-m is 2.0, expected a number from 0 to 1"),
+        (["shapes", "--vary", "moco-m=0,x"], "could not convert string to float: 'x'"),
+        (["shapes", "--vary", "moco-m=0.9,0.9"], "0.9 is there twice"),
+        (["shapes", "--vary", "moco-m=0,1", "--vary", "moco-m=0.5"], "--vary names a setting twice"),
+        (["shapes", "--vary", "symmetric=yes"], "--vary symmetric=yes: expected true or false"),
+        (["shapes", "--vary", "out=a,b"], "the sweep sets --out itself"),
+        (["shapes", "--vary", "moco-m=0", "--resume"], "fastmoco sweep resumes by itself: leave --resume out"),
+        (["shapse", "--vary", "moco-m=0"], "unknown recipe 'shapse'; did you mean 'shapes'"),
+        (["shapes", "--vary", "moco-m=0", "--epohcs", "3"], "unknown argument '--epohcs'; did you mean --epochs"),
+    ],
+)
+def test_bad_arguments_are_2_before_anything_runs(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", *arguments]) == ExitCode.CONFIG
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_printed(capsys) -> None:
+    assert main(["sweep", "--help"]) == ExitCode.DONE
+    assert "--vary moco-m=0,0.9,0.99" in capsys.readouterr().out
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Stopped in the middle of the second run, by the signal of a scheduler."""
+    monkeypatch.setattr("fastmoco.run.recorder.curves", lambda *arguments: None)
+    out, vary = tmp_path / "sweep", ["--vary", "moco-m=0,0.9"]
+    batches = 0
+
+    def views(self: TwoViewPipeline, start: int, stop: int):
+        nonlocal batches
+        for batch in original(self, start, stop):
+            batches += 1
+            if batches == 14:  # of each run, one is for its picture and eight are for its steps
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    original = TwoViewPipeline.views
+    with monkeypatch.context() as patch:
+        patch.setattr(TwoViewPipeline, "views", views)
+        assert sweep(out, *vary) == ExitCode.PREEMPTED
+    folders = [out / "moco-m=0", out / "moco-m=0.9"]
+    assert [read_status(folder)["state"] for folder in folders] == ["done", "preempted"]
+    stopped_at = read_status(folders[1])["step"]
+    assert 0 < stopped_at < 8
+    capsys.readouterr()
+
+    first = (folders[0] / "backbone.safetensors").stat().st_mtime_ns
+    assert sweep(out, *vary) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert "sweep 2 of 2, resume: moco-m=0.9" in said
+    assert "sweep 1 of 2" not in said
+    assert f"resumed at step {stopped_at} of 8" in said
+    assert (folders[0] / "backbone.safetensors").stat().st_mtime_ns == first
+    assert read_status(folders[1])["state"] == "done"
+
+    whole = tmp_path / "whole"
+    assert main(["train", "shapes", *FLAGS, "--moco-m", "0.9", "--out", str(whole)]) == ExitCode.DONE
+    ours, theirs = newest(folders[1]), newest(whole)
+    assert all(bool((ours[name] == tensor).all()) for name, tensor in theirs.items())
+
+    capsys.readouterr()
+    assert sweep(out, *vary) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0].strip() == "moco-m"
+    assert [line.split()[0] for line in lines[1:3]] == ["0", "0.9"]
+    assert lines[1].endswith("fails")
+    assert lines[2].endswith("55.2")
+    record = json.loads((out / "sweep.json").read_text())
+    assert [run["settings"] for run in record["runs"]] == [{"moco_m": "0"}, {"moco_m": "0.9"}]
+    assert [run["paper_percent"] for run in record["runs"]] == [None, 55.2]
+    assert all({"knn_before_percent", "knn_percent", "loss"} <= run.keys() for run in record["runs"])
+    assert record["recipe"] == "shapes"
+    assert record["command"].startswith("fastmoco sweep shapes")
+    with Image.open(out / "sweep.png") as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+
+    assert sweep(out, *vary, "--epochs", "3") == ExitCode.CONFIG
+    assert (
+        "holds a finished run of other settings (epochs is 3 and was 2): choose another --out"
+        in capsys.readouterr().err
+    )
+
+
+class Ledger:
+    """In place of training: writes what a run writes, or fails as told."""
+
+    def __init__(self, outcomes: dict[str, Exception | None]) -> None:
+        self.outcomes = outcomes
+        self.asked: list[tuple[str, bool, bool]] = []
+
+    def train(self, config: RunConfig) -> None:
+        assert config.run.out is not None
+        path = Path(config.run.out)
+        self.asked.append((path.name, config.run.resume, config.run.overwrite))
+        directory = RunDirectory.open(path, resume=config.run.resume, overwrite=config.run.overwrite)
+        error = self.outcomes.get(path.name)
+        directory.write_config(config)
+        lines = [{"step": 0, "epoch": 0, "knn_top1_percent": 10.0}, {"step": 4, "epoch": 1, "loss": 2.5}]
+        lines += [] if error else [{"step": 4, "epoch": 1, "knn_top1_percent": 100 * (config.model.moco_m or 0.0)}]
+        directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code = ExitCode.DIVERGED if isinstance(error, DivergedError) else 1 if error else ExitCode.DONE
+        directory.write_status(step=4, epoch=1, exit_code=code)
+        directory.close()
+        if error is not None:
+            raise error
+
+
+def cells_of(out: Path, *vary: str) -> tuple[list[Axis], list[Cell]]:
+    axes = [Axis.parse(text) for text in vary]
+    return axes, plan(axes, parse_train, out)
+
+
+def test_a_run_that_diverges_is_a_result_and_an_error_ends_the_sweep(tmp_path: Path) -> None:
+    ledger = Ledger({"moco-m=0": DivergedError("not finite"), "moco-m=0.9": ConfigError("no")})
+    _, cells = cells_of(tmp_path, "moco-m=0,0.9,0.99")
+    with pytest.raises(ConfigError, match="no"):
+        run_sweep(cells, ledger.train, lambda cell, how: None)
+    assert [cell.outcome for cell in cells] == ["diverged", "not run", "not run"]
+    assert [name for name, _, _ in ledger.asked] == ["moco-m=0", "moco-m=0.9"]
+
+    ledger.outcomes.pop("moco-m=0.9")
+    _, cells = cells_of(tmp_path, "moco-m=0,0.9,0.99")
+    run_sweep(cells, ledger.train, lambda cell, how: None)
+    # The diverged run is not tried again; what failed left no checkpoint, so it starts again in its folder.
+    assert ledger.asked[2:] == [("moco-m=0.9", False, True), ("moco-m=0.99", False, False)]
+    assert [cell.outcome for cell in cells] == ["diverged", "done", "done"]
+    assert [cell.learned_percent for cell in cells] == [None, 90.0, 99.0]
+
+    run_sweep(cells, ledger.train, lambda cell, how: None, redo=True)
+    assert ledger.asked[4:] == [(f"moco-m={m}", False, True) for m in ("0", "0.9", "0.99")]
+
+
+def test_the_table_and_the_picture_show_what_failed_and_what_is_missing(tmp_path: Path) -> None:
+    axes, cells = cells_of(tmp_path, "moco-m=0,0.9,0.95,0.999")
+    ledger = Ledger({"moco-m=0": DivergedError("not finite")})
+    run_sweep(cells[:3], ledger.train, lambda cell, how: None)
+    rows = table(cells, axes).splitlines()
+    assert len({len(row) for row in rows[:5]}) == 1, "columns are aligned"
+    assert rows[0].split("  ")[-1] == "the paper's, %"
+    assert rows[1].split() == ["0", "10.0", "2.500", "diverged", "fails"]
+    assert rows[2].split() == ["0.9", "10.0", "90.0", "2.500", "done", "55.2"]
+    assert rows[3].split() == ["0.95", "10.0", "95.0", "2.500", "done"], "the paper has not tried it"
+    assert rows[4].split() == ["0.999", "not", "run", "59.0"]
+    assert "He et al. 2020" in rows[5]
+    draw_sweep(cells, axes, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as image:
+        assert image.width > 1.5 * image.height, "two panels"
+
+
+def test_a_grid_is_a_line_for_each_value_of_the_second_setting(tmp_path: Path) -> None:
+    axes, cells = cells_of(tmp_path, "moco-m=0.5,0.9", "moco-k=16,32")
+    run_sweep(cells, Ledger({}).train, lambda cell, how: None)
+    assert paper_percent(cells[0]) == (False, None), "of one setting only"
+    draw_sweep(cells, axes, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as image:
+        assert image.width < 1.5 * image.height
+    assert [row.split()[:2] for row in table(cells, axes).splitlines()[1:]] == [
+        *(["0.5", "16"], ["0.5", "32"]),
+        *(["0.9", "16"], ["0.9", "32"]),
+    ]
+    write_json(tmp_path / "sweep.json", "shapes", "fastmoco sweep", cells)
+    runs = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert [run["knn_percent"] for run in runs] == [50.0, 50.0, 90.0, 90.0]
+    assert all("paper_percent" not in run for run in runs)
+
+
+def test_the_paper_s_figures_are_found_whichever_way_a_number_is_written() -> None:
+    config = RunConfig()
+    assert paper_percent(Cell({"moco_m": "0.90"}, config)) == (True, 55.2)
+    assert paper_percent(Cell({"moco_m": "0"}, config)) == (True, None)
+    assert paper_percent(Cell({"mechanism": "memory-bank"}, config)) == (True, 58.0)
+    assert paper_percent(Cell({"moco_m": "0.5"}, config)) == (False, None)
+    assert paper_percent(Cell({"seed": "0"}, config)) == (False, None)
+    assert math.isclose(paper_percent(Cell({"moco_k": "65536"}, config))[1] or 0.0, 60.6)
