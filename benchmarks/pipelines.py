@@ -3,7 +3,7 @@
     uv run python benchmarks/pipelines.py --data cifar10 --crop-size 32 --batch-size 512 --out benchmarks/results
     uv run python benchmarks/pipelines.py --quick
 
-images/s are images of the data set, two views each. The control is `dataloader`: Pillow and torchvision's transforms
+images/s are images of the data set, two views each. The baseline is `dataloader`: Pillow and torchvision's transforms
 in the workers of a torch DataLoader. With colour, a batch is both finished views on the device; without, the uint8
 crops. A case opens a new iterator, draws batches until its queues are in their steady state, then measures; the cases
 take turns. Files that fit in memory come from the page cache after the first pass, not from the disk.
@@ -75,7 +75,7 @@ class Settings:
     workers: int = default_workers()
     """Processes or threads of every pipeline."""
     backends: str = ",".join(PIPELINES)
-    """Which, separated by commas; the control is always measured."""
+    """Which, separated by commas; the baseline is always measured."""
     colour: bool = True
     """Whole views; --no-colour stops at the uint8 crops."""
     seconds: float = 5.0

@@ -44,7 +44,7 @@ from benchmarks.measure.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.measure.ladder import CONFIGS, LADDER, Climber
+from benchmarks.measure.ladder import CONFIGS, LADDER, Runner
 from benchmarks.measure.plain import Task
 from benchmarks.measure.rank_scaling import HALF_GRADIENTS, Ranks, add_efficiency, rank_counts
 from benchmarks.measure.sample_data import open_index
@@ -183,7 +183,7 @@ def _steps(label: str, tasks: dict[int, Task], settings: Settings, device: torch
         for point, task in tasks.items():
             rung = rungs[by_device[device.type]]
             try:
-                climbers[name, point] = Climber(rung, task, device, _dtype(device), "off", settings.seconds)
+                climbers[name, point] = Runner(rung, task, device, _dtype(device), "off", settings.seconds)
             except torch.OutOfMemoryError:
                 axis.left_out[f"{name} at {point:,}"] = f"too little memory on {device}"
     taken = _in_turns(climbers, settings.repetitions)

@@ -39,7 +39,7 @@ from benchmarks.measure.harness import (
     take_turns,
     write_json,
 )
-from benchmarks.measure.ladder import CONFIGS, LADDER, Climber, Rung, step_flops, time_limit
+from benchmarks.measure.ladder import CONFIGS, LADDER, Runner, Variant, step_flops, time_limit
 from benchmarks.measure.plain import Task
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
@@ -90,7 +90,7 @@ class Ladder:
 
     name: str
     task: Task
-    rungs: tuple[Rung, ...] = LADDER
+    rungs: tuple[Variant, ...] = LADDER
     build_limit_s: float | None = None
 
 
@@ -158,7 +158,7 @@ def _climb(ladder: Ladder, settings: Settings, device: torch.device, console: Co
         left_s = None if ladder.build_limit_s is None else ladder.build_limit_s - (time.monotonic() - began)
         try:
             with time_limit(left_s):
-                climbers[rung.name] = Climber(rung, task, device, dtype, settings.compile, settings.seconds)
+                climbers[rung.name] = Runner(rung, task, device, dtype, settings.compile, settings.seconds)
         except (RuntimeError, TimeoutError) as error:  # out of memory, no compiler, out of time: a rung, not the run
             left_out[rung.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if not climbers:
@@ -174,7 +174,7 @@ def _climb(ladder: Ladder, settings: Settings, device: torch.device, console: Co
 
 
 def _readings(
-    climbers: dict[str, Climber], result: dict[str, Any], settings: Settings, device: torch.device
+    climbers: dict[str, Runner], result: dict[str, Any], settings: Settings, device: torch.device
 ) -> dict[str, Any]:
     """Of every rung what it took; the roofline has its turn among them, under the same conditions."""
     side = 256 if settings.quick else MATRIX_SIDES[device.type]
@@ -247,7 +247,7 @@ def _show(console: Console, ladder: Ladder, result: dict[str, Any]) -> None:
     show(console, f"step only, {sizes}", columns, rows, note)
 
 
-def _profile(name: str, climber: Climber, device: torch.device, out: Path, console: Console) -> None:
+def _profile(name: str, climber: Runner, device: torch.device, out: Path, console: Console) -> None:
     """A Chrome trace of three steps, and the ten kernels (on the CPU, operators) that take longest."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

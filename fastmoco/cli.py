@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastmoco.config import RunConfig
 from fastmoco.config.arguments import nearest, parse
-from fastmoco.distributed.launch import is_launched, launch, tell_torchrun
-from fastmoco.errors import ConfigError, ExitCode, ToldError, exit_code
+from fastmoco.distributed.launch import is_launched, launch, report_to_torchrun
+from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_code
 from fastmoco.recipes import check_data, recipe
 
 USAGE = """usage: fastmoco COMMAND [--debug]
@@ -23,7 +23,7 @@ USAGE = """usage: fastmoco COMMAND [--debug]
   sweep RECIPE --vary ...  a run for every value of a flag, a table and a plot   (fastmoco sweep --help)
   export RUN --to LIBRARY  the backbone for torchvision, timm, detectron2, main_lincls.py or ONNX
   scan DATA                read every image once: bad files, duplicates, mean and std; training then starts at once
-  eval RUN_OR_CHECKPOINT   what the features are worth: kNN, linear probe, few labels, fine-tuning, collapse, pictures
+  eval RUN_OR_CHECKPOINT   evaluate the features: kNN, linear probe, few labels, fine-tuning, collapse, pictures
   views DATA               a picture of the views that a seed, an epoch and a pipeline make
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable."""
@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
-    except ToldError as told:
+    except AlreadyReportedError as told:
         return told.code
     except Exception as error:
         code = exit_code(error)
-        tell_torchrun(error, code or 1)
+        report_to_torchrun(error, code or 1)
         if debug or code is None:
             raise
         word = "stopped" if code == ExitCode.PREEMPTED else "error"

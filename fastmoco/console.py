@@ -34,7 +34,7 @@ class Fact(NamedTuple):
     why: str = ""
 
 
-class Reading(NamedTuple):
+class StepMetrics(NamedTuple):
     """What the training reports every so many steps; None for what was not measured."""
 
     loss: float
@@ -112,24 +112,24 @@ class TrainingProgress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, done: int, reading: Reading, left_s: float | None = None) -> None:
-        """Show a reading after `done` steps of the whole run, and how long the rest of it takes."""
+    def update(self, done: int, metrics: StepMetrics, left_s: float | None = None) -> None:
+        """Show the metrics after `done` steps of the whole run, and how long the rest of it takes."""
         now, left = self.clock(), "" if left_s is None else f"{duration(left_s)} left"
         if self._live is not None:
-            self._live.update(self._block(done, reading, left), refresh=True)
+            self._live.update(self._block(done, metrics, left), refresh=True)
             return
         epoch, apart_s = done // self.steps_per_epoch, now - self._line_s
         if done == self.steps or (apart_s >= LINES_APART_S and (epoch > self._line_epoch or apart_s >= SILENCE_S)):
-            say(self.console, f"{self._place(done)}  {self._numbers(reading)}  {left}".rstrip())
+            say(self.console, f"{self._place(done)}  {self._numbers(metrics)}  {left}".rstrip())
             self._line_epoch, self._line_s = epoch, now
 
-    def _block(self, done: int, reading: Reading, left: str) -> Group:
+    def _block(self, done: int, metrics: StepMetrics, left: str) -> Group:
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, style="dim")
         bar.add_row(self._place(done), ProgressBar(total=self.steps, completed=done), left)
-        return Group(bar, Text(self._numbers(reading)))
+        return Group(bar, Text(self._numbers(metrics)))
 
     def _place(self, done: int) -> str:
         epochs = -(-self.steps // self.steps_per_epoch)
@@ -137,14 +137,14 @@ class TrainingProgress:
         whole = f"{epoch}" if epoch is not None else f"{done / self.steps_per_epoch:.2f}"
         return f"epoch {whole}/{epochs}  step {done:,}/{self.steps:,}"
 
-    def _numbers(self, reading: Reading) -> str:
-        parts = [f"loss {reading.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {reading.lr:.3g}"]
-        if reading.images_per_s is not None:
-            parts.append(f"{reading.images_per_s:,.0f} images/s")
-        if reading.data_wait_percent is not None:
-            parts.append(f"data wait {reading.data_wait_percent:.0f} %")
-        if reading.device_memory_bytes is not None:
-            parts.append(f"{reading.device_memory_bytes / 2**30:.1f} GiB")
+    def _numbers(self, metrics: StepMetrics) -> str:
+        parts = [f"loss {metrics.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {metrics.lr:.3g}"]
+        if metrics.images_per_s is not None:
+            parts.append(f"{metrics.images_per_s:,.0f} images/s")
+        if metrics.data_wait_percent is not None:
+            parts.append(f"data wait {metrics.data_wait_percent:.0f} %")
+        if metrics.device_memory_bytes is not None:
+            parts.append(f"{metrics.device_memory_bytes / 2**30:.1f} GiB")
         return "  ".join(parts)
 
 

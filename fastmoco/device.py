@@ -12,7 +12,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` to a device. Raises DeviceError where CUDA was asked for and there is none."""
+    """`auto`, `cpu` or `cuda` to a device. Raises DeviceError where CUDA wrequested and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         built = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device or driver"
         raise DeviceError(f"--device cuda, and {built}: see nvidia-smi, or use --device cpu")

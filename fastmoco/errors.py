@@ -42,7 +42,7 @@ class Preempted(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop (SIGTERM or SIGINT), has saved its state and can be resumed."""
 
 
-class ToldError(Exception):
+class AlreadyReportedError(Exception):
     """This process ends with others, one of which has said why; there is nothing to add but the exit code."""
 
     def __init__(self, code: int) -> None:
@@ -77,5 +77,5 @@ def error_named(name: str, message: str) -> Exception:
     """An error that another rank has met, to be raised here too; a fault of our own is one of that rank."""
     kind = next((kind for kind in _codes() if kind.__name__ == name), None)
     if kind is None or not issubclass(kind, Exception):
-        return RankLostError(f"another rank failed ({name}: {message.partition(chr(10))[0]}): go on with --resume")
+        return RankLostError(f"another rank failed ({name}: {message.partition(chr(10))[0]}): resume with --resume")
     return kind(message)

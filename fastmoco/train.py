@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 
 from fastmoco.config import RunConfig
-from fastmoco.console import Reading, TrainingProgress, duration, say, show_facts
+from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_facts
 from fastmoco.device import DTYPES, describe
 from fastmoco.distributed.watchdog import Watchdog
-from fastmoco.distributed.world import Vote
+from fastmoco.distributed.world import StopVote
 from fastmoco.errors import DeviceError, DivergedError, Preempted, RankLostError
-from fastmoco.evaluation.online import Monitor
+from fastmoco.evaluation.online import OnlineEvaluator
 from fastmoco.run.forecast import Forecast
-from fastmoco.run.recorder import Records
+from fastmoco.run.recorder import RunRecorder
 from fastmoco.run.report import start_facts
-from fastmoco.run.start import Started, started
+from fastmoco.run.start import RunContext, run_context
 from fastmoco.run.state import build_state
 from fastmoco.run.thread_count import ThreadCount, tunes_threads
 from fastmoco.run.throughput import StepClock
@@ -44,23 +44,24 @@ def train(config: RunConfig, console: Console) -> Path:
     """Runs or resumes one run to its end, and returns its folder. Under torchrun, every rank calls it.
 
     Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError; Preempted where it was asked to stop
-    and has saved its state; RankLostError where another rank is gone; ToldError where that rank has said why.
+    and has saved its state; RankLostError where another rank is gone; AlreadyReportedError where that rank has said
+    why.
     """
-    with started(config, console) as start:
-        trainer = Trainer(start)
+    with run_context(config, console) as context:
+        trainer = Trainer(context)
         query = trainer.state.model.query
-        facts = start_facts(start.config, start.dataset, query, start.reasons, start.world, start.folder)
-        show_facts(start.console, "fastmoco train", facts)
+        facts = start_facts(context.config, context.dataset, query, context.reasons, context.world, context.folder)
+        show_facts(context.console, "fastmoco train", facts)
         trainer.run()
-        return start.folder
+        return context.folder
 
 
 class Trainer:
     """One run. Everything is built here, from a configuration without open fields."""
 
-    def __init__(self, start: Started) -> None:
-        self.config, self.world, self.stop, self.console = start.config, start.world, start.stop, start.console
-        config, dataset, device = start.config, start.dataset, start.world.device
+    def __init__(self, context: RunContext) -> None:
+        self.config, self.world, self.stop, self.console = context.config, context.world, context.stop, context.console
+        config, dataset, device = context.config, context.dataset, context.world.device
         data, model, optim = config.data, config.model, config.optim
         side, batch, dtype = config.augment.crop_size, optim.batch_size, DTYPES[config.run.amp]
         assert config.augment.aug
@@ -88,9 +89,9 @@ class Trainer:
         self.pipeline = open_pipeline(
             data.pipeline, dataset.train, self.planner, source, side, device, dtype, data.workers
         )
-        self.monitor = Monitor(config, dataset, source, self.pipeline, self.augmentation, self.world, dtype)
+        self.evaluator = OnlineEvaluator(config, dataset, source, self.pipeline, self.augmentation, self.world, dtype)
         self.state = build_state(config, self.world, dataset.train)
-        self.records = None if start.directory is None else Records(start.directory, config, start.console)
+        self.recorder = None if context.directory is None else RunRecorder(context.directory, config, context.console)
         self.threads = ThreadCount(torch.get_num_threads()) if tunes_threads(config, self.world) else None
         self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every or 0)
@@ -120,26 +121,26 @@ class Trainer:
         finally:
             if self.threads is not None:
                 self.threads.close()
-            if self.records is not None:
-                self.records.close()
+            if self.recorder is not None:
+                self.recorder.close()
             self.pipeline.close()
 
     def _begin(self) -> None:
-        if self.records is not None:
-            self.records.begin(self._pictured(), self.augmentation)
+        if self.recorder is not None:
+            self.recorder.begin(self._pictured(), self.augmentation)
         numbers: dict[str, float] = {}
         if self.config.run.knn_every:
             numbers = self._evaluate()
-            pixels = self.monitor.pixels()
+            pixels = self.evaluator.pixels()
             if pixels is not None:
                 numbers["knn_pixels_top1_percent"] = pixels
-        if self.records is not None:
-            self.records.evaluation(0, 0, numbers)
+        if self.recorder is not None:
+            self.recorder.evaluation(0, 0, numbers)
         self._save()
 
     def _evaluate(self) -> dict[str, float]:
         began = time.monotonic()
-        numbers = self.monitor.evaluate(self.state.model.query)
+        numbers = self.evaluator.evaluate(self.state.model.query)
         self.forecast.evaluation_s = time.monotonic() - began
         return numbers
 
@@ -160,11 +161,11 @@ class Trainer:
         return next(open_pipeline(name, self._images, few, self._source, side, device, dtype, workers).views(0, 1))
 
     def _resume(self) -> None:
-        found = self.world.on_main(lambda: "" if self.records is None else self.records.find_checkpoint())
+        found = self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint())
         path = Path(found)
         self.state.load(path)
-        if self.records is not None:
-            self.records.go_on(path, self.state.step, self.epoch, self.total_steps)
+        if self.recorder is not None:
+            self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
 
     def _steps(self) -> None:
         config, state, clock = self.config, self.state, self.clock
@@ -187,26 +188,26 @@ class Trainer:
                 state.step += 1
                 watchdog.feed()
                 epoch_ends = state.step % self.steps_per_epoch == 0
-                reading = self._log(lr) if epoch_ends or state.step % config.run.log_every == 0 else None
-                if reading is not None or self.world.device.type == "cpu":  # else the host may be ahead of the device
+                metrics = self._log(lr) if epoch_ends or state.step % config.run.log_every == 0 else None
+                if metrics is not None or self.world.device.type == "cpu":  # else the host may be ahead of the device
                     self._forecast(clock.training_s)
-                if reading is not None:
-                    progress.update(state.step, reading, self.forecast.left_s)
+                if metrics is not None:
+                    progress.update(state.step, metrics, self.forecast.left_s)
                 with clock.paused(), watchdog.paused():
                     if epoch_ends and self._evaluation_is_due():
                         numbers = self._evaluate()
-                        if self.records is not None:
-                            self.records.evaluation(state.step, self.epoch, numbers)
+                        if self.recorder is not None:
+                            self.recorder.evaluation(state.step, self.epoch, numbers)
                     if self._save_is_due(epoch_ends):
                         self._save()
         if self._stopped and state.step < self.total_steps:
             self.world.on_main(lambda: self._save(last_chance=True))
             by = self.stop.name if self.stop else "the signal of another rank"
-            raise Preempted(f"stopped by {by} at step {state.step:,}, saved: go on with --resume")
+            raise Preempted(f"stopped by {by} at step {state.step:,}, saved: resume with --resume")
 
     def _until_stopped(self) -> Iterator[Views]:
         """The batches that are left, until all ranks know that one of them has had a signal."""
-        views, vote = self.pipeline.views(self.state.step, self.total_steps), Vote(self.world)
+        views, vote = self.pipeline.views(self.state.step, self.total_steps), StopVote(self.world)
         while True:
             self._stopped = vote(bool(self.stop))
             if self._stopped:
@@ -244,17 +245,17 @@ class Trainer:
         schedule = "cosine" if model.moco_m_cos else "constant"
         return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
 
-    def _log(self, lr: float) -> Reading:
+    def _log(self, lr: float) -> StepMetrics:
         """Reads the device, writes a line of metrics, and stops a run that has diverged."""
         numbers = self.state.train_step.read_metrics()
         rates = self.clock.read()
         device = self.world.device
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         threads = None if self.threads is None else self.threads.threads
-        reading = Reading(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory, threads)
-        if self.records is not None:
-            self.records.reading(self.state.step, self.epoch, reading, int(numbers["skipped_steps"]))
-            self.records.replaced(self._images.ledger)
+        metrics = StepMetrics(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory, threads)
+        if self.recorder is not None:
+            self.recorder.log_step(self.state.step, self.epoch, metrics, int(numbers["skipped_steps"]))
+            self.recorder.replaced(self._images.ledger)
         if numbers["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
             raise DivergedError(
                 f"the loss or a gradient was not finite for {numbers['consecutive_skipped']} steps up to step "
@@ -262,7 +263,7 @@ class Trainer:
             )
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
-        return reading
+        return metrics
 
     def _forecast(self, training_s: float) -> None:
         """Says, once, how long the run takes."""
@@ -278,24 +279,24 @@ class Trainer:
     def _save_is_due(self, epoch_ends: bool) -> bool:
         """For rank 0 to say: all ranks have the same state at every step, and the others go on."""
         every, step = self.config.run.checkpoint_every, self.state.step
-        if self.records is None:
+        if self.recorder is None:
             return False
         if every is not None:
             return step % every == 0 or step == self.total_steps
-        return epoch_ends and (step == self.total_steps or self.records.saved_s_ago() >= SAVE_SECONDS)
+        return epoch_ends and (step == self.total_steps or self.recorder.saved_s_ago() >= SAVE_SECONDS)
 
     def _save(self, *, last_chance: bool = False) -> None:
-        if self.records is not None:
+        if self.recorder is not None:
             last_chance = last_chance or self.state.step == self.total_steps
-            self.records.save(self.state, self.epoch, last_chance=last_chance)
+            self.recorder.save(self.state, self.epoch, last_chance=last_chance)
 
     def _finish(self, seconds: float) -> None:
-        if self.records is not None:
+        if self.recorder is not None:
             backbone, rate = self.state.model.query.backbone, self.clock.images_per_s
-            self.records.finish(backbone, self.state.step, self.epoch, seconds, rate, self.chance_loss)
+            self.recorder.finish(backbone, self.state.step, self.epoch, seconds, rate, self.chance_loss)
 
     def _stalled(self, message: str) -> None:
         """The last words of a rank that cannot be interrupted."""
-        if self.records is not None:
-            self.records.ended(RankLostError(message))
-        self.world.note(RankLostError(message))
+        if self.recorder is not None:
+            self.recorder.failed(RankLostError(message))
+        self.world.report_failure(RankLostError(message))

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.errors import ConfigError, ExitCode
-from pipelines.data.beton import Manifest
+from pipelines.data.beton import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
 from pipelines.data.decode import exif_orientation, is_jpeg, open_image, printable
@@ -162,7 +162,7 @@ def relative_names(index: ImageIndex, data: str) -> list[str]:
 
 def convert(
     index: ImageIndex, settings: Settings, progress: Progress, ledger: tuple[tuple[str, str], ...] = ()
-) -> Manifest:
+) -> BetonManifest:
     """Write `settings.out` and its manifest from an index. Raises DataError, and then leaves neither behind."""
     names = relative_names(index, settings.data)
     left_out, stored = [list(entry) for entry in ledger], Counter(copied=0, encoded=0, raw=0)
@@ -193,7 +193,7 @@ def convert(
         if not len(writer):
             raise DataError(f"no image of {printable(index.name)} is left to write")
         return writer.finish(
-            lambda length, tables, whole: Manifest(
+            lambda length, tables, whole: BetonManifest(
                 dataset=index.name,
                 bytes=length,
                 images=len(writer),

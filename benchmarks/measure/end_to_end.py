@@ -50,10 +50,10 @@ from pipelines.plan.planner import Planner
 from pipelines.views import Views
 from pipelines.workers import worker_options
 
-PLAIN = "plain"  # the control with the step that most people run behind it
+PLAIN = "plain"  # the baseline with the step that most people run behind it
 ENDLESS = 10**9  # steps
 LOG_EVERY = 50  # steps between two reads of the loss, as in training
-MOST = 4  # a reading waits for whole rounds of the workers, up to so many times as long as was asked for
+MOST = 4  # a reading waits for whole rounds of the workers, up to so many times as long as wrequested
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def open_case(
 
 
 class PlainLoader(DataLoaderPipeline):
-    """The control with its batches as they are collated: float32 and NCHW, which the plain step wants."""
+    """The baseline with its batches as they are collated: float32 and NCHW, which the plain step wants."""
 
     def _move(self, images: Tensor) -> Tensor:
         return images.to(self._device, non_blocking=True)

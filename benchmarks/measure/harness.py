@@ -59,7 +59,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def ratios(values: Sequence[float], control: Sequence[float]) -> Summary:
-    """Of each value to the control's value of the same round: what slows a whole round down cancels out."""
+    """Of each value to the baseline's value of the same round: what slows a whole round down cancels out."""
     return summarise([value / base for value, base in zip(values, control, strict=True)])
 
 

@@ -41,7 +41,7 @@ BATCHES = 4  # different ones, so that no step finds its input in a cache
 
 
 @dataclass(frozen=True)
-class Rung:
+class Variant:
     """One step of the ladder; `build` is given the task, the device, the 16-bit type and the compile mode.
 
     dtype         another 16-bit type than the ladder's
@@ -98,31 +98,31 @@ def _ours(
 
 
 LADDER = (
-    Rung("plain", "eager, fp32, NCHW", lambda t, d, h, c: PlainStep(t, d), channels_last=False, low_precision=False),
-    Rung("channels-last", "+ channels-last, our split BN", lambda t, d, h, c: PlainStep(t, d, channels_last=True),
+    Variant("plain", "eager, fp32, NCHW", lambda t, d, h, c: PlainStep(t, d), channels_last=False, low_precision=False),
+    Variant("channels-last", "+ channels-last, our split BN", lambda t, d, h, c: PlainStep(t, d, channels_last=True),
          low_precision=False),
-    Rung("amp", "+ 16-bit autocast", lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h)),
-    Rung("one-pass", "+ SGD and EMA in one pass",
+    Variant("amp", "+ 16-bit autocast", lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h)),
+    Variant("one-pass", "+ SGD and EMA in one pass",
          lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h, one_pass=True)),
-    Rung("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h)),
-    Rung("kept-memory", "+ freed memory kept", lambda t, d, h, c: _ours(t, d, h), keeps_memory=True, only_on="cpu"),
-    Rung("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c), keeps_memory=True),
-    Rung("triton", "TrainStep with Triton kernels", lambda t, d, h, c: _ours(t, d, h, kernels="triton"),
+    Variant("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h)),
+    Variant("kept-memory", "+ freed memory kept", lambda t, d, h, c: _ours(t, d, h), keeps_memory=True, only_on="cpu"),
+    Variant("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c), keeps_memory=True),
+    Variant("triton", "TrainStep with Triton kernels", lambda t, d, h, c: _ours(t, d, h, kernels="triton"),
          only_on="cuda"),
-    Rung("graph", "+ one CUDA graph", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
+    Variant("graph", "+ one CUDA graph", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
          only_on="cuda"),
-    Rung("graph-fp16", "the same in float16", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
+    Variant("graph-fp16", "the same in float16", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
          dtype=torch.float16, only_on="cuda"),
-    Rung("compile-graph", "compiled encoders, one CUDA graph",
+    Variant("compile-graph", "compiled encoders, one CUDA graph",
          lambda t, d, h, c: _ours(t, d, h, c, kernels="triton", graph=True), only_on="cuda"),
 )  # fmt: skip
 
 
-class Climber:
+class Runner:
     """A built and warmed-up rung: calling it is one reading, of whole steps for about `seconds`."""
 
     def __init__(
-        self, rung: Rung, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
+        self, rung: Variant, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
     ) -> None:
         self._task, self._device, self._keeps_memory = task, device, rung.keeps_memory
         dtype = rung.dtype or dtype

@@ -1,4 +1,4 @@
-"""The control without colour: decode with Pillow, crop twice with torchvision, in the workers of a plain DataLoader."""
+"""The baseline without colour: Pillow decodes and torchvision crops twice, in the workers of a plain DataLoader."""
 
 from __future__ import annotations
 

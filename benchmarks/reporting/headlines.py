@@ -68,7 +68,7 @@ def _pipelines(collection: Collection) -> Iterator[Headline]:
         best, settings = _fastest(ours), result["settings"]
         what = "views" if settings["colour"] else "crops without colour"
         yield Headline(
-            f"input alone, {settings['crop_size']} px {what}, {data_words(result)}, `{best}`",
+            f"data loading only, {settings['crop_size']} px {what}, {data_words(result)}, `{best}`",
             f"{short(ours[best]['images_per_s']['median'])} images/s",
             f"{ours[best]['ratio_to_control']['median']:.1f} times a plain DataLoader",
         )

@@ -42,7 +42,7 @@ def _pipelines(name: str, result: dict[str, Any]) -> Iterator[Block]:
         "GPU MB": _middle("nvml_bytes", 1e-6),
     }
     yield _table("pipeline", cases, columns)
-    yield _bars(name, cases, "images/s", CONTROL, f"input alone, {what}")
+    yield _bars(name, cases, "images/s", CONTROL, f"data loading only, {what}")
     yield from _notes(result)
 
 
@@ -213,7 +213,7 @@ def _roofline(name: str, result: dict[str, Any]) -> Iterator[Block]:
 
 
 _SECTIONS: Sequence[tuple[str, str, Callable[[str, dict[str, Any]], Iterator[Block]]]] = (
-    ("Input alone", "pipelines", _pipelines),
+    ("Data loading only", "pipelines", _pipelines),
     ("The training step alone", "step", _step),
     ("End to end", "train", _train),
     ("Beside the peers", "peers", _peers),

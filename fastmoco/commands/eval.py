@@ -13,15 +13,14 @@ from rich.console import Console
 from fastmoco.console import Fact, duration, make_console, say, show_facts
 from fastmoco.device import describe, pick_device
 from fastmoco.errors import ConfigError
-from fastmoco.evaluation import confusion, retrieval
-from fastmoco.evaluation import embedding_plot as feature_map
+from fastmoco.evaluation import confusion, embedding_plot, retrieval
 from fastmoco.evaluation.confusion import Accuracy
 from fastmoco.evaluation.extractor import Extractor
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.report import show_classes, show_label_free, show_results, write_json
 from fastmoco.evaluation.splits import Sets, split
 from fastmoco.evaluation.suite import Evaluation, Result
-from fastmoco.export.read import Backbone, read_backbone
+from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.run.directory import versions
 from fastmoco.run.state import fingerprint
 from fastmoco.run.thread_count import threads_restored
@@ -100,12 +99,14 @@ def _usual_folder(run: str) -> Path:
     return home / "eval" if home is not None else Path("runs").absolute() / f"eval-{path.name.split('.')[0] or 'file'}"
 
 
-def _about(backbone: Backbone) -> dict:
+def _about(backbone: LoadedBackbone) -> dict:
     names = ("arch", "stem", "width", "feature_dim", "side", "mean", "std", "origin", "data")
     return {name: getattr(backbone, name) for name in names}
 
 
-def _facts(backbone: Backbone, sets: Sets, evaluation: Evaluation, folder: Path, device: torch.device) -> list[Fact]:
+def _facts(
+    backbone: LoadedBackbone, sets: Sets, evaluation: Evaluation, folder: Path, device: torch.device
+) -> list[Fact]:
     width = f" × {backbone.width:g}" if backbone.width != 1 else ""
     usual = "" if evaluation.options.probes or evaluation.options.labels else "see --probes"
     return [
@@ -138,15 +139,15 @@ def _write_matrices(results: list[Result], sets: Sets, folder: Path) -> list[str
 def _draw(sets: Sets, extractor: Extractor, options: EvalOptions, folder: Path, console: Console) -> list[str]:
     """The neighbours, and the map where there are points enough."""
     _draw_neighbours(sets, extractor, folder / "retrieval.png")
-    drawn = np.sort(permutation(0, Domain.SUBSET, len(sets.queries))[: feature_map.MAX_POINTS])
-    if len(drawn) < feature_map.LEAST_POINTS:
-        say(console, f"no map of {len(drawn)} images: it takes {feature_map.LEAST_POINTS} or more", "yellow")
+    drawn = np.sort(permutation(0, Domain.SUBSET, len(sets.queries))[: embedding_plot.MAX_POINTS])
+    if len(drawn) < embedding_plot.LEAST_POINTS:
+        say(console, f"no map of {len(drawn)} images: it takes {embedding_plot.LEAST_POINTS} or more", "yellow")
         return ["retrieval.png"]
     features = extractor.features(sets.queries)[torch.from_numpy(drawn).to(extractor.device)]
-    points = feature_map.project(features, options.map, options.seed)
+    points = embedding_plot.project(features, options.map, options.seed)
     labels = None if sets.unlabelled else sets.queries.labels()[drawn]
     title = f"{_TITLES[options.map]} of {len(drawn):,} images of {sets.queries.index.name}"
-    feature_map.draw(points, labels, sets.class_names, title, folder / "feature_map.png")
+    embedding_plot.draw(points, labels, sets.class_names, title, folder / "feature_map.png")
     return ["retrieval.png", "feature_map.png"]
 
 

@@ -8,7 +8,7 @@ import shlex
 from fastmoco.console import Fact, make_console, show_facts
 from fastmoco.export.formats import call_in, detectron2_settings
 from fastmoco.export.options import ExportOptions
-from fastmoco.export.read import Backbone, read_backbone
+from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.export.write import IMAGES, export
 
 
@@ -28,14 +28,14 @@ def export_command(options: ExportOptions) -> None:
     show_facts(make_console(), "fastmoco export", facts)
 
 
-def describe(backbone: Backbone) -> str:
+def describe(backbone: LoadedBackbone) -> str:
     """`resnet18 with the CIFAR stem at width 0.25, 128 features`."""
     stem = " with the CIFAR stem" if backbone.stem == "cifar" else ""
     width = "" if backbone.width == 1 else f" at width {backbone.width:g}"
     return f"{backbone.arch}{stem}{width}, {backbone.feature_dim:,} features"
 
 
-def load_lines(backbone: Backbone, target: str, name: str) -> str:
+def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
     """The Python, the command or the settings that load the file; those of detectron2 as its train_net.py takes them.
 
     What is Python runs as it is, but that the images of ONNX, `batch`, have to be there.
@@ -53,7 +53,7 @@ def load_lines(backbone: Backbone, target: str, name: str) -> str:
     }[target]
 
 
-def _load_state(backbone: Backbone, library: str, name: str) -> str:
+def _load_state(backbone: LoadedBackbone, library: str, name: str) -> str:
     model, options = call_in(library, backbone.arch)
     words = [f"{key}={value}" for key, value in options.items()]
     if library == "torchvision":

@@ -17,7 +17,7 @@ from fastmoco.errors import ConfigError
 from pipelines.backends.select import default_workers
 from pipelines.data import manifest
 from pipelines.data.dataset import MAX_BAD_FRACTION, DataFiles, find_files
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import ScanManifest
 from pipelines.data.scan import duplicates, mean_and_std, scan
 from pipelines.errors import DataError
 
@@ -72,8 +72,8 @@ class _Progress:
         self._bar.update(self._task, advance=files, rate=f"{rate}, {self._bad:,} bad" if self._bad else rate)
 
 
-def _save(found: Manifest, data: str, options: ScanOptions) -> Path:
-    """Writes the manifest where training looks for it, or where it was asked for; returns the path."""
+def _save(found: ScanManifest, data: str, options: ScanOptions) -> Path:
+    """Writes the manifest where training looks for it, or where it wrequested; returns the path."""
     place, cached = manifest.places(data, Path(options.data_root).expanduser())
     if options.out is None:
         try:
@@ -91,7 +91,7 @@ def _save(found: Manifest, data: str, options: ScanOptions) -> Path:
     return place
 
 
-def _facts(found: Manifest, files: DataFiles, path: Path, seconds: float) -> list[Fact]:
+def _facts(found: ScanManifest, files: DataFiles, path: Path, seconds: float) -> list[Fact]:
     good, count = found.sizes.min(axis=1) > 0, len(found.paths)
     parts = f"{files.train_name} {len(files.train.paths):,}"
     if files.test is not None:
@@ -132,7 +132,7 @@ def _size(sizes: np.ndarray) -> tuple[str, str]:
     return text, f"width×height, median {middle[1]}×{middle[0]}, {megapixels:,.0f} megapixels in all"
 
 
-def _duplicate_facts(found: Manifest) -> list[Fact]:
+def _duplicate_facts(found: ScanManifest) -> list[Fact]:
     groups = duplicates(found)
     if not groups:
         return [Fact("duplicates", "none", "byte for byte")]
@@ -146,20 +146,20 @@ def _duplicate_facts(found: Manifest) -> list[Fact]:
     ]
 
 
-def _bad_lines(found: Manifest) -> list[str]:
+def _bad_lines(found: ScanManifest) -> list[str]:
     lines = [reason for _, reason in found.bad[:SHOWN]]
     if len(found.bad) > SHOWN:
         lines.append(f"... and {len(found.bad) - SHOWN:,} more bad files")
     return lines
 
 
-def _judge(found: Manifest, files: DataFiles, bad_images: str) -> None:
+def _judge(found: ScanManifest, files: DataFiles, bad_images: str) -> None:
     """Raises DataError where training with the same `--bad-images` would."""
     if not found.bad:
         return
     if bad_images == "error":
         raise DataError(
-            f"{len(found.bad):,} of {len(found.paths):,} images are bad: mend or remove them, or train with "
+            f"{len(found.bad):,} of {len(found.paths):,} images are bad: fix or remove them, or train with "
             f"--bad-images quarantine, which leaves them out"
         )
     bad = np.array([row for row, _ in found.bad])
@@ -168,7 +168,7 @@ def _judge(found: Manifest, files: DataFiles, bad_images: str) -> None:
         if count > MAX_BAD_FRACTION * rows.sum():
             raise DataError(
                 f"{count:,} of {int(rows.sum()):,} images of {name} are bad, and at most {MAX_BAD_FRACTION:.0%} may be "
-                f"left out: mend or remove them"
+                f"left out: fix or remove them"
             )
 
 

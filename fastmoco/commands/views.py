@@ -80,7 +80,7 @@ def _draw(
     workers = 0 if name in ("torch", "dataloader") else 1  # processes take longer to start than this takes
     source = open_source(name, images, side, device, workers)
     pipeline = open_pipeline(name, images, planner, source, side, device, torch.float32, workers)
-    random.seed(options.seed)  # the control draws its own numbers, of both kinds
+    random.seed(options.seed)  # the baseline draws its own numbers, of both kinds
     torch.manual_seed(options.seed)
     try:
         views = next(iter(pipeline.views(step, step + 1)))

@@ -28,7 +28,8 @@ class RunOptions:
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """torch.compile for the encoders (auto: on a GPU, where --kernels is torch)."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes batch norm, loss and update; compiled encoders keep torch's batch norm (auto: triton on a GPU)."""
+    """Implementation of batch norm, loss and update (auto: triton on a GPU). Compiled encoders keep torch's batch
+    norm."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture the whole training step once and replay it (auto: on a GPU)."""
     checkpoint_activations: bool = False
@@ -38,7 +39,7 @@ class RunOptions:
     cpu_threads: int | None = None
     """Threads that compute on a CPU (None: as many as are fastest at the time; all of them with --deterministic)."""
     log_every: int = 50
-    """Steps between two readings of the loss."""
+    """Log every N steps."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints (None: the end of an epoch, at most once a minute)."""
     keep_checkpoints: int = 2
@@ -84,7 +85,7 @@ class ScaleOptions:
     grad_comm: Literal["fp32", "bf16"] = "fp32"
     """Number format in which devices send each other gradients; bf16 is half the bytes."""
     dist_timeout: float = 600.0
-    """Seconds after which a device that is silent is given up; the run ends and can be resumed."""
+    """Seconds after which an unresponsive rank is considered lost; the run ends and can be resumed."""
     paranoid: bool = False
     """Compare weights, queue and optimiser of all devices bit for bit, whenever the loss is read."""
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmoco.errors import ConfigError, RankLostError, ToldError
+from fastmoco.errors import AlreadyReportedError, ConfigError, RankLostError
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Which of how many processes this is: of all of them, and on this machine. A machine is one torchrun."""
 
     rank: int = 0
@@ -27,13 +27,13 @@ class Place(NamedTuple):
     restarts: int = 0
 
     @staticmethod
-    def from_environment() -> Place:
+    def from_environment() -> RankInfo:
         """As torchrun sets it; the only process where it does not. Raises ConfigError for what it would not set."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
-        return Place(*(_variable(name, default) for name, default in zip(names, Place(), strict=True)))
+        return RankInfo(*(_variable(name, default) for name, default in zip(names, RankInfo(), strict=True)))
 
 
-ALONE = Place()
+SINGLE_PROCESS = RankInfo()
 
 
 def _variable(name: str, default: int) -> int:
@@ -53,9 +53,9 @@ def is_launched() -> bool:
 def launch(processes: int, argv: list[str]) -> None:
     """`torchrun --standalone --nproc-per-node PROCESSES -m fastmoco ARGV`.
 
-    Raises ToldError with the exit code of the run, unless it is 0: where torchrun itself returns 1 whatever happened,
-    ours is that of the rank that failed first. SIGTERM and SIGINT go on to the ranks, which save and end with 75; after
-    30 s torchrun kills those that are left.
+    Raises AlreadyReportedError with the exit code of the run, unless it is 0: where torchrun itself returns 1 whatever
+    happened, ours is that of the rank that failed first. SIGTERM and SIGINT go on to the ranks, which save and end with
+    75; after 30 s torchrun kills those that are left.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -72,17 +72,18 @@ def launch(processes: int, argv: list[str]) -> None:
             _, failure = error.get_first_failure()
             code = _first_code(Path(folder))
             if code is not None:
-                raise ToldError(code) from error
+                raise AlreadyReportedError(code) from error
             if failure.exitcode < 0:  # all of them were killed
                 number = signal.Signals(-failure.exitcode).name
-                raise RankLostError(f"rank {failure.local_rank} was killed by {number}: go on with --resume") from error
-            raise ToldError(failure.exitcode) from error
+                message = f"rank {failure.local_rank} was killed by {number}: resume with --resume"
+                raise RankLostError(message) from error
+            raise AlreadyReportedError(failure.exitcode) from error
         except SignalException as error:
             code = _first_code(Path(folder))
-            raise ToldError(128 + error.sigval if code is None else code) from error
+            raise AlreadyReportedError(128 + error.sigval if code is None else code) from error
 
 
-def tell_torchrun(error: BaseException, code: int) -> None:
+def report_to_torchrun(error: BaseException, code: int) -> None:
     """Leaves the message and exit code of a rank where torchrun, and `launch`, look for them."""
     path = os.environ.get(_ERROR_FILE)
     if path:

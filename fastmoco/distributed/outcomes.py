@@ -45,7 +45,7 @@ class Outcomes:
         """The result told under `key`, waited for however long; raises the error, or one that a rank ended with."""
         pause, longest = _POLL_S
         while not self._store.check([key]):
-            if (error := self.noted()) is not None:
+            if (error := self.first_failure()) is not None:
                 raise error
             time.sleep(pause)
             pause = min(2 * pause, longest)
@@ -54,7 +54,7 @@ class Outcomes:
             raise error
         return json.loads(said)["result"]
 
-    def note(self, error: BaseException) -> bool:
+    def report_failure(self, error: BaseException) -> bool:
         """Leaves word of why this rank ends, before the others find it gone. Whether it is the first to."""
         try:
             if self._store.add("notes", 1) > 1:
@@ -71,7 +71,7 @@ class Outcomes:
             while self._store.add("notes", 0) < ranks and time.monotonic() < until:
                 time.sleep(_POLL_S[0])
 
-    def noted(self) -> Exception | None:
+    def first_failure(self) -> Exception | None:
         """The error that the first rank to end has left word of."""
         with suppress(RuntimeError):
             if self._store.check(["note"]):

@@ -61,7 +61,7 @@ class Watchdog:
             limit = min(self._timeout_s, _AFTER_SIGNAL_S) if self._stopping() else self._timeout_s
             silent = time.monotonic() - self._fed
             if silent > limit and not self._paused:
-                self._end(f"no step in {silent:.0f} s: this rank or another has stalled; go on with --resume")
+                self._end(f"no step in {silent:.0f} s: this rank or another has stalled; resume with --resume")
 
     def _end(self, message: str) -> None:
         with suppress(OSError, ValueError):  # whatever has become of stderr

@@ -27,7 +27,7 @@ from fastmoco.evaluation.features import TunedSource, extract
 from fastmoco.evaluation.labelled_views import LabelledViews, ViewKind
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.splits import Part
-from fastmoco.export.read import Backbone
+from fastmoco.export.read import LoadedBackbone
 from fastmoco.run.thread_count import with_fastest_threads
 from pipelines.augment.presets import CIFAR, V2
 from pipelines.backends.select import choose, default_workers, open_pipeline, open_source
@@ -46,7 +46,7 @@ T = TypeVar("T")
 class Extractor:
     """A backbone on a device, and everything that images go through before it."""
 
-    def __init__(self, backbone: Backbone, options: EvalOptions, device: torch.device, console: Console) -> None:
+    def __init__(self, backbone: LoadedBackbone, options: EvalOptions, device: torch.device, console: Console) -> None:
         self.backbone, self.options, self.device, self.console = backbone, options, device, console
         self.module = backbone.module.to(device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stubs lack it
@@ -77,7 +77,7 @@ class Extractor:
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, D) float32, in the number format that was asked for."""
+        """(B, 3, S, S) → (B, D) float32, in the number format that wrequested."""
         return self.in_format(self.module, images).float()
 
     def in_format(self, function: Function, images: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def gather_rows(rows: Tensor, counts: list[int], world: World) -> Tensor:
     most = max(counts)
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    parts = world.gather(padded).wait().split(most)
+    parts = world.all_gather(padded).wait().split(most)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -86,7 +86,7 @@ def _features(
     if world.size == 1:
         assert found is not None
         return found
-    widths = world.gather(torch.tensor([0 if found is None else found.shape[1]], device=world.device)).wait()
+    widths = world.all_gather(torch.tensor([0 if found is None else found.shape[1]], device=world.device)).wait()
     return torch.zeros((0, int(widths.max())), device=world.device) if found is None else found
 
 
@@ -97,7 +97,7 @@ def _found(bank: Tensor, labels: Tensor, queries: Tensor, k: int, world: World) 
     if len(bank):
         near, which = nearest(bank, queries, k)
         values[:, : near.shape[1]], classes[:, : near.shape[1]] = near, labels[which]
-    journeys = [world.gather(found) for found in (values, classes)]
+    journeys = [world.all_gather(found) for found in (values, classes)]
     values, classes = (torch.cat(journey.wait().split(len(queries)), dim=1) for journey in journeys)
     values, which = values.topk(k, dim=1)
     return values, classes.gather(1, which)

@@ -23,7 +23,7 @@ HELD_OUT = 10  # without a test split, one image in ten asks and the others answ
 PAIRS = 1024  # images whose two views measure alignment
 
 
-class Monitor:
+class OnlineEvaluator:
     """Evaluates an encoder during training, always on the same images, without touching its state.
 
     Each rank embeds its share of the images, and all come to the same numbers, which are those of one rank.
@@ -64,8 +64,8 @@ class Monitor:
             elif len(bank) >= HELD_OUT:
                 # Drawn, because in a list the classes may take turns: every tenth image could be of one class.
                 drawn, source = permutation(0, Domain.SUBSET, len(bank)), source_of(bank)
-                asks, answers = np.split(drawn, [len(bank) // HELD_OUT])
-                self._sets = (_Set(bank, source, np.sort(answers)), _Set(bank, source, np.sort(asks)))
+                queries, bank_positions = np.split(drawn, [len(bank) // HELD_OUT])
+                self._sets = (_Set(bank, source, np.sort(bank_positions)), _Set(bank, source, np.sort(queries)))
 
     @property
     def has_labels(self) -> bool:
@@ -115,8 +115,8 @@ class Monitor:
         queries, keys = [], []
         for views in self._pipeline.views(0, max(1, PAIRS // batch)):
             q, k = (self._autocast(encoder, images).float() for images in (views.query, views.key))
-            queries.append(self._world.gather(q).wait())
-            keys.append(self._world.gather(k).wait()[views.key_order.argsort()])
+            queries.append(self._world.all_gather(q).wait())
+            keys.append(self._world.all_gather(k).wait()[views.key_order.argsort()])
         q, k = torch.cat(queries), torch.cat(keys)
         return {
             "alignment": alignment(q, k),

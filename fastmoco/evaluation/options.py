@@ -20,7 +20,7 @@ USUAL_LABELS = "1%,10%"
 Method = Literal["tsne", "umap"]
 
 DESCRIPTION = (
-    "Measure what frozen features are worth: weighted kNN, linear probe, logistic regression, few labels, fine-tuning, "
+    "Evaluate frozen features: weighted kNN, linear probe, logistic regression, few labels, fine-tuning, "
     "and, without labels, alignment, uniformity, effective rank and whether they have collapsed. Features are "
     "extracted once and kept. Numbers go to eval.json, pictures beside it."
 )

@@ -29,7 +29,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastmoco.export.read import RECORD, Backbone, read_backbone, record
+from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone, record
 from fastmoco.model.encoder import ARCHITECTURES
 from fastmoco.model.plain_resnet import set_cifar_stem
 from pipelines.errors import BackendMissingError
@@ -52,13 +52,13 @@ class Format(NamedTuple):
                          torchvision has no name for
     """
 
-    write: Callable[[Backbone, str], bytes]
-    load: Callable[[Backbone, Path], tuple[Model, str]]
+    write: Callable[[LoadedBackbone, str], bytes]
+    load: Callable[[LoadedBackbone, Path], tuple[Model, str]]
     only_width_1: bool = True
     only_imagenet_stem: bool = False
     only_by_name: bool = False
 
-    def refusal(self, backbone: Backbone) -> str:
+    def refusal(self, backbone: LoadedBackbone) -> str:
         """Of what kind this backbone is that the library does not build; empty where it builds it."""
         if self.only_width_1 and backbone.width != 1:
             return f"{backbone.arch} with width {backbone.width:g}"
@@ -69,7 +69,7 @@ class Format(NamedTuple):
         return ""
 
 
-def _state(backbone: Backbone) -> State:
+def _state(backbone: LoadedBackbone) -> State:
     return dict(backbone.module.state_dict())
 
 
@@ -86,7 +86,7 @@ def _version(name: str) -> str:
 # ---- torchvision, timm, safetensors ----------------------------------------------------------------------------------
 
 
-def _write_state(backbone: Backbone, name: str) -> bytes:
+def _write_state(backbone: LoadedBackbone, name: str) -> bytes:
     if name.lower().endswith(".safetensors"):
         return safetensors.torch.save(_state(backbone), {"format": "pt", RECORD: record(backbone)})
     return _saved(_state(backbone))
@@ -127,7 +127,7 @@ def model_in(library: str, arch: str) -> nn.Module:
     return timm.create_model(name, **options)
 
 
-def _filled(library: str, backbone: Backbone, state: State) -> Model:
+def _filled(library: str, backbone: LoadedBackbone, state: State) -> Model:
     """The library's model with these weights; only its classifier may be missing."""
     with torch.device("meta"):  # without weights of its own: whatever the file lacks, but for fc, cannot be computed
         model = model_in(library, backbone.arch)
@@ -140,29 +140,29 @@ def _filled(library: str, backbone: Backbone, state: State) -> Model:
     return model.eval()
 
 
-def _load_torchvision(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_torchvision(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     return _filled("torchvision", backbone, _read_state(path)), _version("torchvision")
 
 
-def _load_timm(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_timm(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     if importlib.util.find_spec("timm") is None:
         return _filled("torchvision", backbone, _read_state(path)), "torchvision (timm is not installed)"
     return _filled("timm", backbone, _read_state(path)), _version("timm")
 
 
-def _load_safetensors(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_safetensors(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     return read_backbone(path, arch=backbone.arch, stem=backbone.stem).module, "fastmoco.load_backbone"
 
 
 # ---- main_lincls.py --------------------------------------------------------------------------------------------------
 
 
-def _write_lincls(backbone: Backbone, name: str) -> bytes:
+def _write_lincls(backbone: LoadedBackbone, name: str) -> bytes:
     state = {_LINCLS + name: tensor for name, tensor in _state(backbone).items()}
     return _saved({"arch": backbone.arch, "state_dict": state, RECORD: record(backbone)})
 
 
-def _load_lincls(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_lincls(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     """main_lincls.py takes the names below module.encoder_q, but not those of the head, into torchvision's model."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     taken = {
@@ -189,7 +189,7 @@ def detectron2_name(name: str) -> str:
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-def _write_detectron2(backbone: Backbone, name: str) -> bytes:
+def _write_detectron2(backbone: LoadedBackbone, name: str) -> bytes:
     """What detectron2's checkpointer takes for a model of other hands: a pickle of a dict of NumPy arrays.
 
     In protocol 3 and under NumPy's older module name, the file loads with every NumPy since 1.17.
@@ -199,7 +199,7 @@ def _write_detectron2(backbone: Backbone, name: str) -> bytes:
     return pickle.dumps(content, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
 
 
-def detectron2_settings(backbone: Backbone) -> dict[str, str | int | list[float]]:
+def detectron2_settings(backbone: LoadedBackbone) -> dict[str, str | int | list[float]]:
     """What a config of detectron2 has to say for this backbone to be built, fed and fine-tuned as a whole.
 
     By default detectron2 keeps the first stages and all statistics of batch norm as they are, and has the stride in
@@ -222,7 +222,7 @@ def detectron2_settings(backbone: Backbone) -> dict[str, str | int | list[float]
     }
 
 
-def _load_detectron2(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_detectron2(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     """The file's structure, and its arrays under torchvision's names again."""
     content = pickle.loads(path.read_bytes())  # our own bytes of a moment ago
     assert content["matching_heuristics"] is True
@@ -237,7 +237,7 @@ def _load_detectron2(backbone: Backbone, path: Path) -> tuple[Model, str]:
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
-def _write_onnx(backbone: Backbone, name: str) -> bytes:
+def _write_onnx(backbone: LoadedBackbone, name: str) -> bytes:
     missing = [package for package in _ONNX if importlib.util.find_spec(package) is None]
     if missing:
         raise BackendMissingError(
@@ -259,7 +259,7 @@ def _write_onnx(backbone: Backbone, name: str) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _load_onnx(backbone: Backbone, path: Path) -> tuple[Model, str]:
+def _load_onnx(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -49,7 +49,7 @@ _RUN_FIELDS = ("arch", "width", "stem", "crop_size", "aug", "data")
 
 
 @dataclass(frozen=True)
-class Backbone:
+class LoadedBackbone:
     """A backbone for use: evaluation mode, float32, on the CPU, of torchvision's classes alone.
 
     module       (B, 3, S, S) normalised images → (B, feature_dim)
@@ -89,7 +89,7 @@ class _Found:
 
 def read_backbone(
     path: str | Path, *, arch: str | None = None, stem: str | None = None, side: int | None = None
-) -> Backbone:
+) -> LoadedBackbone:
     """The backbone in a run directory, checkpoint or state dict; see the head of this file.
 
     arch, stem   what it has to be, where somebody knows
@@ -110,9 +110,9 @@ def read_backbone(
             raise CheckpointError(f"{origin} contradicts itself: its {what} is said to be {said}, its tensors: {other}")
     for what, wanted, other in zip(("arch", "stem"), (arch, stem), actual, strict=False):
         if wanted not in (None, other):
-            raise CheckpointError(f"{origin} has the {what} {other}, and {wanted} was asked for: choose another file")
+            raise CheckpointError(f"{origin} has the {what} {other}, and {wanted} wrequested: choose another file")
     usual = _usual(actual[1])
-    return Backbone(
+    return LoadedBackbone(
         module=_module(tensors, *actual, origin),
         arch=actual[0],
         stem=actual[1],
@@ -236,7 +236,7 @@ def _without_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- what is said beside the tensors ---------------------------------------------------------------------------------
 
 
-def record(backbone: Backbone) -> str:
+def record(backbone: LoadedBackbone) -> str:
     """What a file has to say for `read_backbone` to prepare images in the same way, as one string of JSON."""
     said = {"side": backbone.side, "mean": backbone.mean, "std": backbone.std, "data": backbone.data}
     return json.dumps(said)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.export.formats import FORMATS, Model
 from fastmoco.export.options import check_path
-from fastmoco.export.read import Backbone
+from fastmoco.export.read import LoadedBackbone
 from fastmoco.files import sync, temporary
 
 IMAGES = 16
@@ -33,7 +33,7 @@ class Exported(NamedTuple):
     checked_with: str
 
 
-def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = False) -> Exported:
+def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool = False) -> Exported:
     """Writes the backbone for `target`, a key of `export_formats.FORMATS`.
 
     The file gets its name only after the features of 16 images, computed by what was loaded back from the disk, agree
@@ -70,7 +70,7 @@ def export(backbone: Backbone, target: str, path: Path, *, overwrite: bool = Fal
 
 
 @torch.inference_mode()
-def _compare(backbone: Backbone, model: Model, what: str) -> float:
+def _compare(backbone: LoadedBackbone, model: Model, what: str) -> float:
     """max |found − expected| / max(1, |expected|) over the features of 16 images.
 
     Raises CheckpointError above TOLERANCE, unless it is the rounding of float32: a model of few steps can magnify that,

@@ -24,7 +24,7 @@ from pipelines.randomness import ROUND_A, ROUND_B, WEYL_A, WEYL_B, Domain
 from pipelines.views import Views
 
 
-class Contrast(NamedTuple):
+class ContrastBatch(NamedTuple):
     """What one InfoNCE compares.
 
     q          (B/R, C) queries of this rank, with gradient
@@ -43,17 +43,17 @@ class Dictionary(Protocol):
     """A mechanism, as an `nn.Module` whose buffers are all that a step changes in it and a checkpoint holds.
 
     NAME   what its tensors are called by in a checkpoint
-    TWINS  whether keys need a gradient, and so a `MoCo` of twins
+    TIED  whether keys need a gradient, and so a `MoCo` of twins
     """
 
     NAME: ClassVar[str]
-    TWINS: ClassVar[bool]
+    TIED: ClassVar[bool]
 
-    def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
+    def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
         """The forward pass: what is to be told apart. Their losses add up."""
         ...
 
-    def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
+    def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
         """What a step leaves for later ones; nothing, bit for bit, where the 0-d bool `ok` is False."""
         ...
 
@@ -68,12 +68,12 @@ class BatchKeys(nn.Module):
     """
 
     NAME: ClassVar[str] = "batch"
-    TWINS: ClassVar[bool] = True
+    TIED: ClassVar[bool] = True
 
-    def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
-        return [Contrast(q, model.world.share(keys), None, keys) for q, keys in model(views, symmetric)]
+    def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
+        return [ContrastBatch(q, model.world.share(keys), None, keys) for q, keys in model(views, symmetric)]
 
-    def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
+    def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
         """Nothing to remember."""
 
 
@@ -94,7 +94,7 @@ class MemoryBank(nn.Module):
     """
 
     NAME: ClassVar[str] = "bank"
-    TWINS: ClassVar[bool] = False
+    TIED: ClassVar[bool] = False
     features: Tensor
     draws: Tensor
 
@@ -116,10 +116,10 @@ class MemoryBank(nn.Module):
         self.register_buffer("features", F.normalize(torch.randn(images, dim, generator=generator), dim=1))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
-    def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
+    def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
         assert not symmetric, "there are no keys to exchange with the queries"
-        others = self.features[self.draw(self.world.gather(views.index).wait())]
-        return [Contrast(model.queries(views.query), self.features[views.index], others)]
+        others = self.features[self.draw(self.world.all_gather(views.index).wait())]
+        return [ContrastBatch(model.queries(views.query), self.features[views.index], others)]
 
     @torch.no_grad()
     def draw(self, index: Tensor) -> Tensor:
@@ -134,10 +134,10 @@ class MemoryBank(nn.Module):
         return rank + torch.searchsorted(before, rank, right=True)
 
     @torch.no_grad()
-    def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
-        (contrast,) = contrasts
-        index = self.world.gather(views.index).wait()
-        q, stored = self.world.gather(contrast.q.detach()).wait(), self.features[index]
+    def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
+        (contrast,) = batches
+        index = self.world.all_gather(views.index).wait()
+        q, stored = self.world.all_gather(contrast.q.detach()).wait(), self.features[index]
         new = F.normalize(torch.lerp(q.to(stored.dtype), stored, self.momentum), dim=1)
         self.features.index_copy_(0, index, torch.where(ok, new, stored))
         self.draws.add_(ok)

@@ -19,7 +19,7 @@ from torchvision.models import resnet
 
 from fastmoco.errors import ConfigError
 from fastmoco.model.architectures import STEMS
-from fastmoco.model.batchnorm.split import SplitBatchNorm2d, statistics_kept
+from fastmoco.model.batchnorm.split import SplitBatchNorm2d, freeze_running_stats
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -117,7 +117,7 @@ def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:
         x,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing here draws; and reading its state is refused in a CUDA graph
-        context_fn=lambda: (nullcontext(), statistics_kept(stage)),
+        context_fn=lambda: (nullcontext(), freeze_running_stats(stage)),
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.errors import ConfigError
-from fastmoco.model.dictionaries import Contrast
+from fastmoco.model.dictionaries import ContrastBatch
 from fastmoco.model.moco import MoCo
 from pipelines.views import Views
 
@@ -26,7 +26,7 @@ class KeyQueue(nn.Module):
     """
 
     NAME: ClassVar[str] = "queue"
-    TWINS: ClassVar[bool] = False
+    TIED: ClassVar[bool] = False
     keys: Tensor
     pointer: Tensor
 
@@ -37,13 +37,13 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    def contrasts(self, model: MoCo, views: Views, symmetric: bool) -> list[Contrast]:
+    def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
         """Fresh keys are the positives, all that the queue holds the negatives."""
-        return [Contrast(q, model.world.share(keys), self.keys, keys) for q, keys in model(views, symmetric)]
+        return [ContrastBatch(q, model.world.share(keys), self.keys, keys) for q, keys in model(views, symmetric)]
 
-    def remember(self, contrasts: list[Contrast], views: Views, ok: Tensor) -> None:
+    def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
         """The keys of all ranks enter; as in the authors' symmetric code, those of view 0 before those of view 1."""
-        self.enqueue(torch.cat([contrast.keys for contrast in reversed(contrasts) if contrast.keys is not None]), ok)
+        self.enqueue(torch.cat([contrast.keys for contrast in reversed(batches) if contrast.keys is not None]), ok)
 
     @torch.no_grad()
     def enqueue(self, k: Tensor, ok: Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoco.distributed.world import World, gathered
+from fastmoco.distributed.world import World, all_gather_with_grad
 from fastmoco.model.batchnorm.split import divide_groups
 from fastmoco.model.encoder import Encoder
 from pipelines.views import Views
@@ -29,11 +29,11 @@ class MoCo(nn.Module):
     Of the `world`'s ranks each embeds its share of the views, and receives the keys of all.
     """
 
-    def __init__(self, query: Encoder, *, twins: bool = False, world: World | None = None) -> None:
+    def __init__(self, query: Encoder, *, tied: bool = False, world: World | None = None) -> None:
         super().__init__()
         self.query = query
-        self.key = copy.deepcopy(query).requires_grad_(twins)
-        self.twins = twins
+        self.key = copy.deepcopy(query).requires_grad_(tied)
+        self.tied = tied
         self.world = World(next(query.parameters()).device) if world is None else world
         divide_groups(self, self.world)
 
@@ -64,16 +64,16 @@ class MoCo(nn.Module):
 
     def _depart(self, keys: Tensor) -> Callable[[], Tensor]:
         """Starts to gather all ranks' keys (B, C) from each one's (B/R, C); the call returned ends it."""
-        if self.twins:
-            return lambda: gathered(keys, self.world)
-        return self.world.gather(keys).wait
+        if self.tied:
+            return lambda: all_gather_with_grad(keys, self.world)
+        return self.world.all_gather(keys).wait
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, C) of unit norm, with gradient."""
         return _embed(self.query, x)
 
     def _keys(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.twins and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.tied and torch.is_grad_enabled()):
             return _embed(self.key, x)
 
 

@@ -191,7 +191,7 @@ def _writing(path: Path, part: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path} ({_reason(error)}): free or change the disk") from error
+        raise CheckpointError(f"cannot write {path} ({_reason(error)}): free space or choose another disk") from error
     finally:
         with suppress(OSError):
             part.unlink()

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from fastmoco.config import RunConfig
-from fastmoco.console import Reading, say, show_facts
+from fastmoco.console import StepMetrics, say, show_facts
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
 from fastmoco.files import temporary
 from fastmoco.model.encoder import Backbone
@@ -30,7 +30,7 @@ from pipelines.views import Views
 SAVE_ATTEMPTS = 3  # checkpoints in a row that may fail before the run gives up
 
 
-class Records:
+class RunRecorder:
     """The folder of a run and what is in it, in the hands of the one rank that writes."""
 
     def __init__(self, directory: RunDirectory, config: RunConfig, console: Console) -> None:
@@ -59,7 +59,7 @@ class Records:
             raise CheckpointError(f"no checkpoint in {self.directory.checkpoints}: start again with --overwrite")
         return str(path)
 
-    def go_on(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
+    def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """A run that was resumed: sweeps what a kill has left, and forgets what came after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
         self.metrics.truncate_after(step)
@@ -74,8 +74,8 @@ class Records:
         except OSError as error:
             say(self.console, f"status.json cannot be written ({error.strerror or error})", "yellow")
 
-    def reading(self, step: int, epoch: int, reading: Reading, skipped_steps: int) -> None:
-        values = {name: value for name, value in reading._asdict().items() if value is not None}
+    def log_step(self, step: int, epoch: int, metrics: StepMetrics, skipped_steps: int) -> None:
+        values = {name: value for name, value in metrics._asdict().items() if value is not None}
         if skipped_steps:
             values["skipped_steps"] = skipped_steps
         warning = self.metrics.write(step, epoch, **values)
@@ -133,11 +133,11 @@ class Records:
         files = [os.path.relpath(path) for path in paths]
         show_facts(self.console, "done", end_facts(records, seconds, images_per_s, files))
 
-    def ended(self, error: BaseException) -> None:
-        note_failure(self.directory, error)
+    def failed(self, error: BaseException) -> None:
+        write_failure(self.directory, error)
 
 
-def note_failure(directory: RunDirectory, error: BaseException) -> None:
+def write_failure(directory: RunDirectory, error: BaseException) -> None:
     """How a run that did not reach its end ended, in status.json; a disk that refuses must not hide the error."""
     with suppress(OSError, ConfigError):
         last = read_status(directory.path)

@@ -78,7 +78,7 @@ def _devices(config: RunConfig, world: World) -> str:
     one = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
     if world.size == 1:
         return one.replace("CPU, ", "CPU, up to ") if tunes_threads(config, world) else one
-    machines = world.size // world.place.local_size
+    machines = world.size // world.rank_info.local_size
     where = "" if machines == 1 else f" on {machines} machines"
     return f"{world.size}{where}, each {one}; gradients sent in {config.scale.grad_comm}"
 

@@ -7,7 +7,7 @@ import torch
 
 from fastmoco.config import RunConfig
 from fastmoco.device import pick_amp
-from fastmoco.distributed.launch import ALONE, Place
+from fastmoco.distributed.launch import SINGLE_PROCESS, RankInfo
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import recipe
 from fastmoco.step.kernels import check_kernels
@@ -19,7 +19,7 @@ SMALL = 64  # crops of up to this many pixels get the CIFAR stem, augmentation a
 
 
 def resolve(
-    config: RunConfig, images: ImageIndex, device: torch.device, place: Place = ALONE
+    config: RunConfig, images: ImageIndex, device: torch.device, rank_info: RankInfo = SINGLE_PROCESS
 ) -> tuple[RunConfig, dict[str, str]]:
     """A configuration without open fields, and the reason of each choice that was made here.
 
@@ -48,7 +48,7 @@ def resolve(
     if given["width"] == 1.0 and given["arch"] is None:
         filled["width"] = values["width"]
 
-    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images), place.size)
+    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images), rank_info.size)
     filled |= {"crop_size": side, "batch_size": batch}
     if given["lr"] is None and batch != values["batch_size"] and given["lr_scaling"] == "linear":
         filled["lr"] = values["lr"] * batch / values["batch_size"]
@@ -60,14 +60,14 @@ def resolve(
     if given["stem"] == "auto":
         filled["stem"] = "cifar" if small else "imagenet"
         reasons["stem"] = f"crops of {side} pixels"
-    filled["bn_splits"] = _bn_splits(given["bn_splits"], batch, place.size)
+    filled["bn_splits"] = _bn_splits(given["bn_splits"], batch, rank_info.size)
     filled["amp"] = pick_amp(given["amp"], device)
     filled |= _speed(config, device)
     if given["cpu_threads"] is None and given["deterministic"] and device.type == "cpu":
         filled["cpu_threads"] = torch.get_num_threads()  # sums depend on it, by rounding
     filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
     if given["workers"] is None:
-        filled["workers"] = max(1, default_workers() // place.local_size)
+        filled["workers"] = max(1, default_workers() // rank_info.local_size)
     if given["knn_every"] is None:
         filled["knn_every"] = values["knn_every"] or max(1, (given["epochs"] or values["epochs"]) // 20)
     return config.replace(**filled), reasons

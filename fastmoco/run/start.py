@@ -15,11 +15,11 @@ from fastmoco.config import RunConfig
 from fastmoco.device import make_deterministic
 from fastmoco.distributed.launch import is_launched
 from fastmoco.distributed.world import World
-from fastmoco.errors import ToldError, exit_code
+from fastmoco.errors import AlreadyReportedError, exit_code
 from fastmoco.run.directory import RunDirectory, default_run_name, read_config
 from fastmoco.run.malloc import keep_freed_memory
 from fastmoco.run.preemption import StopFlag
-from fastmoco.run.recorder import note_failure
+from fastmoco.run.recorder import write_failure
 from fastmoco.run.resolve import resolve
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
@@ -28,7 +28,7 @@ from pipelines.data.quarantine import Ledger
 
 
 @dataclass(frozen=True)
-class Started:
+class RunContext:
     """What a run is made of.
 
     config     without open fields, the same on all ranks
@@ -48,10 +48,10 @@ class Started:
 
 
 @contextmanager
-def started(config: RunConfig, console: Console) -> Iterator[Started]:
+def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
     """Joins the other ranks, loads the data and opens the folder; whatever is raised from then on is in status.json.
 
-    Of the ranks that end, the first to know why raises that error, and the others ToldError.
+    Of the ranks that end, the first to know why raises that error, and the others AlreadyReportedError.
     """
     if config.run.deterministic:
         make_deterministic()
@@ -60,23 +60,23 @@ def started(config: RunConfig, console: Console) -> Iterator[Started]:
     opened: list[RunDirectory] = []
     with World.join(config.run.device, config.scale.dist_timeout) as world:
         try:
-            start = _start(config, console, world, opened)
-            threads = start.config.run.cpu_threads if world.device.type == "cpu" else None
-            with threads_restored(threads), start.stop:
-                yield start
+            context = _start(config, console, world, opened)
+            threads = context.config.run.cpu_threads if world.device.type == "cpu" else None
+            with threads_restored(threads), context.stop:
+                yield context
         except BaseException as error:
             for directory in opened:
-                note_failure(directory, error)
+                write_failure(directory, error)
             code = exit_code(error)
-            if not world.note(error) and code is not None:
-                raise ToldError(code) from error
+            if not world.report_failure(error) and code is not None:
+                raise AlreadyReportedError(code) from error
             raise
         finally:
             for directory in opened:
                 directory.close()
 
 
-def _start(config: RunConfig, console: Console, world: World, opened: list[RunDirectory]) -> Started:
+def _start(config: RunConfig, console: Console, world: World, opened: list[RunDirectory]) -> RunContext:
     """`opened` receives the folder, on the rank that opens it."""
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -87,9 +87,9 @@ def _start(config: RunConfig, console: Console, world: World, opened: list[RunDi
 
     def settle() -> dict[str, Any]:
         """What depends on one rank's memory and disk, and all must agree on."""
-        settled, reasons = resolve(config, dataset.train, world.device, world.place)
+        settled, reasons = resolve(config, dataset.train, world.device, world.rank_info)
         folder = Path(settled.run.out) if settled.run.out else Path("runs") / default_run_name(settled)
-        if world.place.restarts and (folder / "config.json").is_file():
+        if world.rank_info.restarts and (folder / "config.json").is_file():
             settled = _restarted(folder)
         opened.append(RunDirectory.open(folder, resume=settled.run.resume, overwrite=settled.run.overwrite))
         return {"config": settled.to_json(), "reasons": reasons, "folder": str(opened[0].path)}
@@ -100,7 +100,7 @@ def _start(config: RunConfig, console: Console, world: World, opened: list[RunDi
         folder.mkdir(parents=True, exist_ok=True)  # on a machine that does not share rank 0's disk
         images = len(dataset.train) + (len(dataset.test) if dataset.test else 0) + len(dataset.quarantine)
         dataset = dataset.with_ledger(Ledger(str(folder / LEDGER_NAME), most=int(MAX_BAD_FRACTION * images)))
-    return Started(
+    return RunContext(
         config=RunConfig.from_json(settled["config"]),
         reasons=settled["reasons"],
         dataset=dataset,

@@ -77,7 +77,7 @@ class TrainState:
         self.step = world.on_main(lambda: self._read(path))
         with torch.no_grad():
             for tensor in self.tensors().values():
-                world.copy_from_main(tensor)
+                world.broadcast(tensor)
 
     def _read(self, path: Path) -> int:
         """The step that the tensors are of."""
@@ -124,7 +124,7 @@ def build_state(config: RunConfig, world: World, images: ImageIndex) -> TrainSta
         head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
         query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
     dictionary = _build_dictionary(config, world, len(images)).to(world.device)
-    model = MoCo(query, twins=dictionary.TWINS, world=world).to(world.device)
+    model = MoCo(query, tied=dictionary.TIED, world=world).to(world.device)
     train_step = TrainStep(
         model,
         dictionary,

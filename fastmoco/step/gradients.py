@@ -16,7 +16,7 @@ from fastmoco.step.flat_params import FlatParameters
 BUCKET_BYTES = 25 * 2**20  # of gradients in float32: as many as PyTorch's DistributedDataParallel sends at once
 
 
-class GradientSum:
+class GradientReducer:
     """Replaces the flat gradients of a module by their sum over the ranks: the same bits on all of them.
 
     The buffer is cut into runs of whole parameters, and each run is on its way as soon as the backward has made all of
@@ -87,7 +87,7 @@ class GradientSum:
     def _send(self) -> None:
         bucket = self._buckets[len(self._pending)]
         message = bucket.to(torch.bfloat16) if self._half else bucket
-        self._pending.append((bucket, self._world.sum_(message)))
+        self._pending.append((bucket, self._world.all_reduce(message)))
 
 
 def _cut(module: nn.Module, flat: FlatParameters, bucket_bytes: int) -> list[tuple[list[str], slice]]:

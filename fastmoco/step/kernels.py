@@ -1,4 +1,4 @@
-"""Who computes batch norm, loss and update: torch's operations, or our Triton kernels."""
+"""Implementations of batch norm, loss and update: torch's operations, or our Triton kernels."""
 
 from __future__ import annotations
 

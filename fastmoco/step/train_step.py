@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.model.batchnorm.split import use_kernels
-from fastmoco.model.dictionaries import Contrast, Dictionary
+from fastmoco.model.dictionaries import ContrastBatch, Dictionary
 from fastmoco.model.moco import MoCo
 from fastmoco.step.flat_params import FlatParameters
-from fastmoco.step.gradients import GradientSum
+from fastmoco.step.gradients import GradientReducer
 from fastmoco.step.info_nce import in_batch_info_nce, info_nce
 from fastmoco.step.kernels import check_kernels
 from fastmoco.step.sgd_ema import MomentumUpdate
@@ -101,7 +101,7 @@ class TrainStep(Generic[D]):
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
         if temperature <= 0:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
-        assert model.twins == dictionary.TWINS, "keys have a gradient where their mechanism needs one, and only there"
+        assert model.tied == dictionary.TIED, "keys have a gradient where their mechanism needs one, and only there"
         self.device = next(model.parameters()).device
         check_kernels(kernels, self.device)
         mode = _COMPILE_MODES[compile]
@@ -114,8 +114,8 @@ class TrainStep(Generic[D]):
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
         self.world = model.world
-        self._gradient_sum = GradientSum(
-            model.query, self.query, self.world, half=half_gradients, overlap=not model.twins
+        self._gradient_reducer = GradientReducer(
+            model.query, self.query, self.world, half=half_gradients, overlap=not model.tied
         )
         elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
         assert not elsewhere, (elsewhere, self.device)
@@ -155,8 +155,8 @@ class TrainStep(Generic[D]):
         statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
 
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            contrasts = self.dictionary.contrasts(self.model, views, self.symmetric)
-        loss = torch.stack([self._loss(contrast) for contrast in contrasts]).sum()
+            batches = self.dictionary.contrast_batches(self.model, views, self.symmetric)
+        loss = torch.stack([self._loss(contrast) for contrast in batches]).sum()
         averages = self._average(loss.detach())
         scale = None if self.scaler is None else self.scaler.scale
         if self.world.size > 1:
@@ -165,22 +165,22 @@ class TrainStep(Generic[D]):
         if self.key.grads is not None:
             self.query.grads.add_(self.key.grads)
             self.key.grads.zero_()
-        self._gradient_sum.finish()
+        self._gradient_reducer.finish()
         loss = averages()
         # All ranks come to the same verdict, on the same mean loss and sums of gradients. The largest magnitude is one
         # pass without a temporary: NaN and infinity both come through. That the gradients are still scaled changes no
         # verdict, because the scale is 1 or more.
         ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
 
-        self.update(self.lr, self._no_momentum if self.model.twins else self.ema_momentum, ok, scale)
+        self.update(self.lr, self._no_momentum if self.model.tied else self.ema_momentum, ok, scale)
         for flat, before in zip((self.query, self.key), statistics, strict=True):
             flat.buffers.copy_(torch.where(ok, flat.buffers, before))
-        self.dictionary.remember(contrasts, views, ok)
+        self.dictionary.update(batches, views, ok)
         if self.scaler is not None:
             self.scaler.update(ok)
         self._count(loss, ok)
 
-    def _loss(self, contrast: Contrast) -> Tensor:
+    def _loss(self, contrast: ContrastBatch) -> Tensor:
         """Of this rank's queries."""
         q, k, negatives, keys = contrast
         if negatives is None:
@@ -196,7 +196,7 @@ class TrainStep(Generic[D]):
         if self.world.size == 1:
             return lambda: loss
         parts = [self.query.buffers, self.key.buffers, loss[None]]
-        pending = self.world.sum_(torch.cat(parts))
+        pending = self.world.all_reduce(torch.cat(parts))
 
         def end() -> Tensor:
             means = pending.wait().div_(self.world.size).split([len(part) for part in parts])

@@ -48,7 +48,7 @@ def _wave(chroma, smallest, ramp):
 
 
 @triton.jit
-def _turn_hue(r, g, b, shift):
+def _rotate_hue(r, g, b, shift):
     """As `augment_torch.adjust_hue`."""
     largest = tl.maximum(tl.maximum(r, g), b)
     smallest = tl.minimum(tl.minimum(r, g), b)
@@ -81,7 +81,7 @@ def _jitter(r, g, b, row_ptr, mean, BEFORE_CONTRAST: tl.constexpr):
                 b = tl.minimum(tl.maximum(b * factor, 0.0), 1.0)
             elif op == _HUE:
                 if factor != 0.0:
-                    r, g, b = _turn_hue(r, g, b, factor)
+                    r, g, b = _rotate_hue(r, g, b, factor)
             else:
                 other = _luma(r, g, b)
                 if op == _CONTRAST:
@@ -144,7 +144,8 @@ def _luma_sum(r, g, b, inside, row_ptr):
 
 
 @triton.jit
-def _paint(r, g, b, pixel, inside, view, row_ptr, luma, greyed, out_ptr, blurred_ptr, mean, std, SIDE: tl.constexpr,
+def _jitter_and_store(r, g, b, pixel, inside, view, row_ptr, luma, greyed, out_ptr, blurred_ptr, mean, std, SIDE:
+tl.constexpr,
            GREY_FIRST: tl.constexpr, BLUR: tl.constexpr):  # fmt: skip
     """Jitter, grey, and the rest of the way, unless blur comes first: then the colours go to its planes."""
     r, g, b = _jitter(r, g, b, row_ptr, luma, False)
@@ -184,7 +185,7 @@ def colour_kernel(
         r, g, b = _read(source_ptr, strides, resident, view, pixel, inside, greyed, SIDE, CROP, PLANAR, GREY_FIRST)
         if contrast != 1.0:
             total = _luma_sum(r, g, b, inside, row_ptr)
-        _paint(
+        _jitter_and_store(
             r, g, b, pixel, inside, view, row_ptr, total / (SIDE * SIDE), greyed, out_ptr, blurred_ptr, mean, std,
             SIDE, GREY_FIRST, BLUR,
         )  # fmt: skip
@@ -201,7 +202,7 @@ def colour_kernel(
             r, g, b = _read(
                 source_ptr, strides, resident, view, start + pixel, inside, greyed, SIDE, CROP, PLANAR, GREY_FIRST
             )
-            _paint(
+            _jitter_and_store(
                 r, g, b, start + pixel, inside, view, row_ptr, total / (SIDE * SIDE), greyed, out_ptr, blurred_ptr,
                 mean, std, SIDE, GREY_FIRST, BLUR,
             )  # fmt: skip
@@ -215,7 +216,7 @@ def _reflect(place, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _bell(sigma, distance):
+def _gaussian(sigma, distance):
     ratio = distance / sigma
     return tl.exp(-0.5 * ratio * ratio)
 
@@ -232,11 +233,11 @@ def blur_rows_kernel(in_ptr, out_ptr, params_ptr, SIDE: tl.constexpr, RADIUS: tl
         x = place % SIDE
         whole = 0.0
         for tap in range(-RADIUS, RADIUS + 1):
-            whole += _bell(sigma, tap * 1.0)
+            whole += _gaussian(sigma, tap * 1.0)
         total = tl.zeros((BLOCK,), tl.float32)
         for tap in range(-RADIUS, RADIUS + 1):
             near = tl.load(in_ptr + base + place - x + _reflect(x + tap, SIDE), mask=inside, other=0.0)
-            total += _bell(sigma, tap * 1.0) / whole * near
+            total += _gaussian(sigma, tap * 1.0) / whole * near
         tl.store(out_ptr + base + place, total, mask=inside)
 
 
@@ -256,12 +257,12 @@ def blur_columns_kernel(
         y, x = pixel // SIDE, pixel % SIDE
         whole = 0.0
         for tap in range(-RADIUS, RADIUS + 1):
-            whole += _bell(sigma, tap * 1.0)
+            whole += _gaussian(sigma, tap * 1.0)
         r = tl.zeros((BLOCK,), tl.float32)
         g = tl.zeros((BLOCK,), tl.float32)
         b = tl.zeros((BLOCK,), tl.float32)
         for tap in range(-RADIUS, RADIUS + 1):
-            weight = _bell(sigma, tap * 1.0) / whole
+            weight = _gaussian(sigma, tap * 1.0) / whole
             place = base + _reflect(y + tap, SIDE) * SIDE + x
             r += weight * tl.load(place, mask=inside, other=0.0)
             g += weight * tl.load(place + SIDE * SIDE, mask=inside, other=0.0)

@@ -1,4 +1,4 @@
-"""The control: the input pipeline most people train with, tuned as well as it can be.
+"""The baseline: the input pipeline most people train with, tuned as well as it can be.
 
 torchvision's transforms on PIL images in DataLoader workers, float views out. It draws its own random numbers, so its
 views have the same distribution as those of the other pipelines but not the same values, and a resumed run sees other

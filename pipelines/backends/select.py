@@ -27,7 +27,7 @@ Pipeline = TwoViewPipeline | DataLoaderPipeline
 def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str]:
     """The pipeline that `name` (one of PIPELINES, or auto) stands for, and the reason in words."""
     if name != "auto":
-        return name, "as asked for"
+        return name, "requested"
     needed, free = resident_bytes(index), free_memory_bytes(device)
     sizes = f"{len(index):,} decoded images take {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free on {device}"
     if needed <= SHARE_OF_FREE_MEMORY * free:
@@ -45,7 +45,7 @@ def default_workers() -> int:
 
 
 def open_source(name: str, index: ImageIndex, side: int, device: torch.device, workers: int) -> CropSource:
-    """The crop source of a pipeline. The control has none of its own; it is evaluated through `torch`."""
+    """The crop source of a pipeline. The baseline has none of its own; it is evaluated through `torch`."""
     if name not in PIPELINES:
         raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(PIPELINES)}")
     return SOURCES["torch" if name == "dataloader" else name](index, side, device, workers)

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipelines.data.decode import MAX_PIXELS, printable
-from pipelines.data.index import ImageIndex, Records
+from pipelines.data.index import ImageIndex, PackedRecords
 from pipelines.errors import DataError
 
 VERSION = 2
@@ -62,7 +62,7 @@ def field_table() -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class BetonManifest:
     """What is recorded beside a file once it is complete.
 
     bytes, images  of the file
@@ -71,7 +71,7 @@ class Manifest:
     names          N names, relative to the source; undecodable bytes as surrogate escapes
     class_names    of labels 0, 1, ...; empty without labels
     stored         how many images were copied as they were, re-encoded as JPEG, or kept as raw pixels
-    settings       what the conversion was asked for
+    settings       what the conversion wrequested
     quarantine     (name, reason) of the images left out
     versions       of the programs that wrote it
     """
@@ -93,7 +93,7 @@ class Manifest:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, text: str) -> BetonManifest:
         """Raises ValueError with the reason where the text is no manifest."""
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
@@ -241,11 +241,11 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _read_manifest(path: str) -> Manifest:
+def _read_manifest(path: str) -> BetonManifest:
     beside = manifest_path(path)
     try:
         with open(beside, encoding="utf-8") as file:
-            return Manifest.from_json(file.read())
+            return BetonManifest.from_json(file.read())
     except FileNotFoundError as error:
         raise DataError(
             f"{printable(path)} has no manifest {printable(os.path.basename(beside))}: its conversion did not finish, "
@@ -256,7 +256,7 @@ def _read_manifest(path: str) -> Manifest:
         raise DataError(f"{printable(beside)} is not a usable manifest: {reason}; {REMEDY}") from error
 
 
-def _labels(labels: np.ndarray, manifest: Manifest, shown: str) -> np.ndarray | None:
+def _labels(labels: np.ndarray, manifest: BetonManifest, shown: str) -> np.ndarray | None:
     classes = len(manifest.class_names)
     if classes == 0 and (labels == NO_LABEL).all():
         return None
@@ -266,11 +266,11 @@ def _labels(labels: np.ndarray, manifest: Manifest, shown: str) -> np.ndarray | 
     return labels.astype(np.int64)
 
 
-def _index(path: str, tables: Tables, manifest: Manifest, labels: np.ndarray | None) -> ImageIndex:
+def _index(path: str, tables: Tables, manifest: BetonManifest, labels: np.ndarray | None) -> ImageIndex:
     samples = tables.samples
     raw = samples["mode"] == RAW
     files, offsets = np.zeros(len(samples), dtype=np.int32), samples["pointer"].astype(np.int64)
-    records = Records((path,), files, offsets, tables.lengths, raw, tuple(manifest.names))
+    records = PackedRecords((path,), files, offsets, tables.lengths, raw, tuple(manifest.names))
     sizes = np.stack([samples["height"], samples["width"]], axis=1).astype(np.int32)
     return ImageIndex(manifest.dataset, sizes, labels, tuple(manifest.class_names), records=records)
 

@@ -24,7 +24,7 @@ from pipelines.data.beton import (
     SAMPLE,
     SAMPLES_AT,
     VERSION,
-    Manifest,
+    BetonManifest,
     field_table,
     manifest_path,
 )
@@ -105,7 +105,7 @@ class BetonWriter:
         self._end += len(payload)
         self._count += 1
 
-    def finish(self, manifest: Callable[[int, str, str], Manifest]) -> Manifest:
+    def finish(self, manifest: Callable[[int, str, str], BetonManifest]) -> BetonManifest:
         """Write the tables, wait for the disk, rename, and write `manifest(bytes, tables_sha256, file_sha256)`."""
         assert self._count, "a .beton file of no images"
         descriptor = self._file.fileno()

@@ -16,7 +16,7 @@ from pipelines.data.decode import printable
 from pipelines.data.files import TEST_FOLDERS, ImageFiles, find_splits, list_folder, read_list
 from pipelines.data.headers import read_headers
 from pipelines.data.index import Dataset, ImageIndex
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import ScanManifest
 from pipelines.data.named import array_dataset, imagenette_folders, shapes
 from pipelines.data.names import ARRAYS, NAMES
 from pipelines.data.tar_shards import Shards, find_shards, labels_of, list_members, read_sizes
@@ -179,7 +179,7 @@ def _index(
     class_names: tuple[str, ...],
     limit: int | None,
     bad_images: BadImages,
-    known: Manifest | None,
+    known: ScanManifest | None,
 ) -> _Part:
     """The index of these files; only those within `limit` are opened, and only where no scan knows them as they are."""
     labels = files.labels()
@@ -200,7 +200,7 @@ def _without_bad(
         remedy = (
             f"at most {MAX_BAD_FRACTION:.0%} may be left out"
             if bad_images == "quarantine"
-            else "mend or remove them, or ask for bad images to be quarantined"
+            else "fix or remove them, or ask for bad images to be quarantined"
         )
         raise DataError(
             f"{len(bad):,} of {len(whole):,} images of {printable(whole.name)} are bad; {remedy}. {bad[0][1]}"

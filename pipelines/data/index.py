@@ -18,7 +18,7 @@ from pipelines.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Records:
+class PackedRecords:
     """Where N images lie inside of larger files.
 
     paths    the files, absolute
@@ -41,10 +41,10 @@ class Records:
         """Whether they are one `.beton` file, rather than tar archives."""
         return self.paths[0].endswith(".beton")
 
-    def select(self, positions: np.ndarray) -> Records:
+    def select(self, positions: np.ndarray) -> PackedRecords:
         """Of the files only those that are needed are kept, so that a small selection is small."""
         used, files = np.unique(self.files[positions], return_inverse=True)
-        return Records(
+        return PackedRecords(
             tuple(self.paths[i] for i in used.tolist()),
             files.astype(np.int32),
             self.offsets[positions],
@@ -86,7 +86,7 @@ class ImageIndex:
     class_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
     pixels: np.ndarray | None = None
-    records: Records | None = None
+    records: PackedRecords | None = None
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ class Dataset:
     test        what is classified in an evaluation, or None
     bank        the labelled images an evaluation compares `test` with or fits on: `train` itself if it has labels,
                 another part of the data set if that has (STL-10), else None
-    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was asked for
+    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` wrequested
     skipped     how many files were passed over because their names are not those of images
     indexing    how the sizes became known, in words, where a scan helped
     """

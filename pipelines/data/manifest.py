@@ -32,7 +32,7 @@ Bad = list[tuple[int, str]]
 
 
 @dataclass(frozen=True, eq=False)
-class Manifest:
+class ScanManifest:
     """N files and what they hold.
 
     paths      absolute; undecodable bytes as surrogate escapes
@@ -112,7 +112,7 @@ def places(data: str, cache: Path) -> tuple[Path, Path]:
     return beside, cache / "manifests" / f"{name}.npz"
 
 
-def find(data: str, cache: Path) -> Manifest | None:
+def find(data: str, cache: Path) -> ScanManifest | None:
     """The manifest of an absolute path, the newer of two, if it was ever scanned. Raises DataError if it is damaged."""
     written = [place for place in places(data, cache) if place.is_file()]
     return read(max(written, key=lambda place: place.stat().st_mtime_ns), data) if written else None
@@ -129,7 +129,7 @@ _COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
 }
 
 
-def write(manifest: Manifest, path: Path, data: str) -> None:
+def write(manifest: ScanManifest, path: Path, data: str) -> None:
     """Replace or create the file in one step. Paths are kept relative to `data`, so that both can move together.
 
     Raises OSError.
@@ -158,7 +158,7 @@ def write(manifest: Manifest, path: Path, data: str) -> None:
         raise
 
 
-def read(path: Path, data: str) -> Manifest:
+def read(path: Path, data: str) -> ScanManifest:
     """The manifest in a file. Raises DataError where it is damaged, or of another version."""
     try:
         return _read(path, data)
@@ -170,7 +170,7 @@ def read(path: Path, data: str) -> Manifest:
         ) from error
 
 
-def _read(path: Path, data: str) -> Manifest:
+def _read(path: Path, data: str) -> ScanManifest:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, and may claim any size")
@@ -195,7 +195,7 @@ def _read(path: Path, data: str) -> Manifest:
         or (np.flatnonzero(values["sizes"].min(1) == 0) != [r for r, _ in bad]).any()
     ):
         raise ValueError("its columns contradict one another")
-    return Manifest(paths=paths, kind_names=kind_names, histogram=histogram, bad=bad, **values)
+    return ScanManifest(paths=paths, kind_names=kind_names, histogram=histogram, bad=bad, **values)
 
 
 def _prefix(data: str) -> str:

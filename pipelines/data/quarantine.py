@@ -51,7 +51,7 @@ class Ledger:
             raise DataError(f"{entry.reason}; and it cannot be noted in {self.path} ({error.strerror})") from error
         raise DataError(
             f"{entry.reason}; with the {self.most:,} bad images in {self.path} these are too many: see whether the "
-            f"disk is well, mend the files, and go on with --resume"
+            f"disk is well, fix the files, and resume with --resume"
         )
 
     def entries(self) -> list[Entry]:

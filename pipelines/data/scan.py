@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.decode import bad_image, decode, open_image, printable
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import ScanManifest
 from pipelines.errors import DataError
 from pipelines.workers import start_worker
 
@@ -40,7 +40,7 @@ class _Found(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a task found out; columns as in `Manifest`, kinds by name, the histograms of its images added up."""
+    """What a task found out; columns as in `ScanManifest`, kinds by name, the histograms of its images added up."""
 
     stats: np.ndarray
     sizes: np.ndarray
@@ -52,7 +52,7 @@ class _Part(NamedTuple):
 
 def scan(
     train: Sequence[str], others: Sequence[str], workers: int, advance: Advance = lambda files, bad: None
-) -> Manifest:
+) -> ScanManifest:
     """Reads and decodes every file once.
 
     train, others  absolute paths; the pixels of `train` alone are counted in the histogram
@@ -73,7 +73,7 @@ def scan(
     assert len(number) <= 256, "formats times modes"
     starts = np.cumsum([0, *(len(task) for task in tasks)]).tolist()
     of_train = sum(1 for start in starts[:-1] if start < len(train))
-    return Manifest(
+    return ScanManifest(
         paths=paths,
         stats=np.concatenate([part.stats for part in parts]),
         sizes=np.concatenate([part.sizes for part in parts]),
@@ -162,7 +162,7 @@ def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float,
     return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
 
 
-def duplicates(manifest: Manifest) -> list[np.ndarray]:
+def duplicates(manifest: ScanManifest) -> list[np.ndarray]:
     """Positions of the good files whose content is the same, byte for byte: an array for each such content."""
     good = np.flatnonzero(manifest.sizes.min(axis=1) > 0)
     keys = np.ascontiguousarray(manifest.digests[good]).view(f"V{DIGEST_BYTES}").ravel()

@@ -24,7 +24,7 @@ import numpy as np
 from pipelines.data.decode import bad_image, printable
 from pipelines.data.files import EXTENSIONS, TEST_FOLDERS, ImageFiles
 from pipelines.data.headers import MAX_THREADS, read_part_header
-from pipelines.data.index import Records
+from pipelines.data.index import PackedRecords
 from pipelines.errors import DataError
 
 CLASS_NAMES = "classes.txt"  # beside the archives: the name of class 0, of class 1, …, one a line
@@ -49,7 +49,7 @@ class Members:
     """
 
     files: ImageFiles
-    records: Records
+    records: PackedRecords
 
 
 # ---- which archives --------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def list_members(archives: Sequence[str]) -> Members:
             f"{printable(archives[0])} {f'and {len(archives) - 1:,} more hold' if len(archives) > 1 else 'holds'} no "
             f"images; expected members that end in {', '.join(EXTENSIONS)}"
         )
-    records = Records(
+    records = PackedRecords(
         tuple(archives),
         np.array([file for file, _ in images], dtype=np.int32),
         np.array([image.offset for _, image in images], dtype=np.int64),
@@ -148,7 +148,7 @@ def list_members(archives: Sequence[str]) -> Members:
     return Members(ImageFiles(paths, classes, sum(skipped for _, skipped in found)), records)
 
 
-def read_sizes(records: Records) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def read_sizes(records: PackedRecords) -> tuple[np.ndarray, list[tuple[int, str]]]:
     """Sizes (N, 2) int32 of all images, and (position, reason) of each bad one, whose size is given as 0×0."""
     sizes, bad = np.zeros((len(records.names), 2), dtype=np.int32), []
 
@@ -248,5 +248,5 @@ def labels_of(archives: Sequence[str], files: ImageFiles) -> tuple[np.ndarray | 
     odd = sorted(set(files.classes) - number_of.keys())
     if odd or len(set(names)) != len(names):
         found = f"an image has the label {printable(odd[0])}" if odd else "one name stands there twice"
-        raise DataError(f"{printable(str(path))} names {len(names)} classes, and {found}; mend or remove the file")
+        raise DataError(f"{printable(str(path))} names {len(names)} classes, and {found}; fix or remove the file")
     return np.array([number_of[name] for name in files.classes], dtype=np.int64), names

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import scaling
-from benchmarks.measure.ladder import Rung
+from benchmarks.measure.ladder import Variant
 from benchmarks.measure.plain import Task
 from fastmoco.errors import ConfigError
 
@@ -29,7 +29,7 @@ class _Climber:
 
     tasks: list[Task] = []  # noqa: RUF012 - of all that were built
 
-    def __init__(self, rung: Rung, task: Task, *_: Any) -> None:
+    def __init__(self, rung: Variant, task: Task, *_: Any) -> None:
         if rung.name == "plain" and task.batch_size > 64:
             raise torch.OutOfMemoryError("no memory")
         self.tasks.append(task)
@@ -43,7 +43,7 @@ class _Climber:
 
 @pytest.fixture
 def climbers(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    monkeypatch.setattr(scaling, "Climber", _Climber)
+    monkeypatch.setattr(scaling, "Runner", _Climber)
     monkeypatch.setattr(_Climber, "tasks", [])
     return _Climber.tasks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.distributed.launch import ALONE, Place, is_launched, tell_torchrun
+from fastmoco.distributed.launch import SINGLE_PROCESS, RankInfo, is_launched, report_to_torchrun
 from fastmoco.errors import ConfigError, ExitCode, RankLostError
 from tests.run.test_train import BASE, TINY, children_of
 
@@ -131,22 +131,22 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(start: Callable[..., Started],
 def test_a_place_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    assert Place.from_environment() == ALONE
+    assert RankInfo.from_environment() == SINGLE_PROCESS
     assert not is_launched()
     for name, value in zip(NAMES, ["5", "8", "1", "4", "1", "2"], strict=True):
         monkeypatch.setenv(name, value)
-    assert Place.from_environment() == Place(5, 8, local_rank=1, local_size=4, machine=1, restarts=2)
+    assert RankInfo.from_environment() == RankInfo(5, 8, local_rank=1, local_size=4, machine=1, restarts=2)
     assert is_launched()
     monkeypatch.setenv("RANK", "-1")
     with pytest.raises(ConfigError, match="RANK is '-1', expected a number as torchrun sets it"):
-        Place.from_environment()
+        RankInfo.from_environment()
 
 
 def test_torchrun_is_told_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    tell_torchrun(RankLostError("gone"), 75)  # nobody asks
+    report_to_torchrun(RankLostError("gone"), 75)  # nobody asks
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    tell_torchrun(RankLostError("gone"), 75)
+    report_to_torchrun(RankLostError("gone"), 75)
     message = json.loads((tmp_path / "error.json").read_text())["message"]
     assert (message["message"], message["errorCode"]) == ("gone", 75)
     assert int(message["extraInfo"]["timestamp"]) == pytest.approx(time.time(), abs=60)

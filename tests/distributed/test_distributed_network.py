@@ -118,7 +118,7 @@ def test_a_cut_cable_ends_both_in_time_and_the_run_goes_on(machines: Machines, t
         time.sleep(0.1)
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    assert "go on with --resume" in status["message"]
+    assert "resume with --resume" in status["message"]
     machines.stop()
 
     ip("-n", machines.names[0], "link", "set", machines.cables[0], "up")

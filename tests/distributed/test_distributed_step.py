@@ -17,7 +17,7 @@ from fastmoco.model.encoder import build_encoder
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.step.flat_params import FlatParameters
-from fastmoco.step.gradients import GradientSum
+from fastmoco.step.gradients import GradientReducer
 from fastmoco.step.train_step import TrainStep
 from pipelines.views import Views
 from tests.ranks import results, start
@@ -69,7 +69,7 @@ def make_step(case: Case, world: World | None = None, precision: torch.dtype = t
         dictionary = BatchKeys()
     elif case.mechanism == "memory-bank":
         dictionary = MemoryBank(IMAGES, DIM, generator, negatives=30, momentum=0.5, seed=7, world=world)
-    model = MoCo(encoder, twins=dictionary.TWINS, world=world)
+    model = MoCo(encoder, tied=dictionary.TIED, world=world)
     return TrainStep(model, dictionary.to(precision), symmetric=case.symmetric, **{**HYPER, **options})
 
 
@@ -157,7 +157,7 @@ def buckets_of(world: World) -> dict[str, Any]:
             encoder = build_encoder("resnet18", width=0.125, stem="cifar", dim=DIM)
             flat = FlatParameters(encoder, decay_norm_and_bias=decay)
             assert flat.grads is not None
-            total = GradientSum(encoder, flat, world, overlap=overlap, bucket_bytes=2**14)
+            total = GradientReducer(encoder, flat, world, overlap=overlap, bucket_bytes=2**14)
             for _ in range(2):  # the second time, everything has to be as new
                 flat.grads.zero_()
                 sum((p * (world.rank + 1)).sum() for p in encoder.parameters()).backward()  # pyright: ignore

@@ -17,7 +17,7 @@ from rich.console import Console
 from fastmoco import train as train_module
 from fastmoco.cli import parse_train
 from fastmoco.distributed.world import World
-from fastmoco.errors import ExitCode, ToldError
+from fastmoco.errors import AlreadyReportedError, ExitCode
 from fastmoco.run.metrics import read_metrics
 from pipelines.backends.two_view import TwoViewPipeline
 from pipelines.errors import DataError
@@ -34,7 +34,7 @@ def ending(out: Path, *arguments: str, console: Console | None = None) -> str:
     config = parse_train([*BASE, "--out", str(out), *arguments])
     try:
         train_module.train(config, console or Console(file=io.StringIO()))
-    except ToldError as told:
+    except AlreadyReportedError as told:
         return f"told {told.code}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -191,7 +191,7 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(two: list[dict[s
     """The run that was stopped ends bit for bit as the one that was not. And a run of four goes on with two."""
     endings = [mine["stopped"] for mine in two]
     assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted", "told 75"]
-    assert "saved: go on with --resume" in "".join(endings)
+    assert "saved: resume with --resume" in "".join(endings)
     assert status(folder / "stopped")[:2] == ("preempted", ExitCode.PREEMPTED)
 
     endings = results(start(4, four_ranks, folder))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmoco.distributed.world import Vote, World, gathered
+from fastmoco.distributed.world import StopVote, World, all_gather_with_grad
 from fastmoco.errors import ConfigError, DivergedError, ExitCode, RankLostError, exit_code
 from pipelines.errors import DataError
 from tests.ranks import Died, Failed, results, start
@@ -25,21 +25,21 @@ def alone() -> World:
 
 def test_alone_every_collective_is_an_identity() -> None:
     world, tensor = alone(), torch.arange(6.0).view(3, 2)
-    assert world.sum_(tensor).wait() is tensor
-    assert world.gather(tensor).wait() is tensor
-    assert gathered(tensor, world) is tensor
-    assert world.part(1) is world
+    assert world.all_reduce(tensor).wait() is tensor
+    assert world.all_gather(tensor).wait() is tensor
+    assert all_gather_with_grad(tensor, world) is tensor
+    assert world.subgroup(1) is world
     torch.testing.assert_close(world.share(tensor), tensor)
     before = tensor.clone()
-    world.copy_from_main(tensor)
+    world.broadcast(tensor)
     assert torch.equal(tensor, before)
     world.check_same({"queue": b"12"})
-    assert world.noted() is None
-    assert world.note(ValueError())
+    assert world.first_failure() is None
+    assert world.report_failure(ValueError())
 
 
 def test_alone_a_vote_is_answered_at_once() -> None:
-    vote = Vote(alone())
+    vote = StopVote(alone())
     assert [vote(hand) for hand in (False, True, False)] == [False, True, False]
 
 
@@ -83,28 +83,28 @@ def conversation(folder: Path) -> dict[str, Any]:
     """One rank's side of everything that does not fail."""
     with World.join("cpu", timeout_s=30) as world:
         rank, said = world.rank, {}
-        said["identity"] = (rank, world.size, world.is_main, *world.place[2:4])
-        said["sum"] = world.sum_(torch.full((3,), float(rank + 1))).wait().tolist()
-        said["bf16"] = world.sum_(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
-        said["gather"] = world.gather(torch.full((2, 1), rank)).wait().flatten().tolist()
+        said["identity"] = (rank, world.size, world.is_main, *world.rank_info[2:4])
+        said["sum"] = world.all_reduce(torch.full((3,), float(rank + 1))).wait().tolist()
+        said["bf16"] = world.all_reduce(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
+        said["gather"] = world.all_gather(torch.full((2, 1), rank)).wait().flatten().tolist()
         strided = torch.arange(8.0).view(2, 4).T[:, :1] + 10 * rank
-        said["strided"] = world.gather(strided).wait().flatten().tolist()
+        said["strided"] = world.all_gather(strided).wait().flatten().tolist()
         said["share"] = world.share(torch.arange(8)).tolist()
 
         rows = torch.tensor([1.0 + rank], requires_grad=True)
         weights = torch.arange(1.0, 1 + world.size) * 10**rank
-        (gathered(rows, world) * weights).sum().backward()
+        (all_gather_with_grad(rows, world) * weights).sum().backward()
         assert rows.grad is not None
         said["gradient"] = rows.grad.item()
 
         mine = torch.full((2, 2), float(rank)).T
-        world.copy_from_main(mine)
+        world.broadcast(mine)
         said["from main"] = mine.tolist()
 
-        pair = world.part(world.size // 2)
-        said["part"] = (pair.rank, pair.size, pair.sum_(torch.tensor([rank])).wait().item())
-        single = world.part(world.size)
-        said["single"] = (single.size, single.gather(torch.tensor([rank])).wait().item())
+        pair = world.subgroup(world.size // 2)
+        said["part"] = (pair.rank, pair.size, pair.all_reduce(torch.tensor([rank])).wait().item())
+        single = world.subgroup(world.size)
+        said["single"] = (single.size, single.all_gather(torch.tensor([rank])).wait().item())
 
         said["outcome"] = world.on_main(lambda: {"rank": rank})
         try:
@@ -118,7 +118,7 @@ def conversation(folder: Path) -> dict[str, Any]:
             return f"{'read' if found else 'made'} by {rank}"
 
         said["index"] = world.first_on_each_machine(index)
-        vote = Vote(world)
+        vote = StopVote(world)
         said["votes"] = [vote(hand) for hand in (False, rank == 1, False, False)]
         vote.close()
 
@@ -127,7 +127,7 @@ def conversation(folder: Path) -> dict[str, Any]:
             world.check_same({"queue": b"same", "weights": b"odd!" if rank == 1 else b"even"})
         except DivergedError as error:
             said["differs"] = str(error)
-        said["noted"] = world.note(DataError(f"of rank {rank}"))
+        said["noted"] = world.report_failure(DataError(f"of rank {rank}"))
         return said
 
 
@@ -155,7 +155,7 @@ def test_four_ranks_talk(tmp_path: Path) -> None:
 def loses_a_rank(how: str) -> Any:
     """Rank 1 leaves in some way, and rank 0 learns of it."""
     world = World.join("cpu", timeout_s=2)
-    world.sum_(torch.ones(2)).wait()
+    world.all_reduce(torch.ones(2)).wait()
     began = time.monotonic()
     if world.rank == 1:
         if how == "killed":
@@ -163,10 +163,10 @@ def loses_a_rank(how: str) -> Any:
         if how == "stalled":
             time.sleep(5)
         error = DataError("photo.jpg is empty")
-        world.note(error)
+        world.report_failure(error)
         raise error
     try:
-        world.sum_(torch.ones(2)).wait()
+        world.all_reduce(torch.ones(2)).wait()
     except (RankLostError, DataError) as error:
         return type(error).__name__, str(error), time.monotonic() - began
     return None
@@ -184,7 +184,7 @@ def test_a_rank_that_is_lost(how: str) -> None:
     else:
         assert kind == "RankLostError"
         assert message.startswith("another rank is gone, or silent for 2 s (")
-        assert message.endswith("): go on with --resume")
+        assert message.endswith("): resume with --resume")
     if how == "killed":
         assert right == Died(-signal.SIGKILL)
 

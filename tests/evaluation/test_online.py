@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from fastmoco.config import DataConfig, RunConfig, RunOptions
 from fastmoco.distributed.world import World
-from fastmoco.evaluation import online as monitor_module
+from fastmoco.evaluation import online as online
 from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
 from fastmoco.evaluation.knn import knn_accuracy
-from fastmoco.evaluation.online import Monitor
+from fastmoco.evaluation.online import OnlineEvaluator
 from fastmoco.model.encoder import Encoder, build_encoder
 from fastmoco.run.resolve import resolve
 from pipelines.augment.presets import CIFAR
@@ -30,17 +30,19 @@ def shapes(count: int, start: int = 0, *, labelled: bool = True) -> ImageIndex:
     return ImageIndex.from_pixels("shapes", pixels, labels if labelled else None, CLASS_NAMES if labelled else ())
 
 
-def monitor_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> Monitor:
+def evaluator_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> OnlineEvaluator:
     config = RunConfig(data=DataConfig(pipeline="resident", workers=1), run=RunOptions(knn_k=5))
     config, _ = resolve(config.replace(batch_size=32), dataset.train, CPU)
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
-    return Monitor(config, dataset, source, TwoViewPipeline(planner, source, CPU, dtype), CIFAR, World(CPU), dtype)
+    return OnlineEvaluator(
+        config, dataset, source, TwoViewPipeline(planner, source, CPU, dtype), CIFAR, World(CPU), dtype
+    )
 
 
 @pytest.fixture(autouse=True)
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_module, "PAIRS", 128)
+    monkeypatch.setattr(online, "PAIRS", 128)
 
 
 @pytest.fixture
@@ -72,44 +74,46 @@ def labels(index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
 
 def test_with_a_test_split_the_training_images_answer(encoder: Encoder) -> None:
     dataset = Dataset(shapes(120), shapes(40, 120))
-    monitor = monitor_of(dataset)
+    evaluator = evaluator_of(dataset)
     bank, test = np.arange(120), np.arange(40)
     assert dataset.test is not None
     sets = (dataset.train, bank), (dataset.test, test)
     expected = [(features(encoder, *s), labels(*s)) for s in sets]
     accuracy = knn_accuracy(*expected[0], *expected[1], k=5, temperature=0.1, num_classes=10)
-    assert monitor.has_labels
-    assert monitor.evaluate(encoder) == {"knn_top1_percent": pytest.approx(accuracy, abs=2.6)}  # one image on the edge
-    pixels = monitor.pixels()
+    assert evaluator.has_labels
+    assert evaluator.evaluate(encoder) == {
+        "knn_top1_percent": pytest.approx(accuracy, abs=2.6)
+    }  # one image on the edge
+    pixels = evaluator.pixels()
     assert pixels is not None
     assert 10 < pixels < 100
 
 
 def test_without_a_test_split_a_tenth_asks_and_is_not_its_own_answer(encoder: Encoder) -> None:
     """Classes that take turns, as in shapes, where image i is of class i mod 10, must all be asked for."""
-    monitor = monitor_of(Dataset(shapes(200)))
-    assert monitor._sets is not None
-    answers, asks = (s.positions for s in monitor._sets)
-    assert len(asks) == 20
-    np.testing.assert_array_equal(np.sort(np.concatenate([asks, answers])), np.arange(200))
-    assert len(set((asks % 10).tolist())) >= 6
-    assert 0 <= monitor.evaluate(encoder)["knn_top1_percent"] < 100
+    evaluator = evaluator_of(Dataset(shapes(200)))
+    assert evaluator._sets is not None
+    bank_positions, queries = (s.positions for s in evaluator._sets)
+    assert len(queries) == 20
+    np.testing.assert_array_equal(np.sort(np.concatenate([queries, bank_positions])), np.arange(200))
+    assert len(set((queries % 10).tolist())) >= 6
+    assert 0 <= evaluator.evaluate(encoder)["knn_top1_percent"] < 100
 
 
 def test_a_bank_apart_from_the_training_images(encoder: Encoder) -> None:
     """STL-10: pretraining without labels, evaluation with another, labelled part."""
     dataset = Dataset(shapes(64, labelled=False), shapes(40, 500), bank=shapes(100, 200))
-    monitor = monitor_of(dataset)
-    assert monitor.has_labels
-    assert set(monitor.evaluate(encoder)) == {"knn_top1_percent"}
+    evaluator = evaluator_of(dataset)
+    assert evaluator.has_labels
+    assert set(evaluator.evaluate(encoder)) == {"knn_top1_percent"}
 
 
 def test_without_labels_it_measures_pairs_and_their_spread(encoder: Encoder) -> None:
     dataset = Dataset(shapes(64, labelled=False))
-    monitor = monitor_of(dataset)
-    assert not monitor.has_labels
-    assert monitor.pixels() is None
-    found = monitor.evaluate(encoder)
+    evaluator = evaluator_of(dataset)
+    assert not evaluator.has_labels
+    assert evaluator.pixels() is None
+    found = evaluator.evaluate(encoder)
 
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
@@ -136,21 +140,21 @@ def test_without_labels_it_measures_pairs_and_their_spread(encoder: Encoder) -> 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluation_leaves_no_trace(encoder: Encoder, labelled: bool, dtype: torch.dtype) -> None:
-    monitor = monitor_of(Dataset(shapes(64, labelled=labelled)), dtype=dtype)
+    evaluator = evaluator_of(Dataset(shapes(64, labelled=labelled)), dtype=dtype)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    first, rng = monitor.evaluate(encoder), torch.random.get_rng_state()
+    first, rng = evaluator.evaluate(encoder), torch.random.get_rng_state()
     assert encoder.training
     assert all(module.training for module in encoder.modules())
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
-    assert monitor.evaluate(encoder) == first, "always on the same images"
+    assert evaluator.evaluate(encoder) == first, "always on the same images"
     assert torch.equal(rng, torch.random.get_rng_state())
 
 
 def test_train_mode_comes_back_when_evaluation_fails(encoder: Encoder, monkeypatch) -> None:
-    monitor = monitor_of(Dataset(shapes(64)))
+    evaluator = evaluator_of(Dataset(shapes(64)))
     monkeypatch.setattr(encoder, "features", lambda _: torch.empty(0).sum(3))
     with pytest.raises(IndexError):
-        monitor.evaluate(encoder)
+        evaluator.evaluate(encoder)
     assert encoder.training

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastmoco.commands.export import load_lines
 from fastmoco.errors import ConfigError
 from fastmoco.export.formats import FORMATS, detectron2_name, model_in
-from fastmoco.export.read import Backbone
+from fastmoco.export.read import LoadedBackbone
 from fastmoco.export.write import export
 from fastmoco.model.encoder import ARCHITECTURES, feature_dim
 from fastmoco.model.plain_resnet import plain_resnet
@@ -32,8 +32,8 @@ QUICK = ("resnet18", "resnext50_32x8d")
 SUFFIX = {"torchvision": "pth", "timm": "safetensors", "detectron2": "pkl", "lincls": "pth.tar", "onnx": "onnx"}
 
 
-def around(module: nn.Module, arch: str, stem: str = "imagenet") -> Backbone:
-    return Backbone(
+def around(module: nn.Module, arch: str, stem: str = "imagenet") -> LoadedBackbone:
+    return LoadedBackbone(
         module=module.eval(),
         arch=arch,
         stem=stem,
@@ -48,7 +48,7 @@ def around(module: nn.Module, arch: str, stem: str = "imagenet") -> Backbone:
 
 
 @functools.lru_cache(maxsize=1)  # the largest takes half a gigabyte
-def random_backbone(arch: str) -> Backbone:
+def random_backbone(arch: str) -> LoadedBackbone:
     """With the statistics of a batch, so that a batch norm which was not loaded would show."""
     module = plain_resnet(arch, "imagenet", 1)
     module.load_state_dict(trained_encoder(arch, width=1, stem="imagenet").backbone.state_dict())

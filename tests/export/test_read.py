@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fastmoco
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
-from fastmoco.export.read import RECORD, Backbone, read_backbone
+from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone
 from fastmoco.model.encoder import ARCHITECTURES, Encoder, build_encoder
 from fastmoco.model.plain_resnet import identify
 from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -66,7 +66,7 @@ def authors_file(path: Path, encoder: Encoder, **options: Any) -> Path:
 
 
 @torch.no_grad()
-def assert_same_features(found: Backbone, encoder: Encoder, side: int = 32) -> None:
+def assert_same_features(found: LoadedBackbone, encoder: Encoder, side: int = 32) -> None:
     """In float64, where the order of a sum does not show."""
     images = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     features = copy.deepcopy(found.module).double()(images)
@@ -367,9 +367,9 @@ def test_another_architecture_is_refused(
 
 def test_what_was_asked_for_has_to_be_there(tmp_path: Path, encoder: Encoder) -> None:
     path = authors_file(tmp_path / "a.pth.tar", encoder)
-    with pytest.raises(CheckpointError, match="has the arch resnet18, and resnet50 was asked for"):
+    with pytest.raises(CheckpointError, match="has the arch resnet18, and resnet50 wrequested"):
         read_backbone(path, arch="resnet50")
-    with pytest.raises(CheckpointError, match="has the stem cifar, and imagenet was asked for"):
+    with pytest.raises(CheckpointError, match="has the stem cifar, and imagenet wrequested"):
         read_backbone(path, stem="imagenet")
     with pytest.raises(ConfigError, match="unknown architecture 'resnet19'; did you mean resnet1"):
         read_backbone(path, arch="resnet19")

@@ -20,7 +20,7 @@ from fastmoco import load_backbone
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.export.formats import FORMATS, detectron2_name
-from fastmoco.export.read import Backbone, read_backbone
+from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.export.write import TOLERANCE, export
 from fastmoco.model.encoder import Encoder
 from tests.export.test_read import trained_encoder
@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Enco
     return make
 
 
-def backbone_of(path: Path) -> Backbone:
+def backbone_of(path: Path) -> LoadedBackbone:
     return read_backbone(path, side=SIDE)
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_gives_other_features_is_not_kept(made, tmp_path: Path, monk
     backbone, target = backbone_of(source), tmp_path / "b.safetensors"
     kind = FORMATS["safetensors"]
 
-    def wrong(of: Backbone, path: Path):
+    def wrong(of: LoadedBackbone, path: Path):
         assert path.exists()
         model, who = kind.load(of, path)
         return (lambda images: model(images) * 1.0001), who

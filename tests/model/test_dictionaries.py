@@ -49,7 +49,7 @@ def make_step(
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", width=0.125, stem="cifar", dim=DIM, bn_splits=bn_splits)
     dictionary = (BatchKeys() if mechanism == "end-to-end" else bank()).to(precision)
-    model = MoCo(encoder, twins=dictionary.TWINS).to(precision)
+    model = MoCo(encoder, tied=dictionary.TIED).to(precision)
     return TrainStep(model, dictionary, symmetric=symmetric, **{**HYPER, **options})
 
 

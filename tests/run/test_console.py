@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from fastmoco.console import Fact, Reading, TrainingProgress, duration, show_facts, summary_facts
+from fastmoco.console import Fact, StepMetrics, TrainingProgress, duration, show_facts, summary_facts
 
 HOSTILE = "[red]not markup[/red] [/] \x1b[2J\u202efdp.exe\r\n\udcff"
 
@@ -44,7 +44,7 @@ def train(
         for done in range(first_step + 1, steps + 1):
             clock.now_s += step_s
             if done % log_every == 0 or done == steps:
-                progress.update(done, Reading(7.12345, 0.0299, 9512.4, 2.6, 3 * 2**30), (steps - done) * step_s)
+                progress.update(done, StepMetrics(7.12345, 0.0299, 9512.4, 2.6, 3 * 2**30), (steps - done) * step_s)
     return output_of(console)
 
 

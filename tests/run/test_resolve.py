@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmoco.config import RunConfig
-from fastmoco.distributed.launch import Place
+from fastmoco.distributed.launch import RankInfo
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import RECIPES, recipe
 from fastmoco.run.resolve import resolve
@@ -266,8 +266,8 @@ def test_settings_for_a_gpu_are_refused_without_one() -> None:
 
 
 def resolved_for(devices: int, count: int = 50_000, **given) -> dict:
-    place = Place(size=devices, local_size=min(devices, 8))
-    return resolve(RunConfig().replace(data="./folder", **given), images(count, 32, 32), CPU, place)[0].flat()
+    rank_info = RankInfo(size=devices, local_size=min(devices, 8))
+    return resolve(RunConfig().replace(data="./folder", **given), images(count, 32, 32), CPU, rank_info)[0].flat()
 
 
 @pytest.mark.parametrize(

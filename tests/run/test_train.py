@@ -276,7 +276,7 @@ def run_until(out: Path, stop_at: int | None, arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Whole runs by the number of steps between two readings of the loss."""
+    """Whole runs by the logging interval."""
     folder = tmp_path_factory.mktemp("whole")
     for log_every in (1, 3):
         run_until(folder / str(log_every), None, ["--log-every", str(log_every)])
@@ -304,7 +304,7 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
             if stop_at == STEPS - 1:  # a signal during the last step: there is nothing left to stop
                 break
             with pytest.raises(
-                Preempted, match=rf"stopped by SIGTERM at step {stop_at + 1}, saved: go on with --resume"
+                Preempted, match=rf"stopped by SIGTERM at step {stop_at + 1}, saved: resume with --resume"
             ):
                 run_until(out, stop_at, [*arguments, *resume])
             resume = ["--resume"]

@@ -157,13 +157,14 @@ def test_two_writers_do_not_mix(tmp_path):
 KILLED = """
 import os, signal, sys
 from pipelines.data import beton_writer
-from pipelines.data.beton import Manifest
+from pipelines.data.beton import BetonManifest
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def manifest(length, tables, whole):
-    return Manifest(dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=whole, class_names=["a"],
+    return BetonManifest(dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=whole,
+    class_names=["a"],
                     names=["one"], stored={}, settings={}, quarantine=[], versions={})
 
 def write(path, moment):

@@ -40,7 +40,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     kernels             "torch", or "triton" for `fastmoco.model.batchnorm.triton` in training: see `use_kernels`
     ranks               over which each group is spread; where it is one, N are this rank's samples: see `divide_groups`
-    updates_statistics  False while a forward is repeated for its activations alone: see `statistics_kept`
+    updates_statistics  False while a forward is repeated for its activations alone: see `freeze_running_stats`
 
     `num_batches_tracked` stays 0: only a cumulative average reads it, and counting costs one kernel a layer and step.
 
@@ -154,7 +154,7 @@ def divide_groups(module: nn.Module, world: World) -> None:
         if splits % size == 0:
             layer.num_splits = splits // size
         elif size % splits == 0:
-            layer.num_splits, layer.ranks = 1, world.part(splits)
+            layer.num_splits, layer.ranks = 1, world.subgroup(splits)
         else:
             raise ConfigError(
                 f"{splits} batch norm splits do not divide over {size} devices, nor these into groups of one split "
@@ -163,7 +163,7 @@ def divide_groups(module: nn.Module, world: World) -> None:
 
 
 @contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
+def freeze_running_stats(module: nn.Module) -> Iterator[None]:
     """Inside, a training forward leaves the running statistics as they are, and gives the same output."""
     layers = _layers(module)
     before = [layer.updates_statistics for layer in layers]

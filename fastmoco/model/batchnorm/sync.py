@@ -61,7 +61,7 @@ class _GroupBatchNorm(torch.autograd.Function):
         own = torch.zeros((1, 2, len(weight)), dtype=weight.dtype, device=x.device)
         torch.batch_norm_update_stats(x, own[0, 0], own[0, 1], 1.0)
         own[0, 1].mul_((values - 1) / values)
-        means, variances = ranks.gather(own).wait().unbind(dim=1)
+        means, variances = ranks.all_gather(own).wait().unbind(dim=1)
         mean = means.mean(dim=0)
         var = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
 
@@ -80,7 +80,7 @@ class _GroupBatchNorm(torch.autograd.Function):
         settings = None, None, False, ctx.eps, [False, True, True]
         _, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, var, *settings)
         sums = torch.stack([bias_grad, weight_grad])  # of dy and of dy · x̂, on this rank
-        of_grad, of_product = ctx.ranks.sum_(sums.clone()).wait().div_(ctx.total)
+        of_grad, of_product = ctx.ranks.all_reduce(sums.clone()).wait().div_(ctx.total)
 
         def channels(values: Tensor) -> Tensor:
             return values[:, None, None]

@@ -288,7 +288,8 @@ def test_a_killed_worker_ends_the_run_at_once(uniform: ImageIndex, name: str) ->
     assert "\n" not in str(raised.value)
 
 
-# ---- the control -----------------------------------------------------------------------------------------------------
+# ---- the baseline
+# -----------------------------------------------------------------------------------------------------
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

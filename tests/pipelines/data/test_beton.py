@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data import beton
-from pipelines.data.beton import HEADER, SAMPLE, SAMPLES_AT, Manifest, jpeg_size, read_index, read_tables
+from pipelines.data.beton import HEADER, SAMPLE, SAMPLES_AT, BetonManifest, jpeg_size, read_index, read_tables
 from pipelines.errors import DataError
 from tests.oddities import encode, picture
 from tests.tools.test_make_ffcv import class_folders
@@ -151,18 +151,18 @@ def test_no_tables_crash_the_reader(finished, data):
 @settings(max_examples=100, deadline=None)
 def test_no_text_crashes_the_manifest(text):
     with pytest.raises(ValueError):  # noqa: PT011 - json's or ours
-        Manifest.from_json(text)
+        BetonManifest.from_json(text)
 
 
 @given(
-    field=st.sampled_from([field.name for field in dataclasses.fields(Manifest)]),
+    field=st.sampled_from([field.name for field in dataclasses.fields(BetonManifest)]),
     value=st.none() | st.integers() | st.text() | st.lists(st.integers(), max_size=3) | st.lists(st.text(), max_size=3),
 )
 @settings(max_examples=100, deadline=None)
 def test_no_field_crashes_the_manifest(finished, field, value):
     values = json.loads(Path(f"{finished}.json").read_text()) | {field: value}
     try:
-        manifest = Manifest.from_json(json.dumps(values))
+        manifest = BetonManifest.from_json(json.dumps(values))
     except ValueError:
         return
     assert len(manifest.names) == manifest.images

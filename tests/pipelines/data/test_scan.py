@@ -18,13 +18,13 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from pipelines.data import headers, manifest
 from pipelines.data.dataset import find_files, load_dataset
-from pipelines.data.manifest import FILE_NAME, Manifest
+from pipelines.data.manifest import FILE_NAME, ScanManifest
 from pipelines.data.scan import duplicates, mean_and_std, scan
 from pipelines.errors import DataError
 from tests.oddities import bad_files, encode, fill, good_files, picture, write_files
 
 
-def scanned(folder: Path, workers: int = 0) -> Manifest:
+def scanned(folder: Path, workers: int = 0) -> ScanManifest:
     files = find_files(str(folder), data_root=folder.parent)
     return scan(files.train.paths, files.test.paths if files.test else (), workers)
 

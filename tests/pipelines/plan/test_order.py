@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.augment.presets import AUGMENTATIONS
-from pipelines.data.index import ImageIndex, Records
+from pipelines.data.index import ImageIndex, PackedRecords
 from pipelines.errors import DataError
 from pipelines.plan.order import archive_order, epoch_order, orders
 from pipelines.plan.planner import Planner
@@ -58,7 +58,7 @@ def test_archives_are_asked_for_by_name() -> None:
     count = len(ARCHIVES)
     zeros = np.zeros(count, dtype=np.int64)
     names = tuple(str(i) for i in range(count))
-    records = Records(("a.tar",) * 40, ARCHIVES.astype(np.int32), zeros, zeros, zeros.astype(bool), names)
+    records = PackedRecords(("a.tar",) * 40, ARCHIVES.astype(np.int32), zeros, zeros, zeros.astype(bool), names)
     index = ImageIndex("x", np.full((count, 2), 8, dtype=np.int32), records=records)
     assert np.array_equal(orders("archives", index, 1, 300)(2), archive_order(1, 2, ARCHIVES, 300))
     assert np.array_equal(orders("any", index, 1, 300)(2), epoch_order(1, 2, count))
