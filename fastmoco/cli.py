@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastmoco.config import RunConfig
-from fastmoco.config.arguments import nearest, parse
+from fastmoco.config.arguments import parse, suggestion
 from fastmoco.distributed.launch import is_launched, launch, report_to_torchrun
 from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_code
 from fastmoco.recipes import check_data, recipe
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return ExitCode.DONE if argv else ExitCode.CONFIG
     try:
         if argv[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {argv[0]!r}; {nearest(argv[0], list(COMMANDS))}")
+            raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130

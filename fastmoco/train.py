@@ -1,11 +1,10 @@
-"""The composition root and the loop: the only place that builds pipelines, encoders and the step, and runs them.
+"""The composition root and the training loop: pipelines, encoders and the step are built and run here only.
 
-The host stays ahead of the device: it reads from it only every `log_every` steps, at evaluations and at checkpoints.
+The host runs ahead of the device: it waits for it only every `log_every` steps, at evaluations and at checkpoints.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,16 +35,16 @@ from pipelines.plan.order import orders
 from pipelines.plan.planner import Planner
 from pipelines.views import Views
 
-SAVE_SECONDS = 60.0  # between two checkpoints, unless steps were given: an epoch may take less time than saving
-PICTURED = 64  # images whose views are drawn at most
+SAVE_INTERVAL_S = 60.0  # between checkpoints without --checkpoint-every: an epoch may be shorter than a save
+MAX_DRAWN = 64  # images in views.png
 
 
 def train(config: RunConfig, console: Console) -> Path:
-    """Runs or resumes one run to its end, and returns its folder. Under torchrun, every rank calls it.
+    """Starts or resumes a run, trains to the last epoch, and returns its folder. Under torchrun, every rank calls it.
 
-    Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError; Preempted where it was asked to stop
-    and has saved its state; RankLostError where another rank is gone; AlreadyReportedError where that rank has said
-    why.
+    Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError; Preempted after a signal, with
+    the state saved; RankLostError where another rank has died; AlreadyReportedError where that rank has reported the
+    reason.
     """
     with run_context(config, console) as context:
         trainer = Trainer(context)
@@ -57,18 +56,13 @@ def train(config: RunConfig, console: Console) -> Path:
 
 
 class Trainer:
-    """One run. Everything is built here, from a configuration without open fields."""
+    """One run, built from a resolved configuration."""
 
     def __init__(self, context: RunContext) -> None:
         self.config, self.world, self.stop, self.console = context.config, context.world, context.stop, context.console
         config, dataset, device = context.config, context.dataset, context.world.device
         data, model, optim = config.data, config.model, config.optim
         side, batch, dtype = config.augment.crop_size, optim.batch_size, DTYPES[config.run.amp]
-        assert config.augment.aug
-        assert side
-        assert batch
-        assert optim.epochs
-        assert data.workers is not None
         self.augmentation = AUGMENTATIONS[config.augment.aug]
         if config.augment.crop_scale_min is not None:
             self.augmentation = with_scale(self.augmentation, config.augment.crop_scale_min)
@@ -94,15 +88,15 @@ class Trainer:
         self.recorder = None if context.directory is None else RunRecorder(context.directory, config, context.console)
         self.threads = ThreadCount(torch.get_num_threads()) if tunes_threads(config, self.world) else None
         self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
-        self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every or 0)
-        choices = (model.moco_k or 0) + (model.mechanism != "end-to-end")  # there the positive is one of the K keys
-        self.chance_loss = math.log(choices) * (2 if model.symmetric else 1)
+        self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
+        candidates = model.moco_k + (model.mechanism != "end-to-end")  # in which the positive is one of the K keys
+        self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
         self._source, self._images = source, dataset.train
         self._stopped, self._began = False, time.monotonic()
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """Completed epochs."""
         return self.state.step // self.steps_per_epoch
 
     def run(self) -> None:
@@ -112,7 +106,7 @@ class Trainer:
             self._steps()
             self.world.on_main(lambda: self._finish(time.monotonic() - self._began))
         except torch.OutOfMemoryError as error:
-            batch, splits = self.config.optim.batch_size or 2, self.config.model.bn_splits or 1
+            batch, splits = self.config.optim.batch_size, self.config.model.bn_splits
             smaller = max(2 * splits, batch // 2 // splits * splits)
             raise DeviceError(
                 f"{describe(self.world.device)} has too little memory for --batch-size {batch}: start again with "
@@ -127,7 +121,7 @@ class Trainer:
 
     def _begin(self) -> None:
         if self.recorder is not None:
-            self.recorder.begin(self._pictured(), self.augmentation)
+            self.recorder.begin(self._first_views(), self.augmentation)
         numbers: dict[str, float] = {}
         if self.config.run.knn_every:
             numbers = self._evaluate()
@@ -144,25 +138,23 @@ class Trainer:
         self.forecast.evaluation_s = time.monotonic() - began
         return numbers
 
-    def _pictured(self) -> Views:
+    def _first_views(self) -> Views:
         """The first images of the first step, all on this rank, keys in the order of their queries."""
         p, side = self.planner, self.config.augment.crop_size
-        assert side
         few = Planner(
             p.sizes,
             seed=p.seed,
-            batch_size=min(PICTURED, p.batch_size),
+            batch_size=min(MAX_DRAWN, p.batch_size),
             augmentation=p.augmentation,
             shuffle_keys=False,
             order=p.order,
         )
         device, dtype = self.world.device, DTYPES[self.config.run.amp]
-        name, workers = self.config.data.pipeline, self.config.data.workers or 0
+        name, workers = self.config.data.pipeline, self.config.data.workers
         return next(open_pipeline(name, self._images, few, self._source, side, device, dtype, workers).views(0, 1))
 
     def _resume(self) -> None:
-        found = self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint())
-        path = Path(found)
+        path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))
         self.state.load(path)
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
@@ -202,11 +194,11 @@ class Trainer:
                         self._save()
         if self._stopped and state.step < self.total_steps:
             self.world.on_main(lambda: self._save(last_chance=True))
-            by = self.stop.name if self.stop else "the signal of another rank"
+            by = self.stop.name if self.stop else "a signal to another rank"
             raise Preempted(f"stopped by {by} at step {state.step:,}, saved: resume with --resume")
 
     def _until_stopped(self) -> Iterator[Views]:
-        """The batches that are left, until all ranks know that one of them has had a signal."""
+        """The remaining batches, until all ranks know that one of them has received a signal."""
         views, vote = self.pipeline.views(self.state.step, self.total_steps), StopVote(self.world)
         while True:
             self._stopped = vote(bool(self.stop))
@@ -217,7 +209,7 @@ class Trainer:
             except DataError:
                 if not self.stop or self.world.size > 1:
                     raise
-                self._stopped = True  # the signal has hit the loader too
+                self._stopped = True  # the loader has received the signal too
                 break
             if batch is None:
                 break
@@ -226,8 +218,6 @@ class Trainer:
 
     def _lr(self) -> float:
         optim = self.config.optim
-        assert optim.lr is not None
-        assert optim.epochs is not None
         return lr_at(
             self.state.step,
             schedule="cosine" if optim.cos else "step" if optim.schedule else "constant",
@@ -241,12 +231,11 @@ class Trainer:
 
     def _ema_momentum(self) -> float:
         model = self.config.model
-        assert model.moco_m is not None
         schedule = "cosine" if model.moco_m_cos else "constant"
         return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
 
     def _log(self, lr: float) -> StepMetrics:
-        """Reads the device, writes a line of metrics, and stops a run that has diverged."""
+        """Reads metrics from the device, records them, and raises DivergedError where the run has diverged."""
         numbers = self.state.train_step.read_metrics()
         rates = self.clock.read()
         device = self.world.device
@@ -266,7 +255,7 @@ class Trainer:
         return metrics
 
     def _forecast(self, training_s: float) -> None:
-        """Says, once, how long the run takes."""
+        """Prints once how long the run will take."""
         if self.forecast.mark(self.state.step, training_s):
             resumed, left_s = self.config.run.resume, self.forecast.left_s or 0.0
             all_s = left_s + (0.0 if resumed else time.monotonic() - self._began)
@@ -277,13 +266,13 @@ class Trainer:
         return bool(every) and (self.epoch % every == 0 or self.state.step == self.total_steps)
 
     def _save_is_due(self, epoch_ends: bool) -> bool:
-        """For rank 0 to say: all ranks have the same state at every step, and the others go on."""
+        """Whether rank 0 saves now; the other ranks have the same state and continue."""
         every, step = self.config.run.checkpoint_every, self.state.step
         if self.recorder is None:
             return False
         if every is not None:
             return step % every == 0 or step == self.total_steps
-        return epoch_ends and (step == self.total_steps or self.recorder.saved_s_ago() >= SAVE_SECONDS)
+        return epoch_ends and (step == self.total_steps or self.recorder.saved_s_ago() >= SAVE_INTERVAL_S)
 
     def _save(self, *, last_chance: bool = False) -> None:
         if self.recorder is not None:
@@ -296,7 +285,7 @@ class Trainer:
             self.recorder.finish(backbone, self.state.step, self.epoch, seconds, rate, self.chance_loss)
 
     def _stalled(self, message: str) -> None:
-        """The last words of a rank that cannot be interrupted."""
+        """Records the failure of a rank that cannot be interrupted."""
         if self.recorder is not None:
             self.recorder.failed(RankLostError(message))
         self.world.report_failure(RankLostError(message))

@@ -1,9 +1,9 @@
 """Everything that defines a run. Imports errors and nothing else of fastmoco, and no torch: `--help` is instant."""
 
+from fastmoco.config.choices import Arch, Aug
+from fastmoco.config.resolved import ResolvedConfig
 from fastmoco.config.run_config import (
     FREE_ON_RESUME,
-    Arch,
-    Aug,
     AugmentConfig,
     DataConfig,
     ModelConfig,
@@ -21,6 +21,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "ResolvedConfig",
     "RunConfig",
     "RunOptions",
     "ScaleOptions",

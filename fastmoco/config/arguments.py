@@ -7,10 +7,10 @@ import io
 import re
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import TypeVar
 
 from fastmoco.errors import ConfigError
+from pipelines.suggest import closest
 
 T = TypeVar("T")
 
@@ -45,14 +45,14 @@ def parse(
                 raise
             raise ConfigError(_one_line(said.getvalue())) from error
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]!r}; {nearest(unknown[0].split('=')[0], list(flags))}")
+        raise ConfigError(f"unknown argument {unknown[0]!r}; {suggestion(unknown[0].split('=')[0], flags)}")
     return options
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """`did you mean ...?`, or where to look."""
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "see fastmoco --help"
+    near = closest(word, known, cutoff=0.5)
+    return "see fastmoco --help" if near is None else f"did you mean {near}?"
 
 
 def _one_line(box: str) -> str:

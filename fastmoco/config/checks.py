@@ -9,11 +9,11 @@ import json
 import sys
 import types
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastmoco.errors import ConfigError
+from pipelines.suggest import closest
 
 
 @cache
@@ -27,7 +27,7 @@ def check_types(config: Any) -> None:
     for name, hint in group_types(type(config)).items():
         value = getattr(config, name)
         if not _matches(value, hint):
-            near = nearest(value, _choices(hint)) if isinstance(value, str) else None
+            near = closest(value, _choices(hint)) if isinstance(value, str) else None
             advice = f"; did you mean {near}?" if near else ""
             raise ConfigError(f"{flag(name)} is {_shorten(value)}, expected {_describe(hint)}{advice}")
         if isinstance(value, int) and float in _alternatives(hint):
@@ -44,15 +44,10 @@ def require(config: Any, name: str, valid: Callable[[Any], bool], expected: str,
 def known(name: str, names: Iterable[str], what: str) -> None:
     """Refuse a name that is not one of `names`."""
     if name not in names:
-        near = nearest(name, names)
+        near = closest(name, names)
         raise ConfigError(
             f"the configuration has no {what} {_shorten(name)}" + (f"; did you mean {near!r}?" * bool(near))
         )
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The most similar of `words`, or None without words."""
-    return next(iter(get_close_matches(word[:80], list(words), n=1, cutoff=0)), None)
 
 
 def flag(name: str) -> str:

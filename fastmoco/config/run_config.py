@@ -1,4 +1,4 @@
-"""Everything that defines a run: one tree of frozen dataclasses, validated once, JSON in and out.
+"""The configuration of a run: one tree of frozen dataclasses, validated once, JSON in and out.
 
 Field names are unique over the whole tree, so that a field, its flag (`moco_k`, `--moco-k`) and its name in a message
 are the same wherever it lives. Flags keep the names of facebookresearch/moco where that has one. A field that is None
@@ -10,27 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fastmoco.config.checks import as_object, check_types, group_types, known, parse_json, require
+from fastmoco.config.choices import Arch, Aug, AutoPipeline, AutoStem, Objective, Optimizer
 from fastmoco.config.run_options import RunOptions, ScaleOptions
 from fastmoco.errors import ConfigError
-
-Arch = Literal[
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext50_32x8d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-]
-
-Aug = Literal["v1", "v2", "cifar", "byol"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +28,7 @@ class DataConfig:
     """Where named data sets are downloaded to."""
     limit: int | None = None
     """Train on this many images only, the same share of every class."""
-    pipeline: Literal["auto", "resident", "torch", "dali", "ffcv", "dataloader"] = "auto"
+    pipeline: AutoPipeline = "auto"
     """How images are decoded and augmented; auto says what it chose and why."""
     workers: int | None = None
     """Threads or processes that decode (None: from the number of cores)."""
@@ -91,7 +76,7 @@ class ModelConfig:
     """Backbone (None: from the size of the images)."""
     width: float = 1.0
     """Factor on every channel count of the backbone."""
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"
+    stem: AutoStem = "auto"
     """First layers: 7x7 stride 2 and max-pool, or 3x3 stride 1 for small images."""
     head: tuple[int, ...] | None = None
     """Hidden widths of the projection head; none means a linear layer."""
@@ -109,6 +94,8 @@ class ModelConfig:
     """Softmax temperature (None: from the data)."""
     symmetric: bool = False
     """Use each view once as query and once as key; two queries an image."""
+    objective: Objective = "info-nce"
+    """Contrastive loss."""
     mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"
     """Where keys come from: a queue filled by a key encoder that follows (MoCo), the batch itself with gradients into
     both encoders, or a bank with one stored feature an image."""
@@ -151,8 +138,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD, its schedule and its length."""
+    """The optimiser, its schedule and its length."""
 
+    optimizer: Optimizer = "sgd"
+    """Update of the query encoder; the moving average of the key encoder goes with it."""
     batch_size: int | None = None
     """Images a step, over all devices together (None: from the data)."""
     lr: float | None = None
@@ -226,7 +215,7 @@ class RunConfig:
         """Every field and its value, without the groups."""
         return {name: value for group in group_types(RunConfig) for name, value in vars(getattr(self, group)).items()}
 
-    def replace(self, **values: Any) -> RunConfig:
+    def replace(self, **values: Any) -> Self:
         """A copy with these fields, named without their group, set to new values. Raises ConfigError."""
         for name in values:
             known(name, self.flat(), "field")
@@ -234,7 +223,7 @@ class RunConfig:
         for group in group_types(RunConfig):
             ours = {name: value for name, value in values.items() if name in vars(getattr(self, group))}
             changed[group] = dataclasses.replace(getattr(self, group), **ours)
-        return RunConfig(**changed)
+        return type(self)(**changed)
 
     def to_json(self) -> str:
         """The tree as indented JSON; tuples become lists."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastmoco.config.checks import check_types, require
+from fastmoco.config.choices import AutoKernels
 from fastmoco.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ class RunOptions:
     """Number format of the encoders' arithmetic."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """torch.compile for the encoders (auto: on a GPU, where --kernels is torch)."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    kernels: AutoKernels = "auto"
     """Implementation of batch norm, loss and update (auto: triton on a GPU). Compiled encoders keep torch's batch
     norm."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

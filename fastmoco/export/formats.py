@@ -30,9 +30,10 @@ import torchvision
 from torch import Tensor, nn
 
 from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone, record
-from fastmoco.model.encoder import ARCHITECTURES
-from fastmoco.model.plain_resnet import set_cifar_stem
+from fastmoco.model.resnet import SHAPES, set_cifar_stem
+from fastmoco.registry import EXPORT_TARGETS
 from pipelines.errors import BackendMissingError
+from pipelines.registry import load
 
 State = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]  # (B, 3, S, S) → (B, D)
@@ -48,18 +49,21 @@ class Format(NamedTuple):
 
     write                (backbone, name of the file) → its bytes
     load                 (backbone, path) → the model that the library makes of it, and who that was, for people
-    only_width_1, only_imagenet_stem, only_by_name   whether the library builds no other ResNets, and none that
-                         torchvision has no name for
+    only_resnets, only_width_1, only_imagenet_stem, only_by_name   what the library builds: no other backbones, no
+                         other widths, no other stem, none that torchvision has no name for
     """
 
     write: Callable[[LoadedBackbone, str], bytes]
     load: Callable[[LoadedBackbone, Path], tuple[Model, str]]
+    only_resnets: bool = True
     only_width_1: bool = True
     only_imagenet_stem: bool = False
     only_by_name: bool = False
 
     def refusal(self, backbone: LoadedBackbone) -> str:
         """Of what kind this backbone is that the library does not build; empty where it builds it."""
+        if self.only_resnets and backbone.arch not in SHAPES:
+            return backbone.arch
         if self.only_width_1 and backbone.width != 1:
             return f"{backbone.arch} with width {backbone.width:g}"
         if self.only_imagenet_stem and backbone.stem == "cifar":
@@ -111,9 +115,9 @@ def call_in(library: str, arch: str) -> tuple[str, dict[str, Any]]:
     """
     if _named(arch):
         return arch, {}
-    shape = ARCHITECTURES[arch]
+    shape = SHAPES[arch]
     plain = shape._replace(groups=1, width_per_group=64)
-    name = next(name for name, other in ARCHITECTURES.items() if other == plain)
+    name = next(name for name, other in SHAPES.items() if other == plain)
     return name, dict(zip(_GROUPS_AND_WIDTH[library], (shape.groups, shape.width_per_group), strict=True))
 
 
@@ -206,14 +210,14 @@ def detectron2_settings(backbone: LoadedBackbone) -> dict[str, str | int | list[
     the first convolution of a bottleneck, unlike torchvision. FREEZE_AT 0 and a batch norm across GPUs are of the
     authors' detection/configs.
     """
-    shape = ARCHITECTURES[backbone.arch]
-    convolutions = 2 if shape.block.expansion == 1 else 3  # in a block
+    shape = SHAPES[backbone.arch]
+    convolutions = 2 if shape.expansion == 1 else 3  # in a block
     return {
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.RESNETS.DEPTH": convolutions * sum(shape.layers) + 2,
         "MODEL.RESNETS.NUM_GROUPS": shape.groups,
         "MODEL.RESNETS.WIDTH_PER_GROUP": shape.width_per_group,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 * shape.block.expansion,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 * shape.expansion,
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
         "MODEL.RESNETS.NORM": "SyncBN",
         "MODEL.PIXEL_MEAN": [round(255 * value, 4) for value in backbone.mean],
@@ -274,11 +278,14 @@ def _load_onnx(backbone: LoadedBackbone, path: Path) -> tuple[Model, str]:
     return model, _version("onnxruntime")
 
 
-FORMATS = {
-    "torchvision": Format(_write_state, _load_torchvision),
-    "timm": Format(_write_state, _load_timm),
-    "detectron2": Format(_write_detectron2, _load_detectron2, only_imagenet_stem=True),
-    "lincls": Format(_write_lincls, _load_lincls, only_imagenet_stem=True, only_by_name=True),
-    "safetensors": Format(_write_state, _load_safetensors, only_width_1=False),
-    "onnx": Format(_write_onnx, _load_onnx, only_width_1=False),
-}
+TORCHVISION = Format(_write_state, _load_torchvision)
+TIMM = Format(_write_state, _load_timm)
+DETECTRON2 = Format(_write_detectron2, _load_detectron2, only_imagenet_stem=True)
+LINCLS = Format(_write_lincls, _load_lincls, only_imagenet_stem=True, only_by_name=True)
+SAFETENSORS = Format(_write_state, _load_safetensors, only_resnets=False, only_width_1=False)
+ONNX = Format(_write_onnx, _load_onnx, only_resnets=False, only_width_1=False)
+
+
+def format_of(target: str) -> Format:
+    """The format of a key of `fastmoco.registry.EXPORT_TARGETS`."""
+    return load(EXPORT_TARGETS[target].format)

@@ -5,27 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from fastmoco.config.arguments import parse
 from fastmoco.config.checks import check_types, require
+from fastmoco.config.choices import ExportTo
 from fastmoco.errors import ConfigError
+from fastmoco.registry import EXPORT_TARGETS
 
 DESCRIPTION = (
     "Write the backbone of a run, without its projection head, for another library. The file is loaded back and its "
     "features are compared before it gets its name."
 )
-SUFFIXES = {
-    "torchvision": (".pth", ".safetensors"),
-    "timm": (".pth", ".safetensors"),
-    "detectron2": (".pkl",),
-    "lincls": (".pth.tar", ".pth"),
-    "safetensors": (".safetensors",),
-    "onnx": (".onnx",),
-}
-"""What the name of a file ends with, by its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +27,7 @@ class ExportOptions:
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
     """The folder of a run, or a file: a checkpoint, a backbone, the authors' .pth.tar, torchvision's state dict."""
-    to: Literal["torchvision", "timm", "detectron2", "lincls", "safetensors", "onnx"]
+    to: ExportTo
     """The library or format; lincls is main_lincls.py of facebookresearch/moco."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
@@ -62,8 +55,8 @@ def parse_export(argv: list[str]) -> ExportOptions:
 
 def check_path(target: str, path: Path, *, overwrite: bool) -> None:
     """Refuse a name that `target` does not read, and what must not be replaced. Raises ConfigError."""
-    if not path.name.lower().endswith(SUFFIXES[target]):
-        names = " or ".join(SUFFIXES[target])
+    if not path.name.lower().endswith(EXPORT_TARGETS[target].suffixes):
+        names = " or ".join(EXPORT_TARGETS[target].suffixes)
         raise ConfigError(f"--out is {path.name!a}, expected a name that ends with {names} for --to {target}")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigError(f"--out {path} is a link, a folder or a device, which is left alone: choose another name")

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.export.torch_files import PICKLE, ZIP, read_torch
-from fastmoco.model.architectures import check_wanted
+from fastmoco.model.architectures import check_wanted, family, identify
 from fastmoco.model.encoder import feature_dim
-from fastmoco.model.plain_resnet import COUNTERS, identify, plain_resnet
+from fastmoco.model.family import COUNTERS
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import read_config
 from pipelines.augment.presets import AUGMENTATIONS, CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -53,7 +53,7 @@ class LoadedBackbone:
     """A backbone for use: evaluation mode, float32, on the CPU, of torchvision's classes alone.
 
     module       (B, 3, S, S) normalised images → (B, feature_dim)
-    arch         a key of `encoder.ARCHITECTURES`; stem and width as in `encoder.build_encoder`
+    arch         a key of `registry.ARCHITECTURES`; stem and width as in `encoder.build_encoder`
     side         S in pixels that it was trained with, or the usual one of its stem
     mean, std    of each channel, of values from 0 to 1: with what images were normalised
     origin       where it is from, for people
@@ -102,7 +102,7 @@ def read_backbone(
     found = _read(Path(path).expanduser())
     tensors, origin = found.tensors, found.origin
     try:
-        actual = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        actual = identify({name: tuple(tensor.shape) for name, tensor in tensors.items()}, found.arch)
     except ValueError as error:
         raise CheckpointError(f"{origin} holds no backbone that fastmoco knows: {error}") from None
     for what, said, other in zip(("arch", "stem", "width"), (found.arch, found.stem, found.width), actual, strict=True):
@@ -110,7 +110,7 @@ def read_backbone(
             raise CheckpointError(f"{origin} contradicts itself: its {what} is said to be {said}, its tensors: {other}")
     for what, wanted, other in zip(("arch", "stem"), (arch, stem), actual, strict=False):
         if wanted not in (None, other):
-            raise CheckpointError(f"{origin} has the {what} {other}, and {wanted} wrequested: choose another file")
+            raise CheckpointError(f"{origin} has the {what} {other}, and {wanted} was requested: choose another file")
     usual = _usual(actual[1])
     return LoadedBackbone(
         module=_module(tensors, *actual, origin),
@@ -134,7 +134,7 @@ def _usual(stem: str) -> tuple[int, tuple[float, float, float], tuple[float, flo
 def _module(tensors: Mapping[str, Tensor], arch: str, stem: str, width: float, origin: str) -> nn.Module:
     """The model around these tensors, whose shapes are known to be right."""
     with torch.device("meta"):  # without weights of its own
-        module = plain_resnet(arch, stem, width)
+        module = family(arch).build(arch, width=width, stem=stem)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         if name.endswith(COUNTERS):

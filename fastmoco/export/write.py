@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fastmoco.errors import CheckpointError, ConfigError
-from fastmoco.export.formats import FORMATS, Model
+from fastmoco.export.formats import Model, format_of
 from fastmoco.export.options import check_path
 from fastmoco.export.read import LoadedBackbone
 from fastmoco.files import sync, temporary
+from fastmoco.registry import EXPORT_TARGETS
 
 IMAGES = 16
 TOLERANCE = 1e-5  # of the largest feature, or absolute where no feature is larger than 1
@@ -34,7 +35,7 @@ class Exported(NamedTuple):
 
 
 def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool = False) -> Exported:
-    """Writes the backbone for `target`, a key of `export_formats.FORMATS`.
+    """Writes the backbone for `target`, a key of `fastmoco.registry.EXPORT_TARGETS`.
 
     The file gets its name only after the features of 16 images, computed by what was loaded back from the disk, agree
     with the backbone's to TOLERANCE (see `_compare`). Until then, and after any failure, what was there before stays,
@@ -44,10 +45,10 @@ def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool
     target has no model for. Raises CheckpointError where the features differ, and BackendMissingError where ONNX is
     asked for and not installed.
     """
-    kind = FORMATS[target]
+    kind = format_of(target)
     check_path(target, path, overwrite=overwrite)
     if reason := kind.refusal(backbone):
-        fitting = [name for name, other in FORMATS.items() if not other.refusal(backbone)]
+        fitting = [name for name in EXPORT_TARGETS if not format_of(name).refusal(backbone)]
         raise ConfigError(f"{target} builds no {reason}: use --to {' or '.join(fitting)}")
     content = kind.write(backbone, path.name)
     part = temporary(path)

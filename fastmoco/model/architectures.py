@@ -1,21 +1,51 @@
-"""What a backbone may be asked to be: names that are known before torch is loaded."""
+"""Names of backbones, known before torch is loaded, and the families behind them."""
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from fastmoco.config import Arch
-from fastmoco.config.checks import nearest
 from fastmoco.errors import ConfigError
+from fastmoco.registry import ARCHITECTURES, STEMS
+from pipelines.registry import load
+from pipelines.suggest import closest
 
-NAMES: tuple[str, ...] = get_args(Arch)
-STEMS = ("imagenet", "cifar")
+if TYPE_CHECKING:
+    from fastmoco.model.family import BackboneFamily
+
+
+def check_architecture(arch: str | None, stem: str | None = None) -> None:
+    """Raises ConfigError, with the closest name, for an architecture or stem that does not exist."""
+    for what, value, known in (("architecture", arch, ARCHITECTURES), ("stem", stem, STEMS)):
+        if value is not None and value not in known:
+            raise ConfigError(f"unknown {what} {value!a}; did you mean {closest(value, known)}? ({', '.join(known)})")
 
 
 def check_wanted(arch: str | None, stem: str | None, side: int | None) -> None:
-    """Refuse, with the nearest name, what no backbone is. Raises ConfigError."""
-    for what, value, known in (("architecture", arch, NAMES), ("stem", stem, STEMS)):
-        if value is not None and value not in known:
-            raise ConfigError(f"unknown {what} {value!a}; did you mean {nearest(value, known)}? ({', '.join(known)})")
+    """Raises ConfigError for requirements that no backbone can meet."""
+    check_architecture(arch, stem)
     if side is not None and side < 8:
         raise ConfigError(f"the side of a view is {side} pixels, expected 8 or more")
+
+
+def family(arch: str) -> type[BackboneFamily]:
+    """The family that builds an architecture. Raises ConfigError for an unknown one."""
+    check_architecture(arch)
+    return load(ARCHITECTURES[arch])
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]], arch: str | None = None) -> tuple[str, str, float]:
+    """(arch, stem, width) of the backbone that has tensors of exactly these names and shapes.
+
+    arch  restricts the search to the family of this architecture, where it is one that exists
+
+    Raises ValueError with the reason where there is none.
+    """
+    targets = [ARCHITECTURES[arch]] if arch in ARCHITECTURES else dict.fromkeys(ARCHITECTURES.values())
+    reasons = []
+    for target in targets:
+        try:
+            return load(target).identify(shapes)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons))

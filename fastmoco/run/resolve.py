@@ -1,11 +1,11 @@
-"""Fills in what a configuration leaves open: from the images, the device, and the recipe nearest to both."""
+"""Fills in the fields that a configuration leaves open, from the images, the device and the closest recipe."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig, RunConfig
 from fastmoco.device import pick_amp
 from fastmoco.distributed.launch import SINGLE_PROCESS, RankInfo
 from fastmoco.errors import ConfigError
@@ -14,14 +14,14 @@ from fastmoco.step.kernels import check_kernels
 from pipelines.backends.select import choose, default_workers
 from pipelines.data.index import ImageIndex
 
-GROUP = 16  # images that batch norm sees at least; of 32 images in 8 groups the shapes learn 63 % in place of 83 %
-SMALL = 64  # crops of up to this many pixels get the CIFAR stem, augmentation and hyper-parameters
+GROUP = 16  # smallest batch norm group; with 32 images in 8 groups, shapes reaches 63 % instead of 83 %
+SMALL = 64  # largest crop side in pixels for the CIFAR stem, augmentation and hyper-parameters
 
 
 def resolve(
     config: RunConfig, images: ImageIndex, device: torch.device, rank_info: RankInfo = SINGLE_PROCESS
-) -> tuple[RunConfig, dict[str, str]]:
-    """A configuration without open fields, and the reason of each choice that was made here.
+) -> tuple[ResolvedConfig, dict[str, str]]:
+    """The configuration to train with, and the reason for each choice that was made here.
 
     Raises ConfigError where the settings, the images and the number of devices do not go together.
     """
@@ -48,14 +48,14 @@ def resolve(
     if given["width"] == 1.0 and given["arch"] is None:
         filled["width"] = values["width"]
 
-    batch = _batch_size(given["batch_size"], filled.get("batch_size"), len(images), rank_info.size)
+    batch = _batch_size(given["batch_size"], values["batch_size"], len(images), rank_info.size)
     filled |= {"crop_size": side, "batch_size": batch}
     if given["lr"] is None and batch != values["batch_size"] and given["lr_scaling"] == "linear":
         filled["lr"] = values["lr"] * batch / values["batch_size"]
         reasons["lr"] = f"{values['lr']:g} for a batch of {values['batch_size']}, scaled to {batch}"
     if given["mechanism"] != "queue":
         filled["moco_m"] = 0.0
-    filled["moco_k"], why = _dictionary_size(config, filled.get("moco_k"), len(images), batch)
+    filled["moco_k"], why = _dictionary_size(config, values["moco_k"], len(images), batch)
     reasons |= {"moco_k": why} if why else {}
     if given["stem"] == "auto":
         filled["stem"] = "cifar" if small else "imagenet"
@@ -70,7 +70,7 @@ def resolve(
         filled["workers"] = max(1, default_workers() // rank_info.local_size)
     if given["knn_every"] is None:
         filled["knn_every"] = values["knn_every"] or max(1, (given["epochs"] or values["epochs"]) // 20)
-    return config.replace(**filled), reasons
+    return ResolvedConfig.of(config.replace(**filled)), reasons
 
 
 def _nearest_recipe(data: str, small: bool) -> tuple[str, RunConfig]:
@@ -89,7 +89,7 @@ def _rescaled(schedule: tuple[int, ...], epochs: int, wanted: int) -> tuple[int,
     return tuple(sorted({max(1, round(epoch * wanted / epochs)) for epoch in schedule}))
 
 
-def _batch_size(given: int | None, usual: int | None, images: int, devices: int) -> int:
+def _batch_size(given: int | None, usual: int, images: int, devices: int) -> int:
     if given is not None:
         if given > images:
             raise ConfigError(f"--batch-size {given} is larger than the {images:,} images: use {images} or less")
@@ -100,7 +100,6 @@ def _batch_size(given: int | None, usual: int | None, images: int, devices: int)
                 f"--batch-size {fitting}"
             )
         return given
-    assert usual is not None
     if images < max(2, devices):
         found = f"{images} image{'s' * (images != 1)}"
         raise ConfigError(f"found {found}: a batch needs {max(2, devices)} or more")
@@ -109,9 +108,9 @@ def _batch_size(given: int | None, usual: int | None, images: int, devices: int)
 
 
 def _bn_splits(given: int | None, batch: int, devices: int) -> int:
-    """Groups that devices can share: each has whole ones, or several devices have one together.
+    """Number of groups: each device gets whole groups, or several devices share one.
 
-    On more than 8 devices each gets a group of its own, as in the paper, if that has enough images.
+    On more than 8 devices each gets its own group, as in the paper, if that has enough images.
     """
 
     def divides(splits: int) -> bool:
@@ -120,7 +119,7 @@ def _bn_splits(given: int | None, batch: int, devices: int) -> int:
     if given is not None:
         if not divides(given):
             raise ConfigError(
-                f"--bn-splits {given} cannot be shared out over {devices} devices: use --bn-splits {devices} for one "
+                f"--bn-splits {given} cannot be divided over {devices} devices: use --bn-splits {devices} for one "
                 "group on each, a multiple of that, or 1 for one group over all"
             )
         return given
@@ -132,8 +131,8 @@ def _bn_splits(given: int | None, batch: int, devices: int) -> int:
 def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:
     """Kernels, compilation and CUDA graph.
 
-    Compilation is off beside Triton's kernels: what it would fuse in an encoder, batch norm with ReLU and residual sum,
-    they have fused, and what it saves in launches, the graph saves.
+    Compilation is off with the Triton kernels: they fuse batch norm, ReLU and residual sum, which is what it would fuse
+    in an encoder, and the CUDA graph saves the launches.
     """
     run, on_gpu = config.run, device.type == "cuda"
     kernels = ("triton" if on_gpu else "torch") if run.kernels == "auto" else run.kernels
@@ -148,7 +147,7 @@ def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:
     }
 
 
-def _dictionary_size(config: RunConfig, usual: int | None, images: int, batch: int) -> tuple[int, str]:
+def _dictionary_size(config: RunConfig, usual: int, images: int, batch: int) -> tuple[int, str]:
     """K, and the reason where the mechanism determines it.
 
     A queue holds every image at most once, so that no key is a negative of its own image's query.
@@ -162,7 +161,6 @@ def _dictionary_size(config: RunConfig, usual: int | None, images: int, batch: i
             f"outside the batch: use --batch-size {max(2, batch // 2)} or less"
         )
     if given is None:
-        assert usual is not None
         return min(usual, images), ""
     if given > images and not config.run.allow_large_queue:
         raise ConfigError(
@@ -173,7 +171,7 @@ def _dictionary_size(config: RunConfig, usual: int | None, images: int, batch: i
 
 
 def _batch_as_dictionary(given: int | None, batch: int) -> int:
-    """K of end-to-end training, which is the batch: a gradient reaches the keys of this step and no others."""
+    """K of end-to-end training, which is the batch: only the keys of this step receive a gradient."""
     if given in (None, batch):
         return batch
     if given > batch:

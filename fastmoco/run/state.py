@@ -1,9 +1,8 @@
-"""TrainState: everything a run consists of at a step, to and from one checkpoint."""
+"""Everything that a run consists of at a step, to and from one checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
+from fastmoco.config import FREE_ON_RESUME, ResolvedConfig, RunConfig, differences
 from fastmoco.device import DTYPES
 from fastmoco.distributed.world import World
 from fastmoco.errors import CheckpointError
@@ -21,18 +20,19 @@ from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import versions
+from fastmoco.run.fingerprint import fingerprint
 from fastmoco.step.train_step import TrainStep
 from pipelines.data.index import ImageIndex
 
 
 @dataclass
 class TrainState:
-    """Model, dictionary, optimiser and sums; `step` counts the steps that are done.
+    """Model, dictionary, optimiser and sums; `step` counts the completed steps.
 
-    There is no state of a loader or of a random number generator: what a step sees follows from (seed, step).
+    There is no state of a loader or random number generator: the data of a step follow from (seed, step).
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     model: MoCo
     dictionary: Dictionary
     train_step: TrainStep
@@ -49,7 +49,7 @@ class TrainState:
         return named
 
     def digests(self) -> dict[str, bytes]:
-        """SHA-256 of what is in each part of the state, which must be the same on all ranks."""
+        """SHA-256 of each part of the state, which must be the same on all ranks."""
         found: dict[str, Any] = {}
         for name, tensor in self.tensors().items():
             part = "/".join(name.split("/")[:2]).split(".")[0]
@@ -70,8 +70,8 @@ class TrainState:
     def load(self, path: Path) -> None:
         """Raises CheckpointError: damaged, or of another architecture, configuration or data set.
 
-        Rank 0 alone reads, so that the others need not see its disk, and theirs are copies of its tensors: a checkpoint
-        says nothing of how many ranks wrote it.
+        Only rank 0 reads, and broadcasts its tensors, so that the others need no access to its disk. A checkpoint does
+        not depend on the number of ranks that wrote it.
         """
         world = self.train_step.world
         self.step = world.on_main(lambda: self._read(path))
@@ -80,12 +80,14 @@ class TrainState:
                 world.broadcast(tensor)
 
     def _read(self, path: Path) -> int:
-        """The step that the tensors are of."""
+        """Reads the tensors and returns the step they belong to."""
         own = self.tensors()
         try:
             saved, meta = checkpoint.load(path, own)
         except CheckpointError:
-            self._check(path, checkpoint.verify(path))  # names the settings, where those explain the tensors
+            self._check(
+                path, checkpoint.verify(path)
+            )  # settings that differ explain tensors that do
             raise
         self._check(path, meta)
         with torch.no_grad():
@@ -109,16 +111,9 @@ class TrainState:
             )
 
 
-def build_state(config: RunConfig, world: World, images: ImageIndex) -> TrainState:
-    """Step 0 of a run on these images: weights, dictionary and training step, all from the seed, on every rank alike.
-
-    `config` has no open fields.
-    """
+def build_state(config: ResolvedConfig, world: World, images: ImageIndex) -> TrainState:
+    """Step 0 of a run: weights, dictionary and training step, all from the seed, the same on every rank."""
     m, optim = config.model, config.optim
-    assert m.arch is not None
-    assert m.bn_splits is not None
-    assert m.moco_t is not None
-    assert optim.wd is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
@@ -138,29 +133,18 @@ def build_state(config: RunConfig, world: World, images: ImageIndex) -> TrainSta
         kernels=config.run.kernels,
         checkpoint_activations=config.run.checkpoint_activations,
         half_gradients=config.scale.grad_comm == "bf16",
+        objective=m.objective,
+        optimizer=optim.optimizer,
     )
     return TrainState(config, model, dictionary, train_step, fingerprint(images))
 
 
-def _build_dictionary(config: RunConfig, world: World, images: int) -> KeyQueue | BatchKeys | MemoryBank:
-    """What keys and negatives come from, on the CPU, so that the random ones of the start are the same everywhere."""
+def _build_dictionary(config: ResolvedConfig, world: World, images: int) -> KeyQueue | BatchKeys | MemoryBank:
+    """The source of keys and negatives, on the CPU, so that its random initial values are the same on every device."""
     m, seed = config.model, config.run.seed
     if m.mechanism == "end-to-end":
         return BatchKeys()
-    assert m.moco_k is not None
     generator = torch.Generator().manual_seed(seed)
     if m.mechanism == "memory-bank":
         return MemoryBank(images, m.moco_dim, generator, negatives=m.moco_k, momentum=m.bank_m, seed=seed, world=world)
     return KeyQueue(m.moco_k, m.moco_dim, generator)
-
-
-def fingerprint(images: ImageIndex) -> str:
-    """`N images, HASH` of names, sizes and labels (of the pixels, where they are in memory): which data this is."""
-    digest = hashlib.sha256(images.sizes.tobytes())
-    if images.labels is not None:
-        digest.update(images.labels.tobytes())
-    if images.pixels is not None:
-        digest.update(images.pixels.tobytes())
-    for path in images.paths or ():
-        digest.update(os.fsencode(os.path.basename(path)) + b"\0")
-    return f"{len(images):,} images, {digest.hexdigest()[:16]}"

@@ -1,13 +1,17 @@
-"""The contrastive loss.
+"""InfoNCE, the contrastive loss of MoCo.
 
 N queries · C embedding · K queue
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastmoco.model.dictionaries import ContrastBatch
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -51,3 +55,28 @@ def in_batch_info_nce(q: Tensor, k: Tensor, temperature: float, first: int = 0) 
         dtype = torch.promote_types(q.dtype, torch.float32)
         logits = q.to(dtype) @ k.to(dtype).T / temperature
         return F.cross_entropy(logits, first + torch.arange(len(q), device=q.device))
+
+
+class InfoNCE:
+    """`fastmoco.step.objective.Objective`: `info_nce`, or `in_batch_info_nce` where the batch has no negatives.
+
+    With kernels "triton" the former is fused (`fastmoco.step.info_nce_triton`).
+    """
+
+    def __init__(self, *, temperature: float, kernels: str = "torch") -> None:
+        self.temperature = temperature
+        self._info_nce = info_nce
+        if kernels == "triton":
+            from fastmoco.step import info_nce_triton  # Triton comes with torch's CUDA builds only
+
+            self._info_nce = info_nce_triton.info_nce
+
+    def __call__(self, batch: ContrastBatch, rank: int) -> Tensor:
+        q, k, negatives, keys = batch
+        if negatives is None:
+            assert keys is not None
+            return in_batch_info_nce(q, keys, self.temperature, first=rank * len(q))
+        return self._info_nce(q, k, negatives, self.temperature)
+
+    def chance_loss(self, candidates: int) -> float:
+        return math.log(candidates)

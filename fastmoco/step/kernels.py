@@ -7,8 +7,7 @@ import importlib.util
 import torch
 
 from fastmoco.errors import BackendMissingError, ConfigError
-
-KERNELS = ("torch", "triton")
+from fastmoco.registry import KERNELS
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:

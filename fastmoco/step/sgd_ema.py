@@ -97,11 +97,14 @@ class MomentumUpdate:
             "ok": ok,
         }
         if self.kernels == "triton":
-            from fastmoco.step import sgd_ema_triton as momentum_triton  # Triton comes with torch's CUDA builds only
+            from fastmoco.step import sgd_ema_triton  # Triton comes with torch's CUDA builds only
 
-            momentum_triton.momentum_update(*buffers, **settings, scale=scale, zero_grads=True)
+            sgd_ema_triton.momentum_update(*buffers, **settings, scale=scale, zero_grads=True)
             return
         if scale is not None:
             grads.div_(scale)
         momentum_update(*buffers, **settings)
         grads.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"momentum_buffer": self.momentum_buffer}

@@ -11,40 +11,23 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.errors import ConfigError
 from fastmoco.model.batchnorm.split import use_kernels
-from fastmoco.model.dictionaries import ContrastBatch, Dictionary
+from fastmoco.model.dictionaries import Dictionary
 from fastmoco.model.moco import MoCo
+from fastmoco.registry import OBJECTIVES, OPTIMIZERS
 from fastmoco.step.flat_params import FlatParameters
 from fastmoco.step.gradients import GradientReducer
-from fastmoco.step.info_nce import in_batch_info_nce, info_nce
 from fastmoco.step.kernels import check_kernels
-from fastmoco.step.sgd_ema import MomentumUpdate
+from fastmoco.step.loss_scaler import LossScaler
+from fastmoco.step.objective import Objective
+from fastmoco.step.optimizer import Optimizer
+from fastmoco.step.state_dict import copy_state
+from pipelines.registry import load
 from pipelines.views import Views
 
 # max-autotune's own CUDA graphs refuse buffers that a step changes, which batch norm's are.
 _COMPILE_MODES = {"off": None, "default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-
-
-class LossScaler:
-    """Dynamic loss scaling for float16, kept on the device (Micikevicius et al. 2018, section 3.2).
-
-    scale is halved where a step overflows, and doubled after 2,000 in a row that do not.
-    """
-
-    GROWTH_INTERVAL = 2000
-    RANGE = (1.0, 2.0**24)
-
-    def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), 2.0**16, device=device)
-        self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, ok: Tensor) -> None:
-        good_steps = torch.where(ok, self.good_steps + 1, 0)
-        grow = good_steps == self.GROWTH_INTERVAL
-        scale = torch.where(ok, torch.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)
-        self.scale.copy_(scale.clamp(*self.RANGE))
-        self.good_steps.copy_(torch.where(grow, 0, good_steps))
 
 
 D = TypeVar("D", bound=Dictionary)
@@ -65,6 +48,7 @@ class TrainStep(Generic[D]):
                             torch's batch norm, which the compiler fuses itself: for them, loss and update alone
     checkpoint_activations  keep less for the backward and compute it again (`fastmoco.model.encoder.Backbone`)
     half_gradients          ranks send each other gradients in bfloat16
+    objective, optimizer    keys of `fastmoco.registry.OBJECTIVES` and `OPTIMIZERS`
 
     With several ranks (`model.world`) each trains on its share of the batch, and all end a step with the same bits:
     gradients, batch norm statistics and losses are averaged, keys gathered, and so the step is that of one rank on the
@@ -96,6 +80,8 @@ class TrainStep(Generic[D]):
         kernels: str = "torch",
         checkpoint_activations: bool = False,
         half_gradients: bool = False,
+        objective: str = "info-nce",
+        optimizer: str = "sgd",
     ) -> None:
         if compile not in _COMPILE_MODES:
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
@@ -119,17 +105,16 @@ class TrainStep(Generic[D]):
         )
         elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
         assert not elsewhere, (elsewhere, self.device)
-        self.update = MomentumUpdate(
+        self.update: Optimizer = load(OPTIMIZERS[optimizer])(
             self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=kernels
         )
-        self._info_nce = info_nce
-        if kernels == "triton":
-            from fastmoco.step import info_nce_triton  # Triton comes with torch's CUDA builds only
-
-            self._info_nce = info_nce_triton.info_nce
+        self.objective: Objective = load(OBJECTIVES[objective])(temperature=temperature, kernels=kernels)
         use_kernels(model, kernels if mode is None else "torch")
-        for encoder in (model.query, model.key):  # of the key encoder, only where its keys have a gradient
-            encoder.backbone.checkpoint_activations = checkpoint_activations
+        for encoder in (model.query, model.key):  # the key encoder has a backward only where its keys have a gradient
+            if hasattr(encoder.backbone, "checkpoint_activations"):
+                encoder.backbone.checkpoint_activations = checkpoint_activations
+            elif checkpoint_activations:
+                raise ConfigError("this backbone cannot recompute its activations: leave out --checkpoint-activations")
         self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -156,7 +141,7 @@ class TrainStep(Generic[D]):
 
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             batches = self.dictionary.contrast_batches(self.model, views, self.symmetric)
-        loss = torch.stack([self._loss(contrast) for contrast in batches]).sum()
+        loss = torch.stack([self.objective(batch, self.world.rank) for batch in batches]).sum()
         averages = self._average(loss.detach())
         scale = None if self.scaler is None else self.scaler.scale
         if self.world.size > 1:
@@ -180,14 +165,6 @@ class TrainStep(Generic[D]):
             self.scaler.update(ok)
         self._count(loss, ok)
 
-    def _loss(self, contrast: ContrastBatch) -> Tensor:
-        """Of this rank's queries."""
-        q, k, negatives, keys = contrast
-        if negatives is None:
-            assert keys is not None
-            return in_batch_info_nce(q, keys, self.temperature, first=self.world.rank * len(q))
-        return self._info_nce(q, k, negatives, self.temperature)
-
     def _average(self, loss: Tensor) -> Callable[[], Tensor]:
         """Starts to average the ranks' losses and batch norm statistics, all of which the forward pass has made.
 
@@ -208,7 +185,7 @@ class TrainStep(Generic[D]):
 
     def changed_tensors(self) -> list[Tensor]:
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
-        tensors = [self.update.momentum_buffer, *self.dictionary.state_dict().values()]
+        tensors = [*self.update.state().values(), *self.dictionary.state_dict().values()]
         tensors += [flat.grads for flat in (self.query, self.key) if flat.grads is not None]
         tensors += [tensor for flat in (self.query, self.key) for tensor in (flat.values, flat.buffers)]
         tensors += self._sums.values()
@@ -242,44 +219,22 @@ class TrainStep(Generic[D]):
         }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The step's own state, live tensors: momentum buffer by parameter name, loss scaler, sums.
+        """The step's own state, live tensors: the optimiser's by parameter name, loss scaler, sums.
 
         Model and dictionary are saved by who owns them.
         """
         torn = "the model was moved, or its gradients set to None, after the step took over its parameters"
         assert self.query.is_intact(), torn
         assert self.key.is_intact(), torn
-        state = {"momentum_buffer": self.query.named(self.update.momentum_buffer), "sums": dict(self._sums)}
+        state = {name: self.query.named(buffer) for name, buffer in self.update.state().items()}
+        state["sums"] = dict(self._sums)
         if self.scaler is not None:
             state["scaler"] = {"scale": self.scaler.scale, "good_steps": self.scaler.good_steps}
         return state
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Copies a `state_dict` into this step. Raises CheckpointError where names, shapes or types differ."""
-        own = self.state_dict()
-        _compare("the training step", state, own)
-        for group, tensors in own.items():
-            _compare(group, state[group], tensors)
-            for name, tensor in tensors.items():
-                found = state[group][name]
-                if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                    raise CheckpointError(
-                        f"{group} of {name} is {tuple(found.shape)} {found.dtype} in the checkpoint, expected "
-                        f"{tuple(tensor.shape)} {tensor.dtype}; resume with the configuration it was saved with"
-                    )
-        for group, tensors in own.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(state[group][name])
+        copy_state(state, self.state_dict())
 
 
 _SUMS = ("loss_sum", "steps", "skipped_steps", "consecutive_skipped")
-
-
-def _compare(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or surplus:
-        raise CheckpointError(
-            f"the checkpoint's state of {what} lacks {missing[:3]} and has {surplus[:3]} beside what this run needs; "
-            "resume with the configuration it was saved with"
-        )

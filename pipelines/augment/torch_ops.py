@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.augment.presets import Augmentation, Column, Op, blur_taps
+from pipelines.augment.params import Column, Op, blur_taps
+from pipelines.augment.presets import Augmentation
 from pipelines.cpu_threads import side_by_side
 from pipelines.transfer import to_device
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pipelines.augment.presets import Column, Op
+from pipelines.augment.params import Column, Op
 from pipelines.augment.resample_triton import resample_tile
 from pipelines.augment.torch_ops import LUMA
 

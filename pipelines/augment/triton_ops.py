@@ -23,7 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from pipelines.augment.presets import Augmentation, Column, blur_taps
+from pipelines.augment.params import Column, blur_taps
+from pipelines.augment.presets import Augmentation
 from pipelines.augment.resample_triton import check, crop
 from pipelines.augment.triton_kernels import blur_columns_kernel, blur_rows_kernel, colour_kernel
 from pipelines.data.resident_pixels import ResidentPixels

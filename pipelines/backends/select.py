@@ -1,31 +1,39 @@
-"""Names of pipelines → pipelines; what `auto` takes, and why."""
+"""From the name of a backend to its pipeline; what `auto` chooses, and why."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
-from pipelines.backends.baseline import DataLoaderPipeline
-from pipelines.backends.dali import DaliCrops
-from pipelines.backends.ffcv import FfcvCrops
-from pipelines.backends.resident import ResidentCrops
-from pipelines.backends.torch import TorchCrops
 from pipelines.backends.two_view import TwoViewPipeline
 from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import SHARE_OF_FREE_MEMORY, free_memory_bytes, resident_bytes
 from pipelines.errors import BackendMissingError
 from pipelines.plan.planner import Planner
-from pipelines.views import CropSource
+from pipelines.registry import BACKENDS, load
+from pipelines.views import CropSource, Views
 
-SOURCES = {"resident": ResidentCrops, "torch": TorchCrops, "dali": DaliCrops, "ffcv": FfcvCrops}
-PIPELINES = (*SOURCES, "dataloader")
-Pipeline = TwoViewPipeline | DataLoaderPipeline
+PIPELINES = tuple(BACKENDS)
+
+
+class Pipeline(Protocol):
+    """Both views of every image of a run, in batches."""
+
+    planner: Planner
+
+    def views(self, start: int, stop: int) -> Iterator[Views]:
+        """The batches of steps `start` to `stop` - 1."""
+        ...
+
+    def close(self) -> None: ...
 
 
 def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str]:
-    """The pipeline that `name` (one of PIPELINES, or auto) stands for, and the reason in words."""
+    """The backend that `name` (one of PIPELINES, or auto) stands for, and the reason."""
     if name != "auto":
         return name, "requested"
     needed, free = resident_bytes(index), free_memory_bytes(device)
@@ -45,10 +53,10 @@ def default_workers() -> int:
 
 
 def open_source(name: str, index: ImageIndex, side: int, device: torch.device, workers: int) -> CropSource:
-    """The crop source of a pipeline. The baseline has none of its own; it is evaluated through `torch`."""
-    if name not in PIPELINES:
-        raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(PIPELINES)}")
-    return SOURCES["torch" if name == "dataloader" else name](index, side, device, workers)
+    """The crop source of a backend. Raises BackendMissingError where it does not exist or is not installed."""
+    if name not in BACKENDS:
+        raise BackendMissingError(f"--pipeline {name} is unknown: expected one of auto, {', '.join(BACKENDS)}")
+    return load(BACKENDS[name].source)(index, side, device, workers)
 
 
 def open_pipeline(
@@ -61,7 +69,8 @@ def open_pipeline(
     dtype: torch.dtype,
     workers: int,
 ) -> Pipeline:
-    """Two views of every image of the index, in batches."""
-    if name == "dataloader":
-        return DataLoaderPipeline(index, planner, side, device, dtype, workers)
+    """Two views of every image of the index, in batches; `source` is what `open_source` gave for that name."""
+    own = BACKENDS[name].pipeline
+    if own is not None:
+        return load(own)(index, planner, side, device, dtype, workers)
     return TwoViewPipeline(planner, source, device, dtype)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fastmoco.commands.export import load_lines
 from fastmoco.errors import ConfigError
-from fastmoco.export.formats import FORMATS, detectron2_name, model_in
+from fastmoco.export.formats import detectron2_name, model_in
 from fastmoco.export.read import LoadedBackbone
 from fastmoco.export.write import export
-from fastmoco.model.encoder import ARCHITECTURES, feature_dim
-from fastmoco.model.plain_resnet import plain_resnet
+from fastmoco.model.encoder import feature_dim
+from fastmoco.model.resnet import ResNetFamily
+from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS
 from pipelines.augment.presets import IMAGENET_MEAN, IMAGENET_STD
 from tests.export.test_read import trained_encoder
 
@@ -50,7 +51,7 @@ def around(module: nn.Module, arch: str, stem: str = "imagenet") -> LoadedBackbo
 @functools.lru_cache(maxsize=1)  # the largest takes half a gigabyte
 def random_backbone(arch: str) -> LoadedBackbone:
     """With the statistics of a batch, so that a batch norm which was not loaded would show."""
-    module = plain_resnet(arch, "imagenet", 1)
+    module = ResNetFamily.build(arch)
     module.load_state_dict(trained_encoder(arch, width=1, stem="imagenet").backbone.state_dict())
     return around(module, arch)
 
@@ -144,7 +145,7 @@ def settings_of(line: str) -> dict[str, Any]:
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_the_librarys_model_has_the_tensors_of_every_architecture(library: str, arch: str) -> None:
     with torch.device("meta"):
-        model, ours = model_in(library, arch), plain_resnet(arch, "imagenet", 1)
+        model, ours = model_in(library, arch), ResNetFamily.build(arch)
     model.fc = nn.Identity()
     assert isinstance(model, {"torchvision": torchvision.models.ResNet, "timm": timm.models.ResNet}[library])
     assert shapes_of(model) == shapes_of(ours)
@@ -153,7 +154,7 @@ def test_the_librarys_model_has_the_tensors_of_every_architecture(library: str, 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_settings_of_detectron2_have_the_tensors_of_every_architecture(arch: str) -> None:
     with torch.device("meta"):
-        backbone = around(plain_resnet(arch, "imagenet", 1), arch)
+        backbone = around(ResNetFamily.build(arch), arch)
         model = Detectron2Backbone(settings_of(load_lines(backbone, "detectron2", "b.pkl")))
     assert shapes_of(model) == {detectron2_name(name): shape for name, shape in shapes_of(backbone.module).items()}
 
@@ -239,7 +240,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 CASES = [  # by architecture, so that each is made once
     pytest.param(arch, target, marks=[pytest.mark.slow] if arch not in QUICK or target == "onnx" else [])
-    for arch, target in itertools.product((*QUICK, "wide_resnet50_2"), FORMATS)
+    for arch, target in itertools.product((*QUICK, "wide_resnet50_2"), EXPORT_TARGETS)
     if target != "onnx" or arch in QUICK  # which takes longest
 ]
 

@@ -28,8 +28,9 @@ import fastmoco
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone
-from fastmoco.model.encoder import ARCHITECTURES, Encoder, build_encoder
-from fastmoco.model.plain_resnet import identify
+from fastmoco.model.architectures import identify
+from fastmoco.model.encoder import Encoder, build_encoder
+from fastmoco.registry import ARCHITECTURES
 from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests.oddities import fill
 
@@ -367,9 +368,9 @@ def test_another_architecture_is_refused(
 
 def test_what_was_asked_for_has_to_be_there(tmp_path: Path, encoder: Encoder) -> None:
     path = authors_file(tmp_path / "a.pth.tar", encoder)
-    with pytest.raises(CheckpointError, match="has the arch resnet18, and resnet50 wrequested"):
+    with pytest.raises(CheckpointError, match="has the arch resnet18, and resnet50 was requested"):
         read_backbone(path, arch="resnet50")
-    with pytest.raises(CheckpointError, match="has the stem cifar, and imagenet wrequested"):
+    with pytest.raises(CheckpointError, match="has the stem cifar, and imagenet was requested"):
         read_backbone(path, stem="imagenet")
     with pytest.raises(ConfigError, match="unknown architecture 'resnet19'; did you mean resnet1"):
         read_backbone(path, arch="resnet19")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmoco import load_backbone
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
-from fastmoco.export.formats import FORMATS, detectron2_name
+from fastmoco.export.formats import SAFETENSORS, detectron2_name
 from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.export.write import TOLERANCE, export
 from fastmoco.model.encoder import Encoder
@@ -192,14 +192,14 @@ def test_onnx_runs_on_any_batch(made, tmp_path: Path, name: str, require_backend
 def test_a_file_that_gives_other_features_is_not_kept(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, source = made("narrow")
     backbone, target = backbone_of(source), tmp_path / "b.safetensors"
-    kind = FORMATS["safetensors"]
+    kind = SAFETENSORS
 
     def wrong(of: LoadedBackbone, path: Path):
         assert path.exists()
         model, who = kind.load(of, path)
         return (lambda images: model(images) * 1.0001), who
 
-    monkeypatch.setitem(FORMATS, "safetensors", kind._replace(load=wrong))
+    monkeypatch.setattr("fastmoco.export.formats.SAFETENSORS", kind._replace(load=wrong))
     with pytest.raises(CheckpointError, match=r"was not written: what fastmoco\.load_backbone makes of it gives"):
         export(backbone, "safetensors", target)
     assert list(tmp_path.iterdir()) == []
@@ -213,7 +213,7 @@ def test_a_file_that_gives_other_features_is_not_kept(made, tmp_path: Path, monk
 @pytest.mark.parametrize("broken", [lambda images: torch.full((16, 64), torch.nan), lambda images: images.flatten(1)])
 def test_nan_and_another_shape_are_not_kept(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken) -> None:
     _, source = made("narrow")
-    monkeypatch.setitem(FORMATS, "safetensors", FORMATS["safetensors"]._replace(load=lambda *_: (broken, "it")))
+    monkeypatch.setattr("fastmoco.export.formats.SAFETENSORS", SAFETENSORS._replace(load=lambda *_: (broken, "it")))
     with pytest.raises(CheckpointError, match="was not written"):
         export(backbone_of(source), "safetensors", tmp_path / "b.safetensors")
     assert list(tmp_path.iterdir()) == []

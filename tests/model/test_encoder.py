@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 from fastmoco.errors import ConfigError
-from fastmoco.model.encoder import ARCHITECTURES, build_encoder
+from fastmoco.model.encoder import build_encoder
+from fastmoco.registry import ARCHITECTURES
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -100,9 +101,9 @@ def test_convolutions_are_channels_last() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "resnet5"}, "did you mean 'resnet50'"),
+        ({"arch": "resnet5"}, "did you mean resnet50"),
         ({"arch": ""}, "unknown architecture ''"),
-        ({"stem": "cifar10"}, "did you mean 'cifar'"),
+        ({"stem": "cifar10"}, "did you mean cifar"),
         ({"width": 0.3}, "multiple of 0.125"),
         ({"width": 0.0}, "multiple of 0.125"),
         ({"width": float("nan")}, "multiple of 0.125"),

@@ -1,0 +1,23 @@
+"""Types of options that name a registry's entry: a `Literal` of its names at run time, `str` for type checkers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS, KERNELS, OBJECTIVES, OPTIMIZERS, STEMS
+from pipelines.augment.presets import AUGMENTATIONS
+from pipelines.registry import BACKENDS
+
+if TYPE_CHECKING:
+    Arch = Aug = ExportTo = Objective = Optimizer = Pipeline = str
+    AutoKernels = AutoPipeline = AutoStem = str
+else:
+    Arch = Literal[*ARCHITECTURES]
+    Aug = Literal[*AUGMENTATIONS]
+    ExportTo = Literal[*EXPORT_TARGETS]
+    Objective = Literal[*OBJECTIVES]
+    Optimizer = Literal[*OPTIMIZERS]
+    Pipeline = Literal[*BACKENDS]
+    AutoKernels = Literal["auto", *KERNELS]
+    AutoPipeline = Literal["auto", *BACKENDS]
+    AutoStem = Literal["auto", *STEMS]

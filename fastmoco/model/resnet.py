@@ -1,0 +1,226 @@
+"""ResNets, ResNeXts and wide ResNets of torchvision, at any width and with a stem for small images.
+
+B batch · S side of a view · D features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet
+
+from fastmoco.errors import ConfigError
+from fastmoco.model.batchnorm.split import freeze_running_stats
+from fastmoco.model.family import COUNTERS, NormLayer
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_STEM_CHANNELS = 64  # of every torchvision ResNet at width 1
+_STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first kernel
+
+
+class Shape(NamedTuple):
+    """Blocks of the four stages, and the groups and their width in a bottleneck's 3×3 convolution."""
+
+    block: str
+    layers: tuple[int, int, int, int]
+    groups: int = 1
+    width_per_group: int = 64
+
+    @property
+    def expansion(self) -> int:
+        """Output channels of a block over its planes."""
+        return 4 if self.block == "bottleneck" else 1
+
+
+SHAPES = {
+    "resnet18": Shape("basic", (2, 2, 2, 2)),
+    "resnet34": Shape("basic", (3, 4, 6, 3)),
+    "resnet50": Shape("bottleneck", (3, 4, 6, 3)),
+    "resnet101": Shape("bottleneck", (3, 4, 23, 3)),
+    "resnet152": Shape("bottleneck", (3, 8, 36, 3)),
+    "resnext50_32x4d": Shape("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext50_32x8d": Shape("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=8),  # of the MoCo paper
+    "resnext101_32x8d": Shape("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": Shape("bottleneck", (3, 4, 23, 3), groups=64, width_per_group=4),
+    "wide_resnet50_2": Shape("bottleneck", (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": Shape("bottleneck", (3, 4, 23, 3), width_per_group=128),
+}
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x), relu=True)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(y), relu=True, residual=identity)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn3(self.conv3(y), relu=True, residual=identity)
+
+
+class _ResNet(resnet.ResNet):
+    """torchvision's ResNet without its classifier, every channel count multiplied by `width`.
+
+    Parameter names, order and initialisation are torchvision's, so at width 1 with the ImageNet stem its state loads
+    into torchvision's model, which then misses `fc.weight` and `fc.bias` only.
+    """
+
+    def __init__(
+        self, shape: Shape, blocks: Mapping[str, type[Any]], *, width: float, stem: str, norm_layer: NormLayer
+    ) -> None:
+        self.width = width  # read by `_make_layer`, which torchvision's constructor calls
+        super().__init__(
+            blocks[shape.block],
+            list(shape.layers),
+            groups=shape.groups,
+            width_per_group=shape.width_per_group,
+            norm_layer=norm_layer,
+        )
+        if stem == "cifar" or width != 1:
+            channels = round(_STEM_CHANNELS * width)
+            kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+            self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+            self.bn1 = norm_layer(channels)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
+        self.fc = nn.Identity()
+
+    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        if planes == _STEM_CHANNELS:
+            self.inplanes = round(_STEM_CHANNELS * self.width)
+        return super()._make_layer(block, round(planes * self.width), blocks, stride, dilate)
+
+
+class Backbone(_ResNet):
+    """The ResNet to train: (B, 3, S, S) → (B, D), with batch norm, residual sum and ReLU as one operation.
+
+    `stem="cifar"` has a 3×3 convolution of stride 1 and no pooling (He et al. 2016, section 4.2).
+
+    With `checkpoint_activations` a forward that will be differentiated keeps only the input of each of the four stages,
+    and the backward recomputes the rest: gradients and statistics are the same bit for bit, for about a third more
+    arithmetic (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+
+    def __init__(self, shape: Shape, *, width: float, stem: str, norm_layer: NormLayer) -> None:
+        super().__init__(
+            shape, {"basic": BasicBlock, "bottleneck": Bottleneck}, width=width, stem=stem, norm_layer=norm_layer
+        )
+        self.checkpoint_activations = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = _recomputed(stage, x) if self.checkpoint_activations and torch.is_grad_enabled() else stage(x)
+        return self.avgpool(x).flatten(1)
+
+
+def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:
+    """stage(x), whose activations are recomputed when the backward needs them."""
+    return checkpoint(
+        stage,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing here draws; and reading its state is refused in a CUDA graph
+        context_fn=lambda: (nullcontext(), freeze_running_stats(stage)),
+    )
+
+
+class ResNetFamily:
+    """`fastmoco.model.family.BackboneFamily` of the names in SHAPES."""
+
+    @staticmethod
+    def build(
+        arch: str, *, width: float = 1.0, stem: str = "imagenet", norm_layer: NormLayer | None = None
+    ) -> nn.Module:
+        """With a norm layer, a `Backbone`; without, torchvision's own `ResNet`, which computes the same in evaluation.
+
+        Raises ConfigError where the width leaves no channel in a group.
+        """
+        shape = SHAPES[arch]
+        if width * shape.width_per_group < 1:
+            smallest = 1 / shape.width_per_group
+            raise ConfigError(f"width {width} leaves no channel in the groups of {arch}; give {smallest} or more")
+        if norm_layer is not None:
+            return Backbone(shape, width=width, stem=stem, norm_layer=norm_layer)
+        blocks = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}
+        model = _ResNet(shape, blocks, width=width, stem=stem, norm_layer=nn.BatchNorm2d)
+        object.__setattr__(
+            model, "__class__", resnet.ResNet
+        )  # only construction differs: so it is pickled and exported without fastmoco
+        return model
+
+    @staticmethod
+    def feature_dim(arch: str, width: float) -> int:
+        return round(512 * SHAPES[arch].expansion * width)
+
+    @staticmethod
+    def identify(shapes: Shapes) -> tuple[str, str, float]:
+        first = shapes.get("conv1.weight", ())
+        if len(first) != 4 or first[1] != 3 or first[2] != first[3] or first[2] not in _STEMS:
+            actual = f"conv1.weight is {list(first)}" if first else "there is no conv1.weight"
+            raise ValueError(f"{actual}, and a ResNet's is [64, 3, 7, 7], or [64, 3, 3, 3] with the CIFAR stem")
+        stem, width = _STEMS[first[2]], first[0] / _STEM_CHANNELS
+        if width * 8 % 1 or width > 64:
+            raise ValueError(f"its first layer has {first[0]} channels, expected a multiple of 8")
+        layers = tuple(_blocks(shapes, stage) for stage in (1, 2, 3, 4))
+        block = "bottleneck" if "layer1.0.conv3.weight" in shapes else "basic"
+        candidates = [
+            name
+            for name, shape in SHAPES.items()
+            if shape.layers == layers and shape.block == block and width * shape.width_per_group >= 1
+        ]
+        if not candidates:
+            raise ValueError(f"its stages have {layers} {block} blocks, as none of {', '.join(SHAPES)}")
+        reasons = []
+        for name in candidates:
+            reason = _difference(shapes, _shapes(name, stem, width))
+            if reason is None:
+                return name, stem, width
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(f"its tensors fit none of the known architectures ({'; '.join(reasons)})")
+
+
+def set_cifar_stem(model: nn.Module) -> None:
+    """Gives a ResNet of torchvision or timm a 3×3 convolution of stride 1 and no pooling, for small images."""
+    channels = model.get_parameter("conv1.weight").shape[0]
+    model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
+
+
+def _shapes(arch: str, stem: str, width: float) -> Shapes:
+    with torch.device("meta"):  # allocates nothing
+        model = ResNetFamily.build(arch, width=width, stem=stem)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _blocks(shapes: Shapes, stage: int) -> int:
+    count = 0
+    while f"layer{stage}.{count}.conv1.weight" in shapes:
+        count += 1
+    return count
+
+
+def _difference(actual: Shapes, expected: Shapes) -> str | None:
+    """The first difference; None where there is none."""
+    for name, shape in expected.items():
+        if name not in actual:
+            if not name.endswith(COUNTERS):
+                return f"{name} is missing"
+        elif actual[name] != shape:
+            return f"{name} is {list(actual[name])}, expected {list(shape)}"
+    surplus = next((name for name in actual if name not in expected), None)
+    return None if surplus is None else f"{surplus[:80]!a} is not in it"

@@ -1,0 +1,57 @@
+"""What can be chosen by name, and the code behind each name: one owner for flags, help, errors and construction.
+
+A value is "module:attribute", imported when it is first used, so that the command line knows all names at once and
+loads none of the code. To add one, write its module and enter it here (docs/architecture.md says what each must offer).
+Augmentation presets are in `pipelines.augment.presets`, backends in `pipelines.backends.registry`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+RESNET = "fastmoco.model.resnet:ResNetFamily"
+
+ARCHITECTURES = {
+    "resnet18": RESNET,
+    "resnet34": RESNET,
+    "resnet50": RESNET,
+    "resnet101": RESNET,
+    "resnet152": RESNET,
+    "resnext50_32x4d": RESNET,
+    "resnext50_32x8d": RESNET,
+    "resnext101_32x8d": RESNET,
+    "resnext101_64x4d": RESNET,
+    "wide_resnet50_2": RESNET,
+    "wide_resnet101_2": RESNET,
+}
+"""Backbones, `--arch`: a `fastmoco.model.family.BackboneFamily` for each."""
+
+STEMS = ("imagenet", "cifar")
+"""First layers of a backbone, `--stem`."""
+
+OBJECTIVES = {"info-nce": "fastmoco.step.info_nce:InfoNCE"}
+"""Losses, `--objective`: a `fastmoco.step.objective.Objective` for each."""
+
+OPTIMIZERS = {"sgd": "fastmoco.step.sgd_ema:MomentumUpdate"}
+"""Updates of both encoders, `--optimizer`: a `fastmoco.step.optimizer.Optimizer` for each."""
+
+KERNELS = ("torch", "triton")
+"""Implementations of batch norm, loss and update, `--kernels`."""
+
+
+class ExportTarget(NamedTuple):
+    """suffixes, what the name of its file may end with; format, the `fastmoco.export.formats.Format` behind it."""
+
+    suffixes: tuple[str, ...]
+    format: str
+
+
+EXPORT_TARGETS = {
+    "torchvision": ExportTarget((".pth", ".safetensors"), "fastmoco.export.formats:TORCHVISION"),
+    "timm": ExportTarget((".pth", ".safetensors"), "fastmoco.export.formats:TIMM"),
+    "detectron2": ExportTarget((".pkl",), "fastmoco.export.formats:DETECTRON2"),
+    "lincls": ExportTarget((".pth.tar", ".pth"), "fastmoco.export.formats:LINCLS"),
+    "safetensors": ExportTarget((".safetensors",), "fastmoco.export.formats:SAFETENSORS"),
+    "onnx": ExportTarget((".onnx",), "fastmoco.export.formats:ONNX"),
+}
+"""Libraries and formats a backbone is exported to, `--to`."""

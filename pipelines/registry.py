@@ -1,0 +1,39 @@
+"""Backends by name: one owner for flags, help, errors and construction.
+
+A value is "module:attribute", imported when it is first used, so that the command line knows all names at once and
+loads none of the code. To add a backend, write its module and enter it in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Backend(NamedTuple):
+    """How images become crops on the device.
+
+    source    a `pipelines.views.CropSource`, called with (index, side, device, workers)
+    pipeline  a `pipelines.backends.select.Pipeline` that makes the views itself, called with (index, planner, side, device,
+              dtype, workers); None for the common `TwoViewPipeline` over the source
+    """
+
+    source: str
+    pipeline: str | None = None
+
+
+BACKENDS = {
+    "resident": Backend("pipelines.backends.resident:ResidentCrops"),
+    "torch": Backend("pipelines.backends.torch:TorchCrops"),
+    "dali": Backend("pipelines.backends.dali:DaliCrops"),
+    "ffcv": Backend("pipelines.backends.ffcv:FfcvCrops"),
+    # evaluated through the crops of `torch`
+    "dataloader": Backend("pipelines.backends.torch:TorchCrops", "pipelines.backends.baseline:DataLoaderPipeline"),
+}
+"""What `--pipeline` can be."""
+
+
+def load(target: str) -> Any:
+    """The attribute behind "module:attribute"."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
