@@ -135,7 +135,7 @@ def _numbers(flag: str, text: str) -> list[float]:
 
 
 def _targets(settings: Settings) -> dict[str, tuple[float, ...]]:
-    """Of every recipe that wrequested."""
+    """Of every recipe that was requested."""
     names = list(dict.fromkeys(name.strip() for name in settings.recipes.split(",") if name.strip()))
     for name in names:
         if name not in PUBLISHED:
@@ -207,7 +207,7 @@ def _check_same(wanted: RunConfig, there: RunConfig, folder: Path) -> None:
         if name == "data" and os.path.abspath(asked) == os.path.abspath(found):
             continue
         raise ConfigError(
-            f"{folder} holds a run with {name} {found}, and {asked} wrequested: choose another folder with --runs"
+            f"{folder} holds a run with {name} {found}, and {asked} was requested: choose another folder with --runs"
         )
 
 

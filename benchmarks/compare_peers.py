@@ -49,7 +49,7 @@ from benchmarks.measure.plain import Task
 from benchmarks.measure.sample_data import open_index, stored_bytes
 from benchmarks.peers.contenders import OURS, PEERS, Row, open_ours, open_peer, start_fork_server
 from benchmarks.peers.lightly import require_lightly
-from fastmoco.config import Arch, RunConfig
+from fastmoco.config import Arch, ResolvedConfig, RunConfig
 from fastmoco.device import pick_device
 from fastmoco.errors import ConfigError
 from fastmoco.run.resolve import resolve
@@ -184,7 +184,7 @@ def _open_all(
     return rows
 
 
-def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch.device) -> RunConfig:
+def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch.device) -> ResolvedConfig:
     """The task as a run, with what the trainer chooses by itself on this device."""
     given = RunConfig().replace(
         data=index.name,

@@ -38,7 +38,7 @@ from benchmarks.measure.harness import run_script, write_json
 from benchmarks.measure.suites import DATA, OUT, SUITES, WHOLE, Part, Suite
 from benchmarks.reporting.collected import PART, SUITE
 from fastmoco.errors import ConfigError
-from fastmoco.run.directory import git_commit
+from fastmoco.run.environment import git_commit
 
 SCRIPTS = Path(__file__).resolve().parent
 LOG = "log.txt"

@@ -56,7 +56,7 @@ from benchmarks.measure.harness import (
 from benchmarks.measure.ladder import CONFIGS
 from benchmarks.measure.plain import Task
 from benchmarks.measure.sample_data import open_index, stored_bytes
-from fastmoco.config import Arch, RunConfig
+from fastmoco.config import Arch, ResolvedConfig, RunConfig
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
 from fastmoco.run.resolve import resolve
@@ -149,7 +149,7 @@ def _task(settings: Settings) -> Task:
     return replace(task, queue=max(task.batch_size, task.queue - task.queue % task.batch_size))
 
 
-def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch.device) -> RunConfig:
+def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch.device) -> ResolvedConfig:
     """The task as a run, with what the trainer chooses by itself on this device."""
     given = RunConfig().replace(
         data=settings.data or index.name,
@@ -177,7 +177,7 @@ def _run_config(settings: Settings, task: Task, index: ImageIndex, device: torch
 def _open_all(
     names: list[str],
     images: Images,
-    config: RunConfig,
+    config: ResolvedConfig,
     task: Task,
     settings: Settings,
     device: torch.device,

@@ -1,8 +1,8 @@
-"""What a person sees: a panel at the start, progress while it trains, a summary at the end.
+"""Terminal output: a panel at the start, progress during training, a summary at the end.
 
-On a terminal the progress is one block that redraws itself when the training reports. Anywhere else, in a file or under
-a scheduler, it is plain lines without control characters, few enough to read. No string is read as rich markup, and
-characters that could steer a terminal are shown as escapes: names come from the data.
+On a terminal, progress is a block that is redrawn at every update. Elsewhere, in a file or under a scheduler, it is a
+few plain lines without control characters. Names come from the data, so no string is parsed as rich markup, and control
+characters are escaped.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.data.decode import printable
 
-LINES_APART_S = 10.0  # off a terminal, at least
-SILENCE_S = 60.0  # and at most, where an epoch takes longer
+# Time between two progress lines that are not on a terminal.
+MIN_LINE_INTERVAL_S = 10.0
+MAX_LINE_INTERVAL_S = 60.0  # for epochs that take longer
 
 
 class Fact(NamedTuple):
-    """A row of the start panel or of the summary: what was decided or measured, and why where that helps."""
+    """A row of the start panel or of the summary; `why` is the reason for the value, if worth showing."""
 
     name: str
     value: str
@@ -35,7 +35,7 @@ class Fact(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What the training reports every so many steps; None for what was not measured."""
+    """Metrics reported every `log_every` steps; None if not measured."""
 
     loss: float
     lr: float
@@ -46,7 +46,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_console() -> Console:
-    """Standard output, where a character that the terminal's encoding lacks becomes an escape and not a crash."""
+    """Console on standard output that escapes characters which the terminal's encoding lacks."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
@@ -54,7 +54,7 @@ def make_console() -> Console:
 
 
 def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:
-    """A panel of facts, or one line each off a terminal."""
+    """Print facts as a panel on a terminal, else as one line each."""
     rows = [Fact(*(printable(text) for text in fact)) for fact in facts]
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
@@ -72,14 +72,14 @@ def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:
 
 
 def say(console: Console, line: str, style: str = "") -> None:
-    """One line of plain words, above the progress if there is any; never wrapped off a terminal."""
+    """Print one line, above the progress block if there is one; wrapped only on a terminal."""
     console.print(Text(printable(line), style), soft_wrap=not console.is_terminal)
 
 
 class TrainingProgress:
-    """The progress of the steps [first_step, steps), for use in a `with`.
+    """Progress of the steps [first_step, steps), for use in a `with`.
 
-    chance_loss is the loss of an encoder that knows nothing, ln(K + 1) a query: shown beside the loss.
+    chance_loss  the loss at chance level, ln(K + 1) per query, shown beside the loss
     """
 
     def __init__(
@@ -98,66 +98,87 @@ class TrainingProgress:
         self.chance_loss = chance_loss
         self.clock = clock
         self._line_epoch = first_step // steps_per_epoch
-        self._line_s = clock() - LINES_APART_S
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._line_s = clock() - MIN_LINE_INTERVAL_S
+        self._block: _ProgressBlock | None = None
+        if console.is_terminal:
+            self._block = _ProgressBlock(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[left]}", style="dim", markup=False),
+                console=console,
+                auto_refresh=False,
+                expand=True,
+            )
+            self._task = self._block.add_task(
+                self._position(first_step), total=steps, completed=first_step, left="", metrics=""
+            )
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
+        if self._block is not None:
+            self._block.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        if self._block is not None:
+            self._block.stop()
 
     def update(self, done: int, metrics: StepMetrics, left_s: float | None = None) -> None:
-        """Show the metrics after `done` steps of the whole run, and how long the rest of it takes."""
-        now, left = self.clock(), "" if left_s is None else f"{duration(left_s)} left"
-        if self._live is not None:
-            self._live.update(self._block(done, metrics, left), refresh=True)
+        """Show the metrics after `done` steps of the whole run, and the seconds left, if known."""
+        position, values = self._position(done), self._format(metrics)
+        left = "" if left_s is None else f"{duration(left_s)} left"
+        if self._block is not None:
+            self._block.update(
+                self._task, completed=done, description=position, left=left, metrics=values, refresh=True
+            )
             return
-        epoch, apart_s = done // self.steps_per_epoch, now - self._line_s
-        if done == self.steps or (apart_s >= LINES_APART_S and (epoch > self._line_epoch or apart_s >= SILENCE_S)):
-            say(self.console, f"{self._place(done)}  {self._numbers(metrics)}  {left}".rstrip())
+        now = self.clock()
+        epoch, elapsed_s = done // self.steps_per_epoch, now - self._line_s
+        if done == self.steps or (
+            elapsed_s >= MIN_LINE_INTERVAL_S and (epoch > self._line_epoch or elapsed_s >= MAX_LINE_INTERVAL_S)
+        ):
+            say(self.console, f"{position}  {values}  {left}".rstrip())
             self._line_epoch, self._line_s = epoch, now
 
-    def _block(self, done: int, metrics: StepMetrics, left: str) -> Group:
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True, style="dim")
-        bar.add_row(self._place(done), ProgressBar(total=self.steps, completed=done), left)
-        return Group(bar, Text(self._numbers(metrics)))
-
-    def _place(self, done: int) -> str:
+    def _position(self, done: int) -> str:
         epochs = -(-self.steps // self.steps_per_epoch)
-        epoch = min(done // self.steps_per_epoch, epochs) if done % self.steps_per_epoch == 0 else None
-        whole = f"{epoch}" if epoch is not None else f"{done / self.steps_per_epoch:.2f}"
-        return f"epoch {whole}/{epochs}  step {done:,}/{self.steps:,}"
+        if done % self.steps_per_epoch == 0:
+            epoch = f"{min(done // self.steps_per_epoch, epochs)}"
+        else:
+            epoch = f"{done / self.steps_per_epoch:.2f}"
+        return f"epoch {epoch}/{epochs}  step {done:,}/{self.steps:,}"
 
-    def _numbers(self, metrics: StepMetrics) -> str:
-        parts = [f"loss {metrics.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {metrics.lr:.3g}"]
+    def _format(self, metrics: StepMetrics) -> str:
+        fields = [f"loss {metrics.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {metrics.lr:.3g}"]
         if metrics.images_per_s is not None:
-            parts.append(f"{metrics.images_per_s:,.0f} images/s")
+            fields.append(f"{metrics.images_per_s:,.0f} images/s")
         if metrics.data_wait_percent is not None:
-            parts.append(f"data wait {metrics.data_wait_percent:.0f} %")
+            fields.append(f"data wait {metrics.data_wait_percent:.0f} %")
         if metrics.device_memory_bytes is not None:
-            parts.append(f"{metrics.device_memory_bytes / 2**30:.1f} GiB")
-        return "  ".join(parts)
+            fields.append(f"{metrics.device_memory_bytes / 2**30:.1f} GiB")
+        return "  ".join(fields)
+
+
+class _ProgressBlock(Progress):
+    """A progress bar with the metrics of its task on a line below."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["metrics"])
 
 
 def duration(seconds: float) -> str:
-    """In the two units that matter: `45 s`, `3 min 20 s`, `1 h 05 min`, `2 d 03 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+    """Time in its two largest units: `45 s`, `3 min 20 s`, `1 h 05 min`, `2 d 03 h`."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    if total < 86400:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 86400} d {total % 86400 // 3600:02d} h"
 
 
 def summary_facts(
@@ -169,7 +190,7 @@ def summary_facts(
     raw_pixels_percent: float | None,
     files: Iterable[str],
 ) -> list[Fact]:
-    """The rows of the summary: what the training was worth, what it took and what it left behind."""
+    """Rows of the final summary: accuracy before and after, time, speed and written files."""
     facts = []
     if knn_after_percent is not None:
         before = "" if knn_before_percent is None else f"{knn_before_percent:.1f} % → "

@@ -1,4 +1,4 @@
-"""Exit codes, and the errors that lead to them. A message is one line: what was found, expected, and what to do."""
+"""Exit codes and the errors behind them. A message is one line: the actual value, the expected one, and what to do."""
 
 import sys
 from enum import IntEnum
@@ -7,7 +7,7 @@ from pipelines.errors import BackendMissingError, DataError
 
 
 class ExitCode(IntEnum):
-    """What the process returns, and `status.json` records."""
+    """Exit code of the process, also recorded in `status.json`."""
 
     DONE = 0
     CONFIG = 2
@@ -19,31 +19,31 @@ class ExitCode(IntEnum):
 
 
 class ConfigError(ValueError):
-    """A value, flag or combination of settings that cannot be trained with."""
+    """An invalid value, flag or combination of settings."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is absent, damaged, or belongs to another run."""
+    """A checkpoint that is missing, corrupt, or from another run."""
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradients stopped being finite for too many steps."""
+    """The loss or gradients were not finite for too many steps."""
 
 
 class DeviceError(RuntimeError):
-    """The device failed, is absent or ran out of memory."""
+    """The device failed, is missing or ran out of memory."""
 
 
 class RankLostError(RuntimeError):
-    """Another rank of the run is gone, or silent for too long: resumable from the last checkpoint."""
+    """Another rank exited or was unresponsive for too long; the run can resume from its last checkpoint."""
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
-    """The run was asked to stop (SIGTERM or SIGINT), has saved its state and can be resumed."""
+    """The run received SIGTERM or SIGINT, has saved its state and can be resumed."""
 
 
 class AlreadyReportedError(Exception):
-    """This process ends with others, one of which has said why; there is nothing to add but the exit code."""
+    """This process ends because another one failed and reported the reason; only the exit code is left to return."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -63,18 +63,18 @@ _CODES: dict[type[BaseException], ExitCode] = {
 
 
 def _codes() -> dict[type[BaseException], ExitCode]:
-    """The above, and torch's own error. It takes seconds to load torch, and until then nothing raises that one."""
+    """`_CODES`, and torch's own error once torch is imported, which takes seconds and is not done here."""
     torch = sys.modules.get("torch")
     return _CODES if torch is None else {**_CODES, torch.OutOfMemoryError: ExitCode.DEVICE}
 
 
 def exit_code(error: BaseException) -> ExitCode | None:
-    """The exit code of an error that people can do something about; None for a fault of our own."""
+    """The exit code of an error that the user can act on; None for a bug in fastmoco."""
     return next((code for kind, code in _codes().items() if isinstance(error, kind)), None)
 
 
 def error_named(name: str, message: str) -> Exception:
-    """An error that another rank has met, to be raised here too; a fault of our own is one of that rank."""
+    """Rebuild an error of another rank, to be raised here too; a bug becomes RankLostError."""
     kind = next((kind for kind in _codes() if kind.__name__ == name), None)
     if kind is None or not issubclass(kind, Exception):
         return RankLostError(f"another rank failed ({name}: {message.partition(chr(10))[0]}): resume with --resume")

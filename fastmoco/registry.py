@@ -29,10 +29,14 @@ ARCHITECTURES = {
 STEMS = ("imagenet", "cifar")
 """First layers of a backbone, `--stem`."""
 
-OBJECTIVES = {"info-nce": "fastmoco.step.info_nce:InfoNCE"}
+OBJECTIVES = {
+    "info-nce": "fastmoco.step.info_nce:InfoNCE",
+}
 """Losses, `--objective`: a `fastmoco.step.objective.Objective` for each."""
 
-OPTIMIZERS = {"sgd": "fastmoco.step.sgd_ema:MomentumUpdate"}
+OPTIMIZERS = {
+    "sgd": "fastmoco.step.sgd_ema:MomentumUpdate",
+}
 """Updates of both encoders, `--optimizer`: a `fastmoco.step.optimizer.Optimizer` for each."""
 
 KERNELS = ("torch", "triton")

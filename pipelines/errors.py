@@ -6,4 +6,4 @@ class DataError(ValueError):
 
 
 class BackendMissingError(ValueError):
-    """A backend that wrequested is not installed or has no device; names the install command (exit code 2)."""
+    """A backend that was requested is not installed or has no device; names the install command (exit code 2)."""

@@ -1,7 +1,7 @@
-"""Starts a function in several processes at once, each with the environment that torchrun would give it.
+"""Runs a function in several processes, each with the environment that torchrun would set.
 
-The processes are forked from a server that has imported torch once: the first start costs seconds, the next ones a
-tenth. What a function returns or raises comes back; a rank that is killed comes back as `Died`.
+The processes are forked from a server that has imported torch: the first start takes seconds, later ones a tenth. The
+result is what the function returned, `Failed` for an exception, or `Died` for a rank that was killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRELOAD = ["fastmoco.train", "pipelines.backends.torch", "pipelines.backends.bas
 
 @dataclass(frozen=True)
 class Failed:
-    """An exception of a rank: its class's name, its message and its traceback."""
+    """An exception of a rank: class name, message and traceback."""
 
     kind: str
     message: str
@@ -33,7 +33,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """A rank that ended without a word: exit code, negative for a signal."""
+    """A rank that exited without a result; the code is negative for a signal."""
 
     code: int | None
 
@@ -41,16 +41,17 @@ class Died:
 def start(
     ranks: int, function: Callable[..., Any], *arguments: Any, threads: int = 1, timeout_s: float = 120.0
 ) -> list[Any]:
-    """What `function(*arguments)` returned on every rank, or Failed, or Died. Its results must be picklable.
+    """Result of `function(*arguments)` on every rank, Failed or Died. Results must be picklable.
 
-    threads  of torch on every rank. The clock runs from when all have started.
+    threads    of torch on every rank
+    timeout_s  from when all have started
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-    processes, ends = [], []
+    processes, receivers = [], []
     for rank in range(ranks):
-        ours, theirs = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         environment = {
             "RANK": rank,
             "WORLD_SIZE": ranks,
@@ -59,16 +60,16 @@ def start(
             "GROUP_RANK": 0,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is kept here, so that no rank's end takes it away
+            "TORCHELASTIC_USE_AGENT_STORE": True,  # hosted here, so that it outlives every rank
         }
-        process = context.Process(target=_rank, args=(theirs, environment, threads, function, arguments), daemon=True)
+        process = context.Process(target=_rank, args=(sender, environment, threads, function, arguments), daemon=True)
         process.start()
-        theirs.close()
+        sender.close()
         processes.append(process)
-        ends.append(ours)
+        receivers.append(receiver)
     try:
         deadline = time.monotonic() + timeout_s
-        return [_result(end, process, deadline) for end, process in zip(ends, processes, strict=True)]
+        return [_result(receiver, process, deadline) for receiver, process in zip(receivers, processes, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -76,7 +77,7 @@ def start(
 
 
 def results(outcomes: Sequence[Any]) -> list[Any]:
-    """The outcomes, none of which may be a failure."""
+    """The same outcomes; AssertionError if one is a failure."""
     for outcome in outcomes:
         if isinstance(outcome, Failed):
             raise AssertionError(outcome.traceback)
@@ -85,7 +86,7 @@ def results(outcomes: Sequence[Any]) -> list[Any]:
 
 
 def _rank(
-    end: Connection, environment: dict[str, Any], threads: int, function: Callable[..., Any], arguments: tuple
+    sender: Connection, environment: dict[str, Any], threads: int, function: Callable[..., Any], arguments: tuple
 ) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(threads)
@@ -93,13 +94,13 @@ def _rank(
         outcome = function(*arguments)
     except BaseException as error:
         outcome = Failed(type(error).__name__, str(error), traceback.format_exc())
-    end.send(outcome)
+    sender.send(outcome)
 
 
-def _result(end: Connection, process: Any, deadline: float) -> Any:
+def _result(receiver: Connection, process: Any, deadline: float) -> Any:
     try:
-        if end.poll(max(0.0, deadline - time.monotonic())):
-            return end.recv()
+        if receiver.poll(max(0.0, deadline - time.monotonic())):
+            return receiver.recv()
     except EOFError:
         process.join(10)
         return Died(process.exitcode)

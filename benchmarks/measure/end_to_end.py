@@ -34,7 +34,7 @@ from benchmarks.measure.resources import (
     resident_bytes,
 )
 from benchmarks.measure.sample_data import SMALL, as_beton
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig
 from fastmoco.device import DTYPES
 from fastmoco.distributed.world import World
 from fastmoco.errors import DivergedError
@@ -53,7 +53,7 @@ from pipelines.workers import worker_options
 PLAIN = "plain"  # the baseline with the step that most people run behind it
 ENDLESS = 10**9  # steps
 LOG_EVERY = 50  # steps between two reads of the loss, as in training
-MOST = 4  # a reading waits for whole rounds of the workers, up to so many times as long as wrequested
+MOST = 4  # a reading waits for whole rounds of the workers, up to so many times as long as was requested
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def augmentation_name(side: int) -> str:
     return "cifar" if side <= SMALL else "v2"
 
 
-def our_engine(config: RunConfig, task: Task, images: ImageIndex, device: torch.device) -> Engine:
-    """The step as the trainer builds it from a configuration without open fields: graph, kernels and all."""
+def our_engine(config: ResolvedConfig, task: Task, images: ImageIndex, device: torch.device) -> Engine:
+    """The step as the trainer builds it from a resolved configuration: CUDA graph, kernels and all."""
     synthetic = synthetic_views(task, device, DTYPES[config.run.amp], channels_last=True)
     before, began = held(device), time.perf_counter()
     train_step = build_state(config, World(device), images).train_step

@@ -29,7 +29,7 @@ from rich.text import Text
 from benchmarks.measure.resources import nvml_device
 from fastmoco.errors import ConfigError, exit_code
 from fastmoco.files import write_atomically
-from fastmoco.run.directory import git_commit, versions
+from fastmoco.run.environment import git_commit, versions
 
 Reading = dict[str, float]
 _DALI, _FFCV = ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), ("ffcv",)

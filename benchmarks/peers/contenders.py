@@ -28,7 +28,7 @@ from benchmarks.peers.demo import DemoStep, default_loading, demo_dataset
 from benchmarks.peers.lightly import DEFAULT as LIGHTLY_LOADING
 from benchmarks.peers.lightly import LightlyStep, lightly_dataset
 from benchmarks.peers.loader import Loading, endless_views, tuned
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig
 from fastmoco.device import DTYPES, pick_amp
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.backends.select import default_workers
@@ -65,7 +65,7 @@ def start_fork_server(peers: list[str]) -> None:
     forkserver.ensure_running()
 
 
-def open_ours(names: list[str], images: Images, config: RunConfig, task: Task, device: torch.device) -> dict[str, Row]:
+def open_ours(names: list[str], images: Images, config: ResolvedConfig, task: Task, device: torch.device) -> dict[str, Row]:
     """One training step behind both pipelines, which use it in turn. `config` has no open fields."""
     workers = config.data.workers or 0
     engine = our_engine(config, task, images.index, device)

@@ -21,8 +21,8 @@ from fastmoco.evaluation.report import show_classes, show_label_free, show_resul
 from fastmoco.evaluation.splits import Sets, split
 from fastmoco.evaluation.suite import Evaluation, Result
 from fastmoco.export.read import LoadedBackbone, read_backbone
-from fastmoco.run.directory import versions
-from fastmoco.run.state import fingerprint
+from fastmoco.run.environment import versions
+from fastmoco.run.fingerprint import fingerprint
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import load_dataset
 from pipelines.randomness import Domain, permutation

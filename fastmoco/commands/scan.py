@@ -73,7 +73,7 @@ class _Progress:
 
 
 def _save(found: ScanManifest, data: str, options: ScanOptions) -> Path:
-    """Writes the manifest where training looks for it, or where it wrequested; returns the path."""
+    """Writes the manifest where training looks for it, or where it was requested; returns the path."""
     place, cached = manifest.places(data, Path(options.data_root).expanduser())
     if options.out is None:
         try:

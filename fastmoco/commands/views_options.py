@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmoco.config import Aug, RunConfig
+from fastmoco.config import RunConfig
 from fastmoco.config.arguments import parse
 from fastmoco.config.checks import check_types, require
+from fastmoco.config.choices import Aug, Pipeline
 from fastmoco.errors import ConfigError
 
 DESCRIPTION = (
@@ -30,7 +31,7 @@ class ViewsOptions:
     """Seed of the run."""
     epoch: int = 0
     """Epoch of the run, from 0."""
-    pipeline: Literal["resident", "torch", "dali", "ffcv", "dataloader"] = "torch"
+    pipeline: Pipeline = "torch"
     """What crops and augments; dataloader draws its own random numbers."""
     compare: str | None = None
     """Two pipelines to compare, as in torch,resident, in place of --pipeline."""

@@ -1,1 +1,1 @@
-"""Several processes that train together: launch, collectives, failures of a rank. Imports device and errors."""
+"""Distributed training: launch, collectives, failures of ranks. Imports device and errors."""

@@ -1,4 +1,4 @@
-"""One command, several processes: what torchrun tells a rank of itself, and torchrun started for `--gpus N`."""
+"""torchrun: the rank information in its environment, launching it for `--gpus N`, and exit codes of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 class RankInfo(NamedTuple):
-    """Which of how many processes this is: of all of them, and on this machine. A machine is one torchrun."""
+    """Global and local rank of this process. A machine is one torchrun agent."""
 
     rank: int = 0
     size: int = 1
@@ -28,7 +28,7 @@ class RankInfo(NamedTuple):
 
     @staticmethod
     def from_environment() -> RankInfo:
-        """As torchrun sets it; the only process where it does not. Raises ConfigError for what it would not set."""
+        """Read torchrun's variables; without them, this is the only process. Raises ConfigError on invalid values."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
         return RankInfo(*(_variable(name, default) for name, default in zip(names, RankInfo(), strict=True)))
 
@@ -46,23 +46,23 @@ def _variable(name: str, default: int) -> int:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or something like it, has started this process."""
+    """Whether torchrun or a similar launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launch(processes: int, argv: list[str]) -> None:
-    """`torchrun --standalone --nproc-per-node PROCESSES -m fastmoco ARGV`.
+    """Run `torchrun --standalone --nproc-per-node PROCESSES -m fastmoco ARGV`.
 
-    Raises AlreadyReportedError with the exit code of the run, unless it is 0: where torchrun itself returns 1 whatever
-    happened, ours is that of the rank that failed first. SIGTERM and SIGINT go on to the ranks, which save and end with
-    75; after 30 s torchrun kills those that are left.
+    Raises AlreadyReportedError with the exit code of the rank that failed first, where torchrun itself always returns
+    1, and RankLostError if a rank was killed. SIGTERM and SIGINT are forwarded to the ranks, which save and exit with
+    75; torchrun kills the remaining ones after 30 s.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each rank has said what is wrong itself
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of torch's own, of a connection that was closed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides torch's stack traces for closed connections
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     with tempfile.TemporaryDirectory(prefix="fastmoco-") as folder:
         options = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}", "-m", "fastmoco", *argv]
@@ -73,9 +73,9 @@ def launch(processes: int, argv: list[str]) -> None:
             code = _first_code(Path(folder))
             if code is not None:
                 raise AlreadyReportedError(code) from error
-            if failure.exitcode < 0:  # all of them were killed
-                number = signal.Signals(-failure.exitcode).name
-                message = f"rank {failure.local_rank} was killed by {number}: resume with --resume"
+            if failure.exitcode < 0:  # every rank was killed
+                name = signal.Signals(-failure.exitcode).name
+                message = f"rank {failure.local_rank} was killed by {name}: resume with --resume"
                 raise RankLostError(message) from error
             raise AlreadyReportedError(failure.exitcode) from error
         except SignalException as error:
@@ -84,7 +84,7 @@ def launch(processes: int, argv: list[str]) -> None:
 
 
 def report_to_torchrun(error: BaseException, code: int) -> None:
-    """Leaves the message and exit code of a rank where torchrun, and `launch`, look for them."""
+    """Write the message and exit code of a rank to the error file that torchrun and `launch` read."""
     path = os.environ.get(_ERROR_FILE)
     if path:
         now = str(int(time.time()))
@@ -93,7 +93,7 @@ def report_to_torchrun(error: BaseException, code: int) -> None:
 
 
 def _first_code(folder: Path) -> int | None:
-    """The exit code that the ranks of the last start left word of, the first to end before the others."""
+    """The exit code that a rank of the last attempt reported first, or None."""
     attempts = sorted(folder.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     if not attempts:
         return None

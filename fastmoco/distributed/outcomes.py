@@ -1,4 +1,4 @@
-"""What one rank did and the others must know: told through a key-value store that all of them reach."""
+"""Results and failures that ranks exchange through the key-value store of the c10d rendezvous."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, Protocol, TypeVar
 from fastmoco.errors import error_named
 
 T = TypeVar("T")
-_LINGER_S = 1.0
-_POLL_S = (0.01, 0.5)  # the first pause and the longest: signals are seen in between
+_FAILURE_GRACE_S = 1.0
+_POLL_S = (0.01, 0.5)  # first and longest pause; signals are handled in between
+_FAILURES, _FIRST_FAILURE = "failures", "first failure"  # keys: their number, and the description of the first
 
 
 class Store(Protocol):
-    """What is needed of `torch.distributed.Store`. Every method raises RuntimeError once the store is gone."""
+    """The subset of `torch.distributed.Store` used here. Every method raises RuntimeError once the store is gone."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -25,65 +26,65 @@ class Store(Protocol):
 
 
 class Outcomes:
-    """Results, errors and last words of the ranks of one start of a run."""
+    """Results and failures of the ranks of one launch."""
 
     def __init__(self, store: Any) -> None:
         self._store: Store = store
 
-    def lead(self, key: str, function: Callable[[], T]) -> T:
-        """Calls the function and tells under `key` how it went. Its result must survive JSON."""
+    def publish(self, key: str, function: Callable[[], T]) -> T:
+        """Call the function and store its result or error under `key`. The result must survive JSON."""
         try:
             result = function()
         except Exception as error:
             with suppress(RuntimeError):
-                self._store.set(key, _described(error))
+                self._store.set(key, _serialise(error))
             raise
         self._store.set(key, json.dumps({"result": result}))
         return result
 
-    def follow(self, key: str) -> Any:
-        """The result told under `key`, waited for however long; raises the error, or one that a rank ended with."""
+    def wait(self, key: str) -> Any:
+        """Wait, without a time limit, for the result under `key`; raises its error, or the first failure of a rank."""
         pause, longest = _POLL_S
         while not self._store.check([key]):
             if (error := self.first_failure()) is not None:
                 raise error
             time.sleep(pause)
             pause = min(2 * pause, longest)
-        said = self._store.get(key)
-        if (error := _restored(said)) is not None:
+        message = self._store.get(key)
+        if (error := _deserialise(message)) is not None:
             raise error
-        return json.loads(said)["result"]
+        return json.loads(message)["result"]
 
     def report_failure(self, error: BaseException) -> bool:
-        """Leaves word of why this rank ends, before the others find it gone. Whether it is the first to."""
+        """Record why this rank exits, before the others notice. Returns whether it is the first to fail."""
         try:
-            if self._store.add("notes", 1) > 1:
+            if self._store.add(_FAILURES, 1) > 1:
                 return False
-            self._store.set("note", _described(error))
-        except RuntimeError:  # the store went with the rank or the agent that kept it
+            self._store.set(_FIRST_FAILURE, _serialise(error))
+        except RuntimeError:  # the store ended with the rank or agent that hosted it
             return True
         return True
 
-    def linger(self, ranks: int) -> None:
-        """Waits a moment for the last words of the others: where this rank keeps the store, it goes with it."""
-        until = time.monotonic() + _LINGER_S
+    def wait_for_failures(self, ranks: int) -> None:
+        """Give all ranks a moment to report their failures before this one, which may host the store, exits."""
+        until = time.monotonic() + _FAILURE_GRACE_S
         with suppress(RuntimeError):
-            while self._store.add("notes", 0) < ranks and time.monotonic() < until:
+            while self._store.add(_FAILURES, 0) < ranks and time.monotonic() < until:
                 time.sleep(_POLL_S[0])
 
     def first_failure(self) -> Exception | None:
-        """The error that the first rank to end has left word of."""
+        """The error of the first rank that failed, or None."""
         with suppress(RuntimeError):
-            if self._store.check(["note"]):
-                return _restored(self._store.get("note"))
+            if self._store.check([_FIRST_FAILURE]):
+                return _deserialise(self._store.get(_FIRST_FAILURE))
         return None
 
 
-def _described(error: BaseException) -> str:
+def _serialise(error: BaseException) -> str:
     return json.dumps({"error": type(error).__name__, "message": str(error) or repr(error)})
 
 
-def _restored(said: bytes) -> Exception | None:
-    """The error in a message of `_described`; None in one of success."""
-    content = json.loads(said)
+def _deserialise(message: bytes) -> Exception | None:
+    """The error in a message; None if the message is a result."""
+    content = json.loads(message)
     return error_named(content["error"], content["message"]) if "error" in content else None

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmoco.files import sync
-from fastmoco.run.state import fingerprint
+from fastmoco.run.fingerprint import fingerprint
 from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
 

@@ -77,7 +77,7 @@ class Extractor:
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, D) float32, in the number format that wrequested."""
+        """(B, 3, S, S) → (B, D) float32, in the number format that was requested."""
         return self.in_format(self.module, images).float()
 
     def in_format(self, function: Function, images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig
 from fastmoco.distributed.world import World
 from fastmoco.evaluation.features import TunedSource, extract
 from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
@@ -31,7 +31,7 @@ class OnlineEvaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         dataset: Dataset,
         train_source: CropSource,
         pipeline: Pipeline,
@@ -42,17 +42,15 @@ class OnlineEvaluator:
         device = world.device
         self._config, self._pipeline, self._augmentation = config, pipeline, augmentation
         self._world, self._device, self._dtype = world, device, dtype
-        assert config.augment.crop_size is not None
         self._side = config.augment.crop_size
         self._sets: tuple[_Set, _Set] | None = None
         bank, test = dataset.bank, dataset.test
         if bank is not None and bank.labels is not None:
-            assert config.data.workers is not None
 
             def source_of(index: ImageIndex) -> CropSource:
                 source = train_source
                 if index is not dataset.train:
-                    source = open_source(config.data.pipeline, index, self._side, device, config.data.workers or 0)
+                    source = open_source(config.data.pipeline, index, self._side, device, config.data.workers)
                 return TunedSource(source, with_fastest_threads) if tunes_threads(config, world) else source
 
             everything = np.arange(len(bank))

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmoco.config.arguments import parse
-from fastmoco.config.checks import check_types, nearest, require
+from fastmoco.config.checks import check_types, require
 from fastmoco.errors import ConfigError
 from fastmoco.evaluation.settings import FINE_TUNE, Amount, Schedule, Sgd
 from fastmoco.model.architectures import check_wanted
+from pipelines.suggest import closest
 
 PROBES = ("knn", "linear", "logistic", "few-label", "fine-tune")
 USUAL_PROBES = ("knn", "linear")
@@ -127,7 +128,7 @@ class EvalOptions:
         for word in words:
             if word not in PROBES:
                 raise ConfigError(
-                    f"--probes has {word!a}; did you mean {nearest(word, PROBES)}? (known: {', '.join(PROBES)})"
+                    f"--probes has {word!a}; did you mean {closest(word, PROBES)}? (known: {', '.join(PROBES)})"
                 )
         return tuple(probe for probe in PROBES if probe in words)
 

@@ -1,10 +1,9 @@
-"""Named runs: functions that return a `Recipe`, their docstring in one line what it is."""
+"""Named configurations: functions that return a `Recipe`; `fastmoco recipes` shows their one-line docstrings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 
 from fastmoco.config import RunConfig
@@ -34,6 +33,7 @@ from fastmoco.recipes.small_images import (
 )
 from pipelines.data.names import NAMES
 from pipelines.errors import DataError
+from pipelines.suggest import closest
 
 __all__ = ["PUBLISHED", "RECIPES", "Expected", "Measured", "Published", "Recipe", "check_data", "entry", "recipe"]
 
@@ -62,20 +62,20 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def entry(name: str) -> Recipe:
-    """A named recipe. Raises ConfigError with the nearest name."""
+    """The recipe of this name. Raises ConfigError with the closest name."""
     if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=1, cutoff=0)
-        raise ConfigError(f"unknown recipe {name!r}; did you mean {near[0]!r}? (known: {', '.join(RECIPES)})")
+        known = ", ".join(RECIPES)
+        raise ConfigError(f"unknown recipe {name!r}; did you mean {closest(name, RECIPES)!r}? (known: {known})")
     return RECIPES[name]()
 
 
 def recipe(name: str) -> RunConfig:
-    """The configuration of a named recipe. Raises ConfigError with the nearest name."""
+    """The configuration of the recipe of this name. Raises ConfigError with the closest name."""
     return entry(name).config
 
 
 def check_data(name: str, config: RunConfig) -> None:
-    """Raises DataError, with where to get it, if the recipe's own folder of images is to be used and is not there."""
-    own, data = entry(name), config.data.data
-    if data == own.config.data.data and data not in NAMES and not Path(os.path.expanduser(data)).exists():
-        raise DataError(f"there is no ./{data}, and the recipe {name} trains on that: {own.data}")
+    """Raise DataError, with instructions to get the data, if the recipe's own image folder is used and missing."""
+    chosen, data = entry(name), config.data.data
+    if data == chosen.config.data.data and data not in NAMES and not Path(os.path.expanduser(data)).exists():
+        raise DataError(f"there is no ./{data}, which recipe {name} trains on: {chosen.data}")

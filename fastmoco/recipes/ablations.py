@@ -1,4 +1,4 @@
-"""The paper's ablations on CIFAR-10, and what it found on ImageNet: `fastmoco sweep ablation-momentum`."""
+"""The paper's ablations on CIFAR-10, with its results on ImageNet: `fastmoco sweep ablation-momentum`."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ PUBLISHED: dict[str, Published] = {
         "He et al. 2020, figure 3",
     ),
 }
-"""By setting, and by its value as text."""
+"""Published results by field of the configuration."""
 
 
 def ablation_momentum() -> Recipe:
-    """How slowly the key encoder has to follow."""
+    """Momentum of the key encoder."""
     return _ablation("moco-m=0,0.9,0.99,0.999,0.9999", "moco_m")
 
 
 def ablation_mechanism() -> Recipe:
-    """Queue, end-to-end and memory bank, each with the dictionary it can have."""
+    """Queue, end-to-end and memory bank, each with its own dictionary size."""
     return _ablation("mechanism=queue,end-to-end,memory-bank", "mechanism", moco_m=None, moco_k=None)
 
 
 def ablation_queue() -> Recipe:
-    """How many keys the queue has to hold."""
+    """Number of keys in the queue."""
     return _ablation("moco-k=256,512,1024,4096,16384", "moco_k")
 
 
 def _ablation(vary: str, field: str, **changes: object) -> Recipe:
     base, paper = cifar10_demo(), PUBLISHED[field]
-    found = ", ".join(f"{value} {'fails' if percent is None else percent}" for value, percent in paper.percent.items())
+    results = ", ".join(
+        f"{value} {'fails' if percent is None else percent}" for value, percent in paper.percent.items()
+    )
     return Recipe(
         config=base.config.replace(**changes),
         data=base.data,
-        unknown=f"{paper.source} ({paper.what}, %): {found}. On CIFAR-10 only the order can be compared.",
+        unknown=f"{paper.source} ({paper.what}, %): {results}. On CIFAR-10 only the ranking is comparable.",
         vary=vary,
     )

@@ -1,4 +1,4 @@
-"""What a recipe says of itself: how to run it, on what, what to expect and where that is from, what came of it here."""
+"""Types of recipes: configuration, data, published accuracy with its source, and accuracy measured with this code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastmoco.config import RunConfig
 class Expected(NamedTuple):
     """A published accuracy.
 
-    what     of which classifier, after how long
+    what     classifier and epochs
     percent  top-1 accuracy
-    source   where it is published
-    flags    what to add to the recipe for it
+    source   publication
+    flags    to add to the recipe
     """
 
     what: str
@@ -24,7 +24,11 @@ class Expected(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """An accuracy reached with this code: as `Expected`, and on what, in how long, with which seeds."""
+    """An accuracy reached with this code.
+
+    what, percent  as in `Expected`
+    how            epochs, time, hardware and seeds
+    """
 
     what: str
     percent: float
@@ -33,14 +37,14 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A named run. Its function's docstring is what it is, in one line.
+    """A named run; the docstring of the function that returns it is its description.
 
-    config    the settings; open ones are filled in from the images
-    data      what it trains on, and where to get that
-    expected  best known figures; empty where none is known, and then `unknown` says so
-    unknown   what the source leaves open, and what stands here in its place
-    evaluate  flags of `fastmoco eval RUN` that measure what is expected; empty where the kNN of the run itself does
-    measured  what this code has reached; empty if it was not run yet
+    config    settings; unset fields are resolved from the images
+    data      data set, and where to get it
+    expected  best published accuracies; if there are none, `unknown` says so
+    unknown   what the source does not specify, and the choice made here
+    evaluate  flags of `fastmoco eval RUN` that measure the expected accuracy; empty if the run's own kNN does
+    measured  accuracies reached with this code; empty if not run yet
     vary      for an ablation, what `fastmoco sweep` varies: `field=value,value`
     """
 
@@ -55,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper found for the values of one setting: top-1 percent, or None where training failed."""
+    """Results of a paper by the value of one setting, as text: top-1 percent, or None if training failed."""
 
     percent: dict[str, float | None]
     what: str

@@ -1,4 +1,4 @@
-"""Recipes for photographs: Imagenette and Imagewoof in minutes to hours, ImageNet in days of one GPU."""
+"""Recipes for photographs: Imagenette and Imagewoof take minutes to hours on one GPU, ImageNet days."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _V1 = "He et al. 2020, table 1"
 _V2 = "Chen et al. 2020, table 1"
 _BLOG = "MoCo-v2 in PyTorch, a blog of Analytics Vidhya, 2020"
 _IMAGENETTE = "Imagenette, downloaded by name"
-_IMAGENET = "ImageNet-1k (image-net.org), train/ and val/ with a folder for each class, below ./imagenet or --data"
+_IMAGENET = "ImageNet-1k (image-net.org), train/ and val/ with one folder per class, in ./imagenet or --data"
 _LINEAR = "--probes linear --linear-lr 30 --linear-epochs 100 --linear-schedule step --linear-views resized"
 _FEW = "--probes few-label --labels 10%"
 
@@ -65,7 +65,7 @@ def imagenet_v2_800() -> Recipe:
 
 
 def imagenet_mini() -> Recipe:
-    """The reproduction study on a thousand classes of some 35 images, in grey; also with --arch resnet50."""
+    """The reproduction study on 1,000 classes of about 35 images, in grey; also with --arch resnet50."""
     return Recipe(
         config=RunConfig(
             data=DataConfig(data="imagenet-mini"),
@@ -73,15 +73,15 @@ def imagenet_mini() -> Recipe:
             optim=OptimConfig(batch_size=128, lr=0.03, wd=1e-4, epochs=100, cos=True),
             augment=AugmentConfig(aug="v1", crop_size=224),
         ),
-        data="ImageNet 1000 (mini) of Kaggle (ifigotin/imagenetmini-1000) below ./imagenet-mini or --data, made grey "
-        "as in the study: find imagenet-mini -name '*.JPEG' -exec mogrify -colorspace Gray {} +",
+        data="ImageNet 1000 (mini) of Kaggle (ifigotin/imagenetmini-1000) in ./imagenet-mini or --data, converted "
+        "to grey as in the study: find imagenet-mini -name '*.JPEG' -exec mogrify -colorspace Gray {} +",
         unknown="The reproduction study's settings: batch, queue, momentum, learning rate, weight decay and "
-        "temperature. The 100 epochs along a cosine are ours, and no accuracy is known.",
+        "temperature. The 100 epochs with a cosine schedule are ours, and no accuracy is known.",
     )
 
 
 def imagenette_blog() -> Recipe:
-    """MoCo v2 with ResNet-18 on Imagenette, judged with a tenth of the labels."""
+    """MoCo v2 with ResNet-18 on Imagenette, evaluated with 10 % of the labels."""
     return Recipe(
         config=RunConfig(
             data=DataConfig(data="imagenette"),
@@ -106,7 +106,7 @@ def imagenette_blog() -> Recipe:
 
 
 def imagewoof_blog() -> Recipe:
-    """The same on Imagewoof, which is ten breeds of dogs."""
+    """The same on Imagewoof, ten breeds of dogs."""
     blog = imagenette_blog()
     return Recipe(
         config=blog.config.replace(data="imagewoof2"),
@@ -118,8 +118,9 @@ def imagewoof_blog() -> Recipe:
 
 
 def imagenette_tuned() -> Recipe:
-    """Ours: to beat the blog's Imagenette clearly, in fewer GPU hours."""
-    # Small views make a step three times as fast; a queue of half the images, for a momentum that follows in time.
+    """Our own settings, meant to exceed the blog's accuracy on Imagenette in fewer GPU hours."""
+    # Small views make a step three times as fast. With a queue of half the images, momentum 0.99 is enough, and the
+    # key encoder keeps up.
     return Recipe(
         config=RunConfig(
             data=DataConfig(data="imagenette"),

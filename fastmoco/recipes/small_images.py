@@ -1,4 +1,4 @@
-"""Recipes for images of 28 and 32 pixels: an hour on one GPU at most."""
+"""Recipes for images of 28 and 32 pixels: at most an hour on one GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _STUDY = "the reproduction study's settings"
 
 
 def shapes() -> Recipe:
-    """Ten classes of drawn grey shapes, a quarter-width ResNet-18: learns in one to three minutes on two CPU cores."""
-    # Small batches: 1,250 steps of 16 images teach as much as 1,375 of 32. Large crops: a small one shows no shape.
+    """Ten classes of drawn grey shapes with a quarter-width ResNet-18: one to three minutes on two CPU cores."""
+    # Small batches: 1,250 steps of 16 images are as good as 1,375 of 32. Large crops: a small one shows no shape.
     return Recipe(
         config=RunConfig(
             model=ModelConfig(arch="resnet18", width=0.25, moco_k=512, moco_m=0.99, moco_t=0.1, bn_splits=1),
@@ -21,7 +21,7 @@ def shapes() -> Recipe:
             run=RunOptions(knn_every=2),
         ),
         data="drawn in memory",
-        unknown="Our own: no figure is published. Raw pixels have 48.4 %, the untrained encoder 41.8 %.",
+        unknown="Our own: no accuracy is published. Raw pixels have 48.4 %, the untrained encoder 41.8 %.",
         measured=(Measured("kNN", 82.9, "5 epochs, under two minutes on two CPU cores, seed 0; 79 to 88 by rounding"),),
     )
 
@@ -58,7 +58,7 @@ def cifar10_demo_symmetric() -> Recipe:
 
 
 def cifar10_mlp() -> Recipe:
-    """The lightly tutorial: the demo with an MLP head, judged by a linear classifier."""
+    """The lightly tutorial: the demo with an MLP head, evaluated by a linear classifier."""
     source = "lightly's tutorial 2, Train MoCo on CIFAR-10"
     return Recipe(
         config=cifar10_demo().config.replace(head=(512,), epochs=100),
@@ -73,18 +73,18 @@ def cifar10_mlp() -> Recipe:
 
 
 def byol_aug() -> Recipe:
-    """MoCo with BYOL's augmentation, solarisation included, and a high learning rate."""
+    """MoCo with BYOL's augmentation, including solarisation, and a high learning rate."""
     return Recipe(
         config=cifar10_demo().config.replace(aug="byol", batch_size=256, lr=0.2, moco_t=0.1),
         data=_CIFAR,
-        unknown="From study notes that give batch, learning rate, temperature and augmentation; the rest is the "
-        "CIFAR-10 demo's, and no accuracy is known.",
+        unknown="From study notes that give batch, learning rate, temperature and augmentation; the rest is as in the "
+        "CIFAR-10 demo, and no accuracy is known.",
     )
 
 
 def mnist() -> Recipe:
     """The reproduction study on MNIST, in grey; also with --arch resnet50."""
-    return Recipe(config=_study("mnist"), data="MNIST, downloaded by name", unknown=_left_open("ResNet-18"))
+    return Recipe(config=_study("mnist"), data="MNIST, downloaded by name", unknown=_unspecified("ResNet-18"))
 
 
 def emnist() -> Recipe:
@@ -92,7 +92,7 @@ def emnist() -> Recipe:
     return Recipe(
         config=_study("emnist-byclass").replace(epochs=20),
         data="EMNIST by class, downloaded by name (1.6 GB of memory)",
-        unknown=_left_open("ResNet-18", 20),
+        unknown=_unspecified("ResNet-18", 20),
     )
 
 
@@ -105,8 +105,8 @@ def _study(data: str) -> RunConfig:
     )
 
 
-def _left_open(arch: str, epochs: int = 100) -> str:
+def _unspecified(arch: str, epochs: int = 100) -> str:
     return (
         f"{_STUDY[0].upper()}{_STUDY[1:]}: batch, queue, momentum, learning rate, weight decay and temperature. The "
-        f"{epochs} epochs along a cosine and the 3×3 stem of the {arch} are ours, and no accuracy is known."
+        f"{epochs} epochs with a cosine schedule and the 3×3 stem of the {arch} are ours, and no accuracy is known."
     )

@@ -1,1 +1,1 @@
-"""A run from its start to its last checkpoint, and everything in its folder. Imports step, recipes and below."""
+"""One training run from start to last checkpoint, and the files in its folder. Imports step, recipes and below."""

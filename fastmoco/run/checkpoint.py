@@ -1,11 +1,11 @@
-"""Checkpoints on disk: whole or absent, never executed, refused when a single bit differs.
+"""Checkpoints on disk: written atomically, free of code, and verified by SHA-256 before loading.
 
-A checkpoint is `step-000001234.safetensors` (tensors by name, and one JSON object of primitives) beside its SHA-256 in
-`step-000001234.safetensors.sha256`, which `sha256sum -c` understands. safetensors holds no code, and its header is
+A checkpoint is `step-000001234.safetensors` (tensors by name, and one JSON object of primitives) and its SHA-256 in
+`step-000001234.safetensors.sha256`, in the format of `sha256sum -c`. safetensors contains no code, and its header is
 checked against the size of the file before anything is read.
 
-`save` writes both under temporary names, flushes them to the disk and renames them, the tensors last: a process that is
-killed at any moment leaves the earlier checkpoints as they were. One process writes to a folder; many may read it.
+`save` writes both under temporary names, flushes them to disk and renames them, the tensors last: a process that is
+killed at any moment leaves the earlier checkpoints intact. One process writes to a folder; many may read it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 _LEFTOVER = re.compile(r"step-\d{9,}\.safetensors(\.sha256)?\.tmp")
 _HEADER_BYTES = 100_000_000  # safetensors refuses a longer header
-_MARGIN_BYTES = 65_536  # the folder's own blocks and the sidecar
+_MARGIN_BYTES = 65_536  # for blocks of the folder and the sidecar
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,8 +54,8 @@ _DTYPES = {
 def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write the checkpoint of a step, replacing an earlier one of the same step, and return its path.
 
-    Tensors may lie on any device, overlap and have any strides; they are stored contiguous. `meta` holds primitives,
-    lists and dicts of them. Raises CheckpointError when the disk is full or refuses; what was there before stays.
+    Tensors may be on any device, share memory and have any strides; they are stored contiguous. `meta` consists of
+    primitives, lists and dicts. Raises CheckpointError if it cannot be written; existing checkpoints stay.
     """
     path = directory / f"step-{step:09d}.safetensors"
     part = temporary(path)
@@ -68,7 +68,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mappin
         save_file(host, part, metadata)
         digest = sha256(part)
         sync(part)
-        # While a checkpoint is being replaced both hashes hold, so that either file is whole at every moment.
+        # While a checkpoint is being replaced, the sidecar has both hashes, so that either file verifies.
         replaced = recorded_digests(path) if path.exists() else []
         record_digests(path, [digest, *replaced])
         os.replace(part, path)
@@ -81,28 +81,28 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mappin
 def load(path: Path, expected: Mapping[str, Tensor | Spec]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint whose tensors have the names, shapes and dtypes of `expected`: (tensors on the CPU, meta).
 
-    The hash and the header are checked before a tensor is made. Raises CheckpointError: absent, damaged, of another
-    format, or with a difference in a name, shape or dtype, each of which is listed.
+    The hash and the header are checked before a tensor is allocated. Raises CheckpointError if it is missing, corrupt,
+    of another format, or differs in names, shapes or dtypes, which are listed.
     """
     specs = {name: _spec(value) for name, value in expected.items()}
     _check_present(path)
     with _reading(path):
-        # A larger file cannot hold these tensors: its header says so below, and hashing it could take hours.
-        most_bytes = 8 + _HEADER_BYTES + sum(dtype.itemsize * math.prod(shape) for shape, dtype in specs.values())
-        if path.stat().st_size <= most_bytes:
+        # A larger file has other tensors, as the check of its header below finds; hashing it could take hours.
+        max_bytes = 8 + _HEADER_BYTES + sum(dtype.itemsize * math.prod(shape) for shape, dtype in specs.values())
+        if path.stat().st_size <= max_bytes:
             _check_hash(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             meta = _meta(path, file.metadata())
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            _check_specs(path, {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in found.items()}, specs)
-            tensors = {name: file.get_tensor(name).clone() for name in specs}  # own memory, not the mapped file
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            _check_specs(path, {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}, specs)
+            tensors = {name: file.get_tensor(name).clone() for name in specs}  # copied out of the mapped file
     return tensors, meta
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose hash verifies, and a warning line for every newer one that does not.
+    """The newest checkpoint whose hash verifies, and a warning for every newer one that does not.
 
-    (None, []) where there is no checkpoint at all. Raises CheckpointError where there are some and none verifies.
+    (None, []) if there is no checkpoint. Raises CheckpointError if there are some and none verifies.
     """
     warnings: list[str] = []
     for path in _newest_first(directory):
@@ -114,14 +114,14 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
             return path, warnings
     if warnings:
         raise CheckpointError(
-            f"none of the {len(warnings)} checkpoints in {directory} can be used: restore one from a copy, or start "
+            f"none of the {len(warnings)} checkpoints in {directory} can be used: restore one from a backup, or start "
             f"again with --overwrite (the newest: {warnings[0].removesuffix('; falling back to an older checkpoint')})"
         )
     return None, []
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Return `meta`, or raise CheckpointError: absent, not of its recorded hash, or a header that does not fit."""
+    """Return `meta`. Raises CheckpointError if the file is missing or its hash or header is wrong."""
     _check_present(path)
     with _reading(path):
         _check_hash(path)
@@ -130,31 +130,30 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def step_of(path: Path) -> int:
-    """The global step in the name of a checkpoint."""
+    """The global step in a checkpoint's file name. Raises CheckpointError for other names."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not named like a checkpoint: expected step-000001234.safetensors")
+        raise CheckpointError(f"{path} is not the name of a checkpoint: expected step-000001234.safetensors")
     return int(match[1])
 
 
 def prune(directory: Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest checkpoints, never the newest that verifies; returns what was deleted."""
+    """Delete all but the `keep` newest checkpoints, but never the newest that verifies. Returns the deleted paths."""
     assert keep > 0
-    paths = list(_newest_first(directory))
-    doomed = paths[keep:]
-    if doomed:
-        with suppress(CheckpointError):  # without a single good one, a damaged one may still be worth a rescue
-            good, _ = newest(directory)
-            doomed = [path for path in doomed if path != good]
-            for path in doomed:
-                path.unlink(missing_ok=True)  # the tensors first: a sidecar alone is a leftover, not a checkpoint
+    surplus = list(_newest_first(directory))[keep:]
+    if surplus:
+        with suppress(CheckpointError):  # if none verifies, keep them all: corrupt ones may be recoverable
+            valid, _ = newest(directory)
+            surplus = [path for path in surplus if path != valid]
+            for path in surplus:
+                path.unlink(missing_ok=True)  # tensors first: a sidecar alone is a leftover, which `sweep` deletes
                 sidecar(path).unlink(missing_ok=True)
-            return doomed
+            return surplus
     return []
 
 
 def sweep(directory: Path) -> list[Path]:
-    """Delete what a killed `save` or `prune` left: temporary files and sidecars without tensors; returns them."""
+    """Delete leftovers of a killed `save` or `prune`: temporary files and sidecars without tensors. Returns them."""
     if not directory.is_dir():
         return []
     leftovers = [
@@ -172,7 +171,7 @@ def sweep(directory: Path) -> list[Path]:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no storage, as safetensors demands; copies only where it has to."""
+    """Contiguous CPU tensors that share no storage, as safetensors requires; copies only if necessary."""
     host: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -220,7 +219,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_present(path: Path) -> None:
-    if not path.is_file():  # also spares us from waiting on a pipe
+    if not path.is_file():  # opening a pipe would block
         raise CheckpointError(f"there is no checkpoint at {path}: expected a step-….safetensors file")
     if not sidecar(path).is_file():
         raise CheckpointError(
@@ -231,43 +230,46 @@ def _check_present(path: Path) -> None:
 def _check_hash(path: Path) -> None:
     recorded = recorded_digests(path)
     if not recorded:
-        raise CheckpointError(f"{sidecar(path)} holds no SHA-256, so {path.name} cannot be verified")
+        raise CheckpointError(f"{sidecar(path)} has no SHA-256, so {path.name} cannot be verified")
     if sha256(path) not in recorded:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written")
 
 
 def _meta(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    found = (metadata or {}).get("format")
-    if found != str(FORMAT):
+    file_format = (metadata or {}).get("format")
+    if file_format != str(FORMAT):
         raise CheckpointError(
-            f"{path} has checkpoint format {found!r}, expected {FORMAT!r}: use the fastmoco that wrote it"
+            f"{path} has checkpoint format {file_format!r}, expected {FORMAT!r}: use the fastmoco version that wrote it"
         )
     try:
         meta = json.loads((metadata or {})["meta"])
     except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no readable JSON of its own ({type(error).__name__})") from None
+        raise CheckpointError(f"{path} has no valid JSON in its metadata ({type(error).__name__})") from None
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(meta).__name__}, expected an object")
+        raise CheckpointError(f"{path} has a JSON {type(meta).__name__} in its metadata, expected an object")
     return meta
 
 
-def _check_specs(path: Path, found: Mapping[str, tuple[tuple[int, ...], str]], specs: Mapping[str, Spec]) -> None:
+def _check_specs(path: Path, actual: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, Spec]) -> None:
     codes = {dtype: code for code, dtype in _DTYPES.items()}
-    lines = []
-    for name in sorted({*found, *specs}):
-        if name not in found:
-            lines.append(f"{name} is missing")
-        elif name not in specs:
-            lines.append(f"{name!a} is not in this model")
+    differences = []
+    for name in sorted({*actual, *expected}):
+        if name not in actual:
+            differences.append(f"{name} is missing")
+        elif name not in expected:
+            differences.append(f"{name!a} is not in this model")
         else:
-            (shape, code), (wanted_shape, wanted_dtype) = found[name], specs[name]
-            if (shape, code) != (wanted_shape, codes[wanted_dtype]):
-                dtype = str(_DTYPES.get(code, code)).removeprefix("torch.")
-                wanted = str(wanted_dtype).removeprefix("torch.")
-                lines.append(f"{name} is {dtype} {list(shape)}, expected {wanted} {list(wanted_shape)}")
-    if lines:
-        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise CheckpointError(f"{path} belongs to another model: {'; '.join(lines[:8])}{more}")
+            (shape, code), (expected_shape, expected_dtype) = actual[name], expected[name]
+            if (shape, code) != (expected_shape, codes[expected_dtype]):
+                text = f"{_dtype_name(_DTYPES.get(code, code))} {list(shape)}"
+                differences.append(f"{name} is {text}, expected {_dtype_name(expected_dtype)} {list(expected_shape)}")
+    if differences:
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise CheckpointError(f"{path} belongs to another model: {'; '.join(differences[:8])}{more}")
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

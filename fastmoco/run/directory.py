@@ -1,8 +1,8 @@
-"""The folder of a run: who may open it, what lies where, and the status that other programs read.
+"""The folder of a run: its lock, the paths in it, and the status that other programs read.
 
 config.json           the resolved configuration
 status.json           state, exit code, message, step, epoch, commit, versions; replaced atomically
-metrics.jsonl  tb/    what was measured
+metrics.jsonl  tb/    see metrics.py
 checkpoints/          see checkpoint.py
 views.png curves.png backbone.safetensors
 """
@@ -10,23 +10,20 @@ views.png curves.png backbone.safetensors
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.files import write_atomically
+from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 
 _LOCK = ".lock"
@@ -34,18 +31,18 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """An open run: this process holds its lock until it ends or calls `close`."""
+    """The open folder of a run, locked until this process exits or calls `close`."""
 
     path: Path
     lock: int
 
     @classmethod
     def open(cls, path: Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
-        """Create the folder of a new run, or open that of an earlier one to go on with it or to replace it.
+        """Create the folder of a new run, or open an existing one to resume or to overwrite its run.
 
-        Raises ConfigError: not a folder, not writable, not empty without `resume` or `overwrite`, nothing to resume,
-        in use by another process, or to be overwritten and not recognisably a run; CheckpointError where a run is to
-        be resumed that has no checkpoint.
+        Raises ConfigError if it is not a folder, not writable, in use by another process, not empty without `resume` or
+        `overwrite`, has no run to resume, or is to be overwritten and is not recognisably a run; CheckpointError if the
+        run to resume has no checkpoint.
         """
         path = Path(os.path.abspath(path.expanduser()))
         try:
@@ -53,13 +50,13 @@ class RunDirectory:
                 raise ConfigError(f"{path} is a file, expected a folder for the run: choose another with --out")
             if resume:
                 _check_resumable(path)
-            filled = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
-            if filled and not (resume or overwrite):
-                raise ConfigError(f"{path} is not empty: use --resume to go on, --overwrite to replace it, or --out")
-            if filled and overwrite and (reason := _not_a_run(path)):
+            has_content = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
+            if has_content and not (resume or overwrite):
+                raise ConfigError(f"{path} is not empty: use --resume to continue, --overwrite to replace it, or --out")
+            if has_content and overwrite and (reason := _not_a_run(path)):
                 raise ConfigError(f"--overwrite will not delete {path}, because {reason}: choose another with --out")
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _locked(path))
+            run = cls(path, _lock(path))
             if overwrite:
                 run._delete_content()
         except OSError as error:
@@ -91,7 +88,7 @@ class RunDirectory:
         write_atomically(self.path / "config.json", config.to_json())
 
     def write_status(self, *, step: int, epoch: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json; without an exit code the run is going on. Raises OSError."""
+        """Replace status.json; no exit code means that the run is still active. Raises OSError."""
         states = {None: "running", ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
         status = {
             "state": states.get(exit_code, "failed"),
@@ -110,7 +107,7 @@ class RunDirectory:
         os.close(self.lock)
 
     def _delete_content(self) -> None:
-        # What makes the folder recognisable goes last: a deletion that is interrupted can be repeated.
+        # The files that identify a run are deleted last, so that an interrupted deletion can be repeated.
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name in ("config.json", "status.json")):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -119,7 +116,7 @@ class RunDirectory:
 
 
 def read_config(run: Path) -> RunConfig:
-    """The configuration of a run, open or not. Raises ConfigError."""
+    """Read the configuration of a run, open or not. Raises ConfigError."""
     try:
         text = (run / "config.json").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +125,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """The last status of a run, open or not. Raises ConfigError."""
+    """Read the last status of a run, open or not. Raises ConfigError."""
     try:
         status = json.loads((run / "status.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -139,40 +136,13 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def default_run_name(config: RunConfig) -> str:
-    """A name for the folder of a run, of letters, digits, dots and dashes: `cifar10-resnet18-200ep-seed0`."""
+    """Folder name of a run, of letters, digits, dots and dashes: `cifar10-resnet18-200ep-seed0`."""
     data = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename(os.path.abspath(config.data.data))).strip("-.")[:40]
     epochs = f"{config.optim.epochs}ep" if config.optim.epochs is not None else None
     return "-".join(part for part in (data or "images", config.model.arch, epochs, f"seed{config.run.seed}") if part)
 
 
-@cache
-def versions() -> dict[str, str | None]:
-    """Of everything the numbers of a run can depend on; None for what is absent or not installed as a package."""
-    import torch  # takes seconds to load, and nothing else here needs it
-
-    found: dict[str, str | None] = dict.fromkeys(("fastmoco", "torch", "torchvision", "numpy"))
-    for name in found:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    cudnn = torch.backends.cudnn.version()
-    python = platform.python_version()
-    return found | {"python": python, "cuda": torch.version.cuda, "cudnn": str(cudnn) if cudnn else None}
-
-
-@cache
-def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, with `+` if a tracked file differs; None if installed."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed copy may lie inside the checkout of something else
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _locked(path: Path) -> int:
+def _lock(path: Path) -> int:
     descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
@@ -184,22 +154,22 @@ def _locked(path: Path) -> int:
 
 def _check_resumable(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ConfigError(f"there is no run to resume in {path}: leave --resume out, or correct --out")
+        raise ConfigError(f"there is no run to resume in {path}: omit --resume, or correct --out")
     if not any((path / "checkpoints").glob("step-*.safetensors")):
         raise CheckpointError(f"the run in {path} has no checkpoint to resume from: start again with --overwrite")
 
 
 def _not_a_run(path: Path) -> str | None:
-    """Why a folder must not be deleted, or None if it is certainly a run."""
+    """The reason why a folder must not be deleted, or None if it is certainly a run."""
     if path.is_symlink():
         return "it is a symbolic link"
     if path in (Path.home(), *(here := Path.cwd(), *here.parents)):
-        return "the current or home folder lies in it"
-    with suppress(ConfigError):  # by content: many programs keep a config.json
+        return "it contains the current or home folder"
+    with suppress(ConfigError):  # check its content, since many programs write a config.json
         config = read_config(path)
         if (path / "config.json").read_text(encoding="utf-8") == config.to_json():
             return None
     with suppress(ConfigError):
         read_status(path)
         return None
-    return "it holds no config.json or status.json of a run"
+    return "it has no config.json or status.json of a run"

@@ -1,4 +1,4 @@
-"""Which images a run was trained on, as one line of text."""
+"""Fingerprint of the images that a run was trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.data.index import ImageIndex
 
 
 def fingerprint(images: ImageIndex) -> str:
-    """`N images, HASH` of names, sizes and labels, and of the pixels where they are in memory."""
+    """`N images, HASH`, over file names, sizes and labels, and pixels if they are in memory."""
     digest = hashlib.sha256(images.sizes.tobytes())
     if images.labels is not None:
         digest.update(images.labels.tobytes())

@@ -1,20 +1,21 @@
-"""How long the rest of a run takes on this machine: known within its first seconds, and corrected as it goes on."""
+"""Estimate of the time left in a run: available within its first seconds, and updated at every step."""
 
 from __future__ import annotations
 
 from collections import deque
 
-SETTLED_S = 3.0  # of training, in which allocators, workers and the number of threads settle
-ENOUGH_S = 4.0  # of training after that, and two steps or more
-WINDOW_S = 30.0  # of the newest training: other work on the machine comes and goes
+# Seconds of training.
+WARM_UP_S = 3.0  # ignored: allocators, workers and the number of threads settle
+MIN_WINDOW_S = 4.0  # then measured, over at least two steps, before the first estimate
+WINDOW_S = 30.0  # most recent time used for the rate: the load of the machine changes
 
 
 class Forecast:
-    """From the times of the newest steps and of the last evaluation.
+    """Time left, from the duration of the latest steps and of the last evaluation.
 
     steps, steps_per_epoch  of the whole run
-    evaluate_every          epochs between two evaluations, the last epoch always has one; 0 for none
-    evaluation_s            how long one takes, to be set after each
+    evaluate_every          epochs between evaluations (the last epoch always has one); 0 for none
+    evaluation_s            duration of an evaluation, to be set after each
     """
 
     def __init__(self, steps: int, steps_per_epoch: int, evaluate_every: int) -> None:
@@ -23,11 +24,11 @@ class Forecast:
         self._marks: deque[tuple[int, float]] = deque()
 
     def mark(self, step: int, training_s: float) -> bool:
-        """The device has done so many steps of the run, after so many seconds of training, evaluations left out.
+        """Record that the device has completed `step` steps after `training_s` seconds, evaluations excluded.
 
-        Returns whether this is the first time that the rest can be told.
+        Returns whether this makes the first estimate available.
         """
-        if training_s < SETTLED_S:
+        if training_s < WARM_UP_S:
             return False
         known, marks = self.left_s is not None, self._marks
         marks.append((step, training_s))
@@ -37,16 +38,16 @@ class Forecast:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds from the last mark to the end of the run; None where it is too early to tell."""
+        """Estimated seconds from the last mark to the end of the run; None if it is too early."""
         if len(self._marks) < 2:
             return None
-        (first, began), (last, ended) = self._marks[0], self._marks[-1]
-        if last - first < 2 or ended - began < ENOUGH_S:
+        (first, began_s), (last, ended_s) = self._marks[0], self._marks[-1]
+        if last - first < 2 or ended_s - began_s < MIN_WINDOW_S:
             return None
-        return (self._steps - last) * (ended - began) / (last - first) + self._evaluations(last) * self.evaluation_s
+        step_s = (ended_s - began_s) / (last - first)
+        return (self._steps - last) * step_s + self._evaluations_left(last) * self.evaluation_s
 
-    def _evaluations(self, step: int) -> int:
-        """How many are still to come."""
+    def _evaluations_left(self, step: int) -> int:
         done, epochs = step // self._steps_per_epoch, self._steps // self._steps_per_epoch
         if not self._every or done >= epochs:
             return 0

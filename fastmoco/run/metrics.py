@@ -1,7 +1,7 @@
-"""What a run measured: one JSON object a line in metrics.jsonl, and the same numbers in TensorBoard files under tb/.
+"""Metrics of a run: one JSON object per line in metrics.jsonl, and the same values in TensorBoard files under tb/.
 
-A line holds step, epoch and any of loss, lr, images_per_s, data_wait_percent, device_memory_bytes, knn_top1_percent, …
-with the unit in the name. A number that is not finite is written as null: NaN is not JSON.
+A line has step, epoch and any of loss, lr, images_per_s, data_wait_percent, device_memory_bytes, knn_top1_percent, …,
+named with their units. A value that is not finite is written as null, because JSON has no NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends to the metrics of a run. A full disk does not end the run: lines wait and are tried again."""
+    """Appends to the metrics of a run. If the disk is full, lines are kept in memory and written later."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
         self.path = run_dir / FILE_NAME
@@ -33,20 +33,20 @@ class MetricsWriter:
         self._pending = b""
 
     def write(self, step: int, epoch: int, **values: float | None) -> str | None:
-        """Append one line, and hand it to the system at once; returns a warning line while the disk refuses."""
+        """Append one line, unbuffered. Returns a warning if it cannot be written now."""
         record = {"step": step, "epoch": epoch} | {name: _json_number(value) for name, value in values.items()}
         self._pending += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._flush()
             self._write_tensorboard(step, record)
         except OSError as error:
-            return f"{self.path} cannot be written now ({error.strerror or error}): will try again"
+            return f"{self.path} cannot be written now ({error.strerror or error}): will retry"
         return None
 
     def truncate_after(self, step: int) -> None:
-        """Remove the lines of later steps, and torn or damaged ones, so that a resumed run goes on seamlessly."""
+        """Remove lines of later steps, and truncated or corrupt ones, before a run is resumed from `step`."""
         self.close()
-        self._purge_step = step + 1  # TensorBoard hides the events of that step and later ones
+        self._purge_step = step + 1  # TensorBoard then hides events from this step on
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
@@ -54,7 +54,7 @@ class MetricsWriter:
                 write_atomically(self.path, b"".join(kept).decode())
 
     def close(self) -> None:
-        """Write what still waits. Raises OSError if the disk refuses to the end."""
+        """Write pending lines and close all files. Raises OSError if that fails."""
         try:
             if self._pending:
                 self._flush()
@@ -69,7 +69,7 @@ class MetricsWriter:
     def _flush(self) -> None:
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        while self._pending:  # bytes by bytes, because a disk that fills up takes part of a line
+        while self._pending:  # a disk that fills up accepts a part of the bytes
             self._pending = self._pending[os.write(self._file, self._pending) :]
 
     def _write_tensorboard(self, step: int, record: Record) -> None:
@@ -85,10 +85,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of metrics.jsonl, oldest first; null becomes NaN.
+    """Read the records in metrics.jsonl, oldest first; null becomes NaN.
 
-    A torn last line, of a run that is being written or was killed, is left out. Raises OSError where the file cannot
-    be read and ValueError, naming the line, where it is damaged.
+    A truncated last line, of a run that is active or was killed, is ignored. Raises OSError if the file cannot be read,
+    and ValueError, naming the line, if one is corrupt.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     records = []
@@ -97,12 +97,12 @@ def read_metrics(path: Path) -> list[Record]:
         if record is not None:
             records.append({name: math.nan if value is None else value for name, value in record.items()})
         elif number < len(lines) or line.endswith(b"\n"):
-            raise ValueError(f"{path} line {number} is not a line of metrics: delete that line to read the others")
+            raise ValueError(f"{path} line {number} is not valid: delete that line to read the others")
     return records
 
 
 def _parse(line: bytes) -> Record | None:
-    """A whole line as a record, or None."""
+    """The record in a line, or None if it is truncated or corrupt."""
     if not line.endswith(b"\n"):
         return None
     try:

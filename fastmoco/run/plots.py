@@ -1,4 +1,4 @@
-"""Pictures of a run: what the encoders see, what two pipelines make of it, and how the training went.
+"""Pictures of a run: grids of views, differences between two pipelines, and training curves.
 
 B pairs · S side of a view in pixels
 """
@@ -10,23 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from fastmoco.run.metrics import Record
 
 # ---- views -----------------------------------------------------------------------------------------------------------
 
-_SIDE_PX = (96, 160)  # a view is drawn no smaller and no larger
-_GUTTER_PX, _GAP_PX, _MARGIN_PX, _HEADER_PX = 2, 14, 14, 22  # in a couple, between couples, around, above
-_MAGNIFIED = 8  # differences, to be seen
-_INK, _PAPER = (110, 110, 110), (255, 255, 255)
+_MIN_SIDE_PX, _MAX_SIDE_PX = 96, 160  # of a drawn view
+_PADDING_PX, _GAP_PX, _HEADER_PX = 2, 10, 20  # around a view, around a pair or section, above the grid
+_DIFFERENCE_SCALE = 8  # makes small differences visible
+_TEXT_COLOUR, _FONT_PX, _WHITE = (110, 110, 110), 13, 255
 
 
 def views_grid(
@@ -37,29 +39,25 @@ def views_grid(
     path: Path,
     columns: int = 8,
 ) -> None:
-    """A PNG of couples, the query view left and the key view of the same image right, `columns` couples a row.
+    """Write a PNG of pairs, the query view left and the key view of the same image right, `columns` pairs per row.
 
-    query, key (B, 3, S, S) float, normalised by mean and std a channel; row i of both is of one image. Small views are
-    enlarged by a whole factor, pixels staying sharp squares. Raises ValueError on other shapes, OSError on writing.
+    query, key (B, 3, S, S) float, normalised by the channels' mean and std; row i of both is of one image. Small views
+    are enlarged by a whole factor without interpolation. Raises ValueError on other shapes, OSError if writing fails.
     """
     if query.ndim != 4 or query.shape[1] != 3 or query.shape != key.shape or len(query) == 0 or columns < 1:
-        raise ValueError(f"expected two sets (B, 3, S, S) of views, found {tuple(query.shape)} and {tuple(key.shape)}")
-    couples = list(zip(_tiles(query, mean, std), _tiles(key, mean, std), strict=True))
-    side, columns = couples[0][0].width, min(columns, len(couples))
-    couple_px, rows = 2 * side + _GUTTER_PX, -(-len(couples) // columns)
-    width = 2 * _MARGIN_PX + columns * couple_px + (columns - 1) * _GAP_PX
-    height = _MARGIN_PX + _HEADER_PX + rows * side + (rows - 1) * _GAP_PX + _MARGIN_PX
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for number, (left_tile, right_tile) in enumerate(couples):
-        row, column = divmod(number, columns)
-        left = _MARGIN_PX + column * (couple_px + _GAP_PX)
-        top = _MARGIN_PX + _HEADER_PX + row * (side + _GAP_PX)
-        sheet.paste(left_tile, (left, top))
-        sheet.paste(right_tile, (left + side + _GUTTER_PX, top))
-        if row == 0:
-            for name, center in (("query", left + side // 2), ("key", left + side + _GUTTER_PX + side // 2)):
-                draw.text((center, top - 6), name, fill=_INK, font=font, anchor="ms")
+        raise ValueError(
+            f"expected two sets of views (B, 3, S, S), got shapes {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    pairs = zip(_to_pixels(query, mean, std), _to_pixels(key, mean, std), strict=True)
+    tiles = [_grid(list(pair), columns=2, padding=_PADDING_PX) for pair in pairs]
+    grid = _grid(tiles, columns, _GAP_PX)
+    sheet = to_pil_image(F.pad(grid, (0, 0, _HEADER_PX, 0), value=_WHITE))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_PX)
+    tile_px, baseline = tiles[0].shape[-1], _HEADER_PX + _GAP_PX - 4
+    for column in range(min(columns, len(tiles))):
+        left = _GAP_PX + column * (tile_px + _GAP_PX)
+        draw.text((left + tile_px // 4, baseline), "query", fill=_TEXT_COLOUR, font=font, anchor="ms")
+        draw.text((left + tile_px * 3 // 4, baseline), "key", fill=_TEXT_COLOUR, font=font, anchor="ms")
     sheet.save(path, "PNG")
 
 
@@ -70,48 +68,50 @@ def comparison_grid(
     std: Sequence[float],
     path: Path,
 ) -> None:
-    """A PNG with a column for each image: what two pipelines made of its query, and how far apart; then of its key.
+    """Write a PNG with one column per image: the query of two pipelines and their difference, then the same for the
+    key.
 
-    names  of the two pipelines; `drawn` holds their (query, key), each as in `views_grid`
-    The third and the sixth row are |difference| × 8, from black for equal pixels. Raises ValueError on other shapes
-    and OSError on writing.
+    names  of the two pipelines; `drawn` holds (query, key) of each, as in `views_grid`
+    The third and sixth rows are |difference| × 8, black where pixels are equal. Raises ValueError on other shapes,
+    OSError if writing fails.
     """
     (a_query, a_key), (b_query, b_key) = drawn
     if not a_query.shape == a_key.shape == b_query.shape == b_key.shape or len(a_query) == 0:
-        raise ValueError(f"expected views of one shape, found {[tuple(v.shape) for pair in drawn for v in pair]}")
-    rows: list[tuple[str, list[Image.Image]]] = []
-    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        raise ValueError(f"expected views of one shape, got {[tuple(v.shape) for pair in drawn for v in pair]}")
+    labels, sections = [], []
     for view, a, b in (("query", a_query, b_query), ("key", a_key, b_key)):
-        rows += [(f"{view}\n{name}", _tiles(views, mean, std)) for name, views in zip(names, (a, b), strict=True)]
-        apart = (a - b).abs() * torch.tensor(std, dtype=a.dtype).view(3, 1, 1) * _MAGNIFIED
-        rows.append((f"{view}\n{_MAGNIFIED} x |difference|", _tiles(apart, zero, one)))
-    side, columns = rows[0][1][0].width, len(a_query)
-    font = ImageFont.load_default(13)
-    label_px = _GAP_PX + math.ceil(max(font.getlength(line) for label, _ in rows for line in label.split("\n")))
-    gaps = [_GAP_PX if number == len(rows) // 2 else _GUTTER_PX for number in range(len(rows))]
-    width = _MARGIN_PX + label_px + columns * (side + _GUTTER_PX) - _GUTTER_PX + _MARGIN_PX
-    sheet = Image.new("RGB", (width, 2 * _MARGIN_PX + len(rows) * side + sum(gaps[1:])), _PAPER)
-    draw, top = ImageDraw.Draw(sheet), _MARGIN_PX
-    for number, (label, tiles) in enumerate(rows):
-        top += gaps[number] if number else 0
-        draw.multiline_text((_MARGIN_PX, top + side // 2), label, fill=_INK, font=font, anchor="lm", spacing=4)
-        for column, tile in enumerate(tiles):
-            sheet.paste(tile, (_MARGIN_PX + label_px + column * (side + _GUTTER_PX), top))
-        top += side
+        difference = (a - b).abs() * torch.tensor(std, dtype=a.dtype).view(3, 1, 1) * _DIFFERENCE_SCALE
+        rows = [_to_pixels(a, mean, std), _to_pixels(b, mean, std), _to_pixels(difference, (0, 0, 0), (1, 1, 1))]
+        sections.append(_grid(torch.cat(rows), columns=len(a), padding=_PADDING_PX))
+        labels += [f"{view}\n{text}" for text in (*names, f"{_DIFFERENCE_SCALE} x |difference|")]
+    font = ImageFont.load_default(_FONT_PX)
+    label_px = math.ceil(max(font.getlength(line) for label in labels for line in label.split("\n")))
+    sheet = to_pil_image(F.pad(_grid(sections, 1, _GAP_PX), (_GAP_PX + label_px, 0, 0, 0), value=_WHITE))
+    draw, section_px = ImageDraw.Draw(sheet), sections[0].shape[1]
+    for number, label in enumerate(labels):
+        section, row = divmod(number, 3)
+        middle = _GAP_PX + section * (section_px + _GAP_PX) + section_px * (2 * row + 1) // 6
+        draw.multiline_text((_GAP_PX, middle), label, fill=_TEXT_COLOUR, font=font, anchor="lm", spacing=4)
     sheet.save(path, "PNG")
 
 
-def _tiles(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[Image.Image]:
-    scale, shift = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (std, mean))
-    pixels = (views.detach().cpu().float() * scale + shift).mul(255).round().nan_to_num(0).clamp(0, 255).byte()
-    images = [Image.fromarray(array) for array in np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())]
-    side, (smallest, largest) = views.shape[-1], _SIDE_PX
-    if side < smallest:
-        factor = -(-smallest // side)
-        return [image.resize((side * factor, side * factor), Image.Resampling.NEAREST) for image in images]
-    if side > largest:
-        return [image.resize((largest, largest), Image.Resampling.LANCZOS) for image in images]
-    return images
+def _grid(tiles: Tensor | list[Tensor], columns: int, padding: int) -> Tensor:
+    """uint8 tiles (3, H, W) on white; unlike `make_grid` alone, also pads a single tile."""
+    if len(tiles) == 1:
+        return F.pad(tiles[0], (padding,) * 4, value=_WHITE)
+    return make_grid(tiles, nrow=columns, padding=padding, pad_value=_WHITE)
+
+
+def _to_pixels(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised views (B, 3, S, S) → uint8 pixels in the size in which they are drawn; NaN is black."""
+    std_, mean_ = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (std, mean))
+    pixels = (views.detach().cpu().float() * std_ + mean_).mul(255).nan_to_num(0).clamp(0, 255)
+    side = views.shape[-1]
+    if side < _MIN_SIDE_PX:
+        pixels = F.interpolate(pixels, scale_factor=float(math.ceil(_MIN_SIDE_PX / side)), mode="nearest")
+    elif side > _MAX_SIDE_PX:
+        pixels = F.interpolate(pixels, size=(_MAX_SIDE_PX, _MAX_SIDE_PX), mode="bicubic", antialias=True)
+    return pixels.round().clamp(0, 255).byte()
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def _tiles(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[I
 
 class _Panel(NamedTuple):
     field: str
-    title: str  # with the last value
+    title: str  # formatted with the last value
     colour: str
     from_zero: bool
 
@@ -133,10 +133,10 @@ _PANELS = (
 
 
 def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
-    """A PNG with a panel each for the loss, kNN accuracy, learning rate and images/s, of those that were measured.
+    """Write a PNG with one panel each for the loss, kNN accuracy, learning rate and images/s, if measured.
 
-    `metrics` as `read_metrics` returns them. A value that is not finite leaves a gap; chance_loss, the loss of an
-    encoder that knows nothing, is a dashed line. Raises OSError on writing.
+    `metrics` as `read_metrics` returns them. A value that is not finite leaves a gap; chance_loss, the loss at chance
+    level, is a dashed line. Raises OSError if writing fails.
     """
     series = [(panel, *_points(metrics, panel.field)) for panel in _PANELS]
     series = [(panel, steps, values) for panel, steps, values in series if any(map(math.isfinite, values))]
@@ -145,12 +145,12 @@ def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     if not series:
-        figure.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color="#777777")
+        figure.text(0.5, 0.5, "no measurements yet", ha="center", va="center", color="#777777")
     last_step = max((steps[-1] for _, steps, _ in series), default=0)
     for number, (panel, steps, values) in enumerate(series, start=1):
         axes = figure.add_subplot(rows, columns, number)
         _draw(axes, panel, steps, values)
-        axes.set_xlim(-0.02 * max(1, last_step), 1.02 * max(1, last_step))  # the same in all panels
+        axes.set_xlim(-0.02 * max(1, last_step), 1.02 * max(1, last_step))  # the same range in all panels
         if panel.field == "loss":
             axes.axhline(chance_loss, color="#999999", linewidth=1, linestyle=(0, (5, 4)))
             axes.annotate(
@@ -168,8 +168,8 @@ def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
 
 
 def _points(metrics: Sequence[Record], field: str) -> tuple[list[int], list[float]]:
-    found = [(record["step"], float(record[field])) for record in metrics if record.get(field) is not None]
-    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+    points = [(record["step"], float(record[field])) for record in metrics if record.get(field) is not None]
+    return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def _draw(axes: Axes, panel: _Panel, steps: list[int], values: list[float]) -> None:

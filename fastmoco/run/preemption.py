@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT become a flag that the training loop looks at after every step."""
+"""Handlers that turn SIGTERM and SIGINT into a flag, which the training loop checks after every step."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
-    """While it is entered, the first signal asks for a stop; a second one ends the process at once.
+    """Set by the first signal inside its `with` block; a second signal ends the process at once.
 
-    With `repeats`, the first one may come again: a scheduler sends it to every process, and torchrun, which has it too,
-    passes it on to those it has started.
+    repeats  ignore repetitions of the first signal: under torchrun, a rank gets it from the scheduler and again from
+             torchrun, which forwards its own
     """
 
     def __init__(self, *, repeats: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self._repeats = repeats
-        self._earlier: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopFlag:
         for number in _SIGNALS:
-            self._earlier[number] = signal.signal(number, self._ask)
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._earlier.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and not (self._repeats and self.signal == number):
             os._exit(128 + number)
         self.signal = signal.Signals(number)
@@ -40,5 +40,5 @@ class StopFlag:
 
     @property
     def name(self) -> str:
-        """Of the signal, such as SIGTERM."""
+        """Name of the signal, such as SIGTERM."""
         return self.signal.name if self.signal is not None else "no signal"

@@ -1,4 +1,4 @@
-"""What a run leaves behind and says: configuration, status, metrics, checkpoints, pictures and lines for people."""
+"""Writes the output of a run: configuration, status, metrics, checkpoints, pictures and console messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
 from fastmoco.files import temporary
-from fastmoco.model.encoder import Backbone
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
@@ -27,31 +27,31 @@ from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
 from pipelines.data.quarantine import REPLACED, Ledger
 from pipelines.views import Views
 
-SAVE_ATTEMPTS = 3  # checkpoints in a row that may fail before the run gives up
+SAVE_ATTEMPTS = 3  # consecutive failures to save a checkpoint that end the run
 
 
 class RunRecorder:
-    """The folder of a run and what is in it, in the hands of the one rank that writes."""
+    """Writes the files of a run and reports its progress, on rank 0 only."""
 
-    def __init__(self, directory: RunDirectory, config: RunConfig, console: Console) -> None:
+    def __init__(self, directory: RunDirectory, config: ResolvedConfig, console: Console) -> None:
         self.directory, self.config, self.console = directory, config, console
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
         self._saved_at = -math.inf
-        self._failed_saves = self._replaced = 0
+        self._failed_saves = self._num_replaced = 0
 
     def close(self) -> None:
         self.metrics.close()
 
-    # ---- the start ----
+    # ---- start ----
 
     def begin(self, views: Views, augmentation: Augmentation) -> None:
-        """A new run: its configuration, and a picture of these views, whose keys are in the order of the queries."""
+        """Start a new run: write its configuration and a picture of `views`, whose keys are in the queries' order."""
         self.directory.write_config(self.config)
         self.status(0, 0)
         views_grid(views.query, views.key, augmentation.mean, augmentation.std, self.directory.views_png)
 
     def find_checkpoint(self) -> str:
-        """The newest one that verifies; what is wrong with later ones is said. Raises CheckpointError without one."""
+        """Path of the newest valid checkpoint; warns about newer ones. Raises CheckpointError if there is none."""
         path, warnings = checkpoint.newest(self.directory.checkpoints)
         for warning in warnings:
             say(self.console, warning, "yellow")
@@ -60,13 +60,13 @@ class RunRecorder:
         return str(path)
 
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
-        """A run that was resumed: sweeps what a kill has left, and forgets what came after the checkpoint."""
+        """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
         self.metrics.truncate_after(step)
         self.status(step, epoch)
         say(self.console, f"resumed at step {step:,} of {total_steps:,} from {path.name}")
 
-    # ---- on the way ----
+    # ---- during training ----
 
     def status(self, step: int, epoch: int, code: ExitCode | None = None, message: str = "") -> None:
         try:
@@ -83,17 +83,17 @@ class RunRecorder:
             say(self.console, warning, "yellow")
 
     def evaluation(self, step: int, epoch: int, numbers: dict[str, float]) -> None:
-        """What the monitor has measured; nothing, at the start, where it measures nothing."""
+        """Record the results of an evaluation, which may be empty before training."""
         self.metrics.write(step, epoch, **numbers)
         if numbers:
             say(self.console, evaluation_line(f"epoch {epoch}" if step else "before training", numbers))
 
     def replaced(self, ledger: Ledger | None) -> None:
-        """Says how many images turned bad and were replaced, each time that there are more."""
+        """Warn about images that turned bad and were replaced, whenever there are new ones."""
         entries = [] if ledger is None else ledger.entries()
         replaced = [entry for entry in entries if entry.fate == REPLACED]
-        if len(replaced) > self._replaced:
-            self._replaced = len(replaced)
+        if len(replaced) > self._num_replaced:
+            self._num_replaced = len(replaced)
             count = f"{len(replaced):,} {'image has' if len(replaced) == 1 else 'images have'}"
             say(
                 self.console,
@@ -105,7 +105,8 @@ class RunRecorder:
         return time.monotonic() - self._saved_at
 
     def save(self, state: TrainState, epoch: int, *, last_chance: bool) -> None:
-        """Writes a checkpoint. A disk that refuses is given a few more chances; the last one that was written stays."""
+        """Save a checkpoint. Only repeated failures, or one on the `last_chance`, raise CheckpointError; the previous
+        checkpoint stays."""
         try:
             state.save(self.directory.checkpoints)
             checkpoint.prune(self.directory.checkpoints, self.config.run.keep_checkpoints)
@@ -114,15 +115,15 @@ class RunRecorder:
             self._failed_saves += 1
             if last_chance or self._failed_saves >= SAVE_ATTEMPTS:
                 raise
-            say(self.console, f"{error}; training goes on and tries again", "yellow")
+            say(self.console, f"{error}; training continues and will retry", "yellow")
         self.status(state.step, epoch)
 
-    # ---- the end ----
+    # ---- end ----
 
     def finish(
-        self, backbone: Backbone, step: int, epoch: int, seconds: float, images_per_s: float | None, chance_loss: float
+        self, backbone: nn.Module, step: int, epoch: int, seconds: float, images_per_s: float | None, chance_loss: float
     ) -> None:
-        """The backbone under torchvision's names, curves, and what the run was worth."""
+        """Write the backbone with torchvision's names and the curves, and print the summary."""
         part = temporary(self.directory.backbone)
         save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
         os.replace(part, self.directory.backbone)
@@ -138,10 +139,10 @@ class RunRecorder:
 
 
 def write_failure(directory: RunDirectory, error: BaseException) -> None:
-    """How a run that did not reach its end ended, in status.json; a disk that refuses must not hide the error."""
+    """Record in status.json why a run failed; if that cannot be written, it must not hide the error."""
     with suppress(OSError, ConfigError):
-        last = read_status(directory.path)
+        previous = read_status(directory.path)
         code = exit_code(error) or 1
         directory.write_status(
-            step=last["step"], epoch=last["epoch"], exit_code=code, message=str(error) or repr(error)
+            step=previous["step"], epoch=previous["epoch"], exit_code=code, message=str(error) or repr(error)
         )

@@ -1,4 +1,4 @@
-"""What a run tells people about itself: what was decided at its start, what came of it at its end."""
+"""Text printed by a run: settings at the start, evaluations, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig
 from fastmoco.console import Fact, summary_facts
 from fastmoco.device import describe
 from fastmoco.distributed.world import World
@@ -16,7 +16,7 @@ from fastmoco.model.encoder import Encoder
 from fastmoco.run.thread_count import tunes_threads
 from pipelines.data.dataset import Dataset
 
-_WORDS = {
+_EVALUATION_FORMATS = {
     "knn_top1_percent": "kNN {:.1f} %",
     "knn_pixels_top1_percent": "kNN of raw pixels {:.1f} %",
     "alignment": "alignment {:.3f}",
@@ -26,21 +26,23 @@ _WORDS = {
 
 
 def evaluation_line(when: str, numbers: dict[str, float]) -> str:
-    """What the monitor measured, in one line."""
-    return f"{when}: " + ", ".join(_WORDS[name].format(value) for name, value in numbers.items())
+    """Results of an evaluation during training, as one line."""
+    return f"{when}: " + ", ".join(_EVALUATION_FORMATS[name].format(value) for name, value in numbers.items())
 
 
 def start_facts(
-    config: RunConfig, dataset: Dataset, query: Encoder, reasons: dict[str, str], world: World, folder: Path
+    config: ResolvedConfig, dataset: Dataset, query: Encoder, reasons: dict[str, str], world: World, folder: Path
 ) -> list[Fact]:
-    """What was decided, and why. `config` has no open fields; reasons as from `resolve`."""
+    """Settings and the reasons for them, as returned by `resolve`."""
     data, augment, model, optim = config.data, config.augment, config.model, config.optim
     parameters = sum(parameter.numel() for parameter in query.parameters())
     head = " → ".join(str(layer.out_features) for layer in query.head if isinstance(layer, torch.nn.Linear))
     width = f" × {model.width:g}" if model.width != 1 else ""
-    twice = ", symmetric" if model.symmetric else ""
-    following = {"queue": f"m {model.moco_m:g}", "memory-bank": f"m {model.bank_m:g}"}.get(model.mechanism, "twins")
-    queue = f"{model.moco_k:,} keys, {following}, T {model.moco_t:g}{twice}"
+    symmetric = ", symmetric" if model.symmetric else ""
+    momentum = {"queue": f"m {model.moco_m:g}", "memory-bank": f"m {model.bank_m:g}"}
+    dictionary = (
+        f"{model.moco_k:,} keys, {momentum.get(model.mechanism, 'tied encoders')}, T {model.moco_t:g}{symmetric}"
+    )
     sgd = f"SGD, lr {optim.lr:g}, wd {optim.wd:g}, {optim.epochs} epochs"
     facts = [
         Fact("data", dataset.train.describe(), dataset.indexing),
@@ -50,51 +52,51 @@ def start_facts(
         Fact("encoder", f"{model.arch}{width}, {parameters / 1e6:.1f} M parameters", reasons.get("arch", "")),
         Fact("stem", str(model.stem), reasons.get("stem", "")),
         Fact("head", f"{query.feature_dim} → {head}"),
-        Fact(model.mechanism.replace("-", " "), queue, reasons.get("moco_k", "")),
-        Fact("batch", _batch(optim.batch_size or 0, model.bn_splits or 1, world.size)),
+        Fact(model.mechanism.replace("-", " "), dictionary, reasons.get("moco_k", "")),
+        Fact("batch", _batch(optim.batch_size, model.bn_splits, world.size)),
         Fact("optimiser", sgd, reasons.get("lr", "")),
         Fact("device" if world.size == 1 else "devices", _devices(config, world)),
         Fact("folder", str(folder)),
     ]
     facts += [Fact("left out", path, reason) for path, reason in dataset.quarantine[:3]]
     if len(dataset.quarantine) > 3:
-        facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in all"))
+        facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in total"))
     return facts
 
 
 def _batch(images: int, splits: int, devices: int) -> str:
-    """The batch, each device's share of it, and what batch norm sees."""
+    """Batch size, in total and per device, and batch norm groups, as text."""
     if devices == 1:
         return f"{images} images, {splits} batch norm splits"
     groups = f"{splits} batch norm splits, {splits // devices} on each"
     if splits < devices:
-        groups = f"{splits} batch norm splits, {devices // splits} devices for each"
+        groups = f"{splits} batch norm splits, each over {devices // splits} devices"
     if splits == 1:
-        groups = "batch norm over all of them"
+        groups = "synchronised batch norm"
     return f"{images} images, {images // devices} on each of {devices} devices; {groups}"
 
 
-def _devices(config: RunConfig, world: World) -> str:
-    one = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
+def _devices(config: ResolvedConfig, world: World) -> str:
+    device = f"{describe(world.device)}, {config.run.amp}, {_step(config)}"
     if world.size == 1:
-        return one.replace("CPU, ", "CPU, up to ") if tunes_threads(config, world) else one
+        return device.replace("CPU, ", "CPU, up to ") if tunes_threads(config, world) else device
     machines = world.size // world.rank_info.local_size
     where = "" if machines == 1 else f" on {machines} machines"
-    return f"{world.size}{where}, each {one}; gradients sent in {config.scale.grad_comm}"
+    return f"{world.size}{where}, each {device}; gradients reduced in {config.scale.grad_comm}"
 
 
-def _step(config: RunConfig) -> str:
-    """How a step is computed, in words."""
+def _step(config: ResolvedConfig) -> str:
+    """Kernels, compilation, CUDA graph and activation checkpointing, as text."""
     run = config.run
-    graph = ", one CUDA graph a step" if run.cuda_graph == "on" else ""
-    again = ", activations computed again" if run.checkpoint_activations else ""
-    return f"{run.kernels} kernels, compile {run.compile}{graph}{again}"
+    graph = ", one CUDA graph per step" if run.cuda_graph == "on" else ""
+    checkpointing = ", activation checkpointing" if run.checkpoint_activations else ""
+    return f"{run.kernels} kernels, compile {run.compile}{graph}{checkpointing}"
 
 
 def end_facts(
     records: Sequence[dict[str, Any]], seconds: float, images_per_s: float | None, files: Sequence[str]
 ) -> list[Fact]:
-    """What the run was worth, from its metrics; `seconds` and images/s are those of this process."""
+    """Summary of a run: accuracy from its metrics; `seconds` and images/s of this process only."""
     knn = [record["knn_top1_percent"] for record in records if "knn_top1_percent" in record]
     pixels = [record["knn_pixels_top1_percent"] for record in records if "knn_pixels_top1_percent" in record]
     return summary_facts(

@@ -1,4 +1,4 @@
-"""How a run starts and how it ends: devices, data, settings and folder, agreed by all ranks; and what went wrong."""
+"""Context of a run: ranks, data, resolved settings and folder, the same on all ranks, and recording of failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastmoco.config import RunConfig
+from fastmoco.config import ResolvedConfig, RunConfig
 from fastmoco.device import make_deterministic
 from fastmoco.distributed.launch import is_launched
 from fastmoco.distributed.world import World
@@ -29,15 +29,15 @@ from pipelines.data.quarantine import Ledger
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run is made of.
+    """Everything that a run needs before training.
 
-    config     without open fields, the same on all ranks
-    reasons    why, for what was filled in
-    folder     of the run; `directory` is that folder opened for writing, on rank 0
-    console    silent on the other ranks
+    config     the same on all ranks
+    reasons    for the values that were filled in, by field
+    folder     of the run; `directory` is that folder opened for writing, on rank 0 only
+    console    prints on rank 0 only
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     reasons: dict[str, str]
     dataset: Dataset
     world: World
@@ -49,9 +49,9 @@ class RunContext:
 
 @contextmanager
 def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
-    """Joins the other ranks, loads the data and opens the folder; whatever is raised from then on is in status.json.
+    """Join the other ranks, load the data and open the folder; errors raised after that are recorded in status.json.
 
-    Of the ranks that end, the first to know why raises that error, and the others AlreadyReportedError.
+    The first rank that fails raises its error, the others AlreadyReportedError.
     """
     if config.run.deterministic:
         make_deterministic()
@@ -60,7 +60,7 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
     opened: list[RunDirectory] = []
     with World.join(config.run.device, config.scale.dist_timeout) as world:
         try:
-            context = _start(config, console, world, opened)
+            context = _create_context(config, console, world, opened)
             threads = context.config.run.cpu_threads if world.device.type == "cpu" else None
             with threads_restored(threads), context.stop:
                 yield context
@@ -76,33 +76,33 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
                 directory.close()
 
 
-def _start(config: RunConfig, console: Console, world: World, opened: list[RunDirectory]) -> RunContext:
-    """`opened` receives the folder, on the rank that opens it."""
+def _create_context(config: RunConfig, console: Console, world: World, opened: list[RunDirectory]) -> RunContext:
+    """Create the context; on rank 0, append the open folder to `opened`."""
     if world.device.type == "cpu":
         keep_freed_memory()
     data = config.data
-    dataset = world.first_on_each_machine(
+    dataset = world.local_main_first(
         lambda: load_dataset(data.data, data_root=data.data_root, limit=data.limit, bad_images=data.bad_images)
     )
 
-    def settle() -> dict[str, Any]:
-        """What depends on one rank's memory and disk, and all must agree on."""
-        settled, reasons = resolve(config, dataset.train, world.device, world.rank_info)
-        folder = Path(settled.run.out) if settled.run.out else Path("runs") / default_run_name(settled)
+    def resolve_and_open() -> dict[str, Any]:
+        """Resolve settings that depend on this rank's memory, and open the folder on its disk."""
+        resolved, reasons = resolve(config, dataset.train, world.device, world.rank_info)
+        folder = Path(resolved.run.out) if resolved.run.out else Path("runs") / default_run_name(resolved)
         if world.rank_info.restarts and (folder / "config.json").is_file():
-            settled = _restarted(folder)
-        opened.append(RunDirectory.open(folder, resume=settled.run.resume, overwrite=settled.run.overwrite))
-        return {"config": settled.to_json(), "reasons": reasons, "folder": str(opened[0].path)}
+            resolved = ResolvedConfig.of(_restarted(folder))
+        opened.append(RunDirectory.open(folder, resume=resolved.run.resume, overwrite=resolved.run.overwrite))
+        return {"config": resolved.to_json(), "reasons": reasons, "folder": str(opened[0].path)}
 
-    settled = world.on_main(settle)
-    folder = Path(settled["folder"])
+    shared = world.on_main(resolve_and_open)
+    folder = Path(shared["folder"])
     if data.bad_images == "quarantine":
         folder.mkdir(parents=True, exist_ok=True)  # on a machine that does not share rank 0's disk
         images = len(dataset.train) + (len(dataset.test) if dataset.test else 0) + len(dataset.quarantine)
         dataset = dataset.with_ledger(Ledger(str(folder / LEDGER_NAME), most=int(MAX_BAD_FRACTION * images)))
     return RunContext(
-        config=RunConfig.from_json(settled["config"]),
-        reasons=settled["reasons"],
+        config=ResolvedConfig.of(RunConfig.from_json(shared["config"])),
+        reasons=shared["reasons"],
         dataset=dataset,
         world=world,
         folder=folder,
@@ -113,6 +113,6 @@ def _start(config: RunConfig, console: Console, world: World, opened: list[RunDi
 
 
 def _restarted(folder: Path) -> RunConfig:
-    """The settings of a run that torchrun starts again: its own, to go on from the last checkpoint if there is one."""
+    """Settings after a restart by torchrun: those of the run, resumed from its last checkpoint if there is one."""
     resumable = any((folder / "checkpoints").glob("step-*.safetensors"))
     return read_config(folder).replace(resume=resumable, overwrite=not resumable)

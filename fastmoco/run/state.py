@@ -19,7 +19,7 @@ from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint
-from fastmoco.run.directory import versions
+from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
 from fastmoco.step.train_step import TrainStep
 from pipelines.data.index import ImageIndex

@@ -1,4 +1,4 @@
-"""Where the host's time goes: training, waiting for data, or neither (evaluation, checkpoints)."""
+"""Throughput of training and the share of time spent waiting for data, without evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Rates(NamedTuple):
 
 
 class StepClock:
-    """Rates since the last reading, and over the whole run without its first reading, which holds the warm-up.
+    """Rates since the last reading, and over the whole run except its first reading, which includes the warm-up.
 
-    on_step  is told the seconds of each step, from asking for its batch to asking for the next
+    on_step  called with the seconds of each step, from the request of its batch to that of the next
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class StepClock:
         self._since, self._waited_s, self._steps = self._now(), 0.0, 0
 
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches, each counted as a step, the time to get it as waiting."""
+        """Yield the same batches; count each as a step, and the time to get it as waiting."""
         self._training_since = self._now()
         while True:
-            training_s, asked = self.training_s, self._now()
+            training_s, requested = self.training_s, self._now()
             batch = next(batches, None)
-            self._waited_s += self._now() - asked
+            self._waited_s += self._now() - requested
             if batch is None:
                 return
             self._steps += 1
@@ -56,7 +56,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is neither training nor waiting."""
+        """Count the block as neither training nor waiting."""
         began = self._now()
         yield
         pause_s = self._now() - began
@@ -64,7 +64,7 @@ class StepClock:
         self._training_since += pause_s
 
     def read(self) -> Rates:
-        """Call it after the device has been waited for, with at least one step since the last reading."""
+        """Rates since the last reading. Requires a synchronised device and at least one step since then."""
         elapsed = self._now() - self._since
         rates = Rates(self._steps * self._batch_size / elapsed, 100 * self._waited_s / elapsed)
         if self._readings:
@@ -79,5 +79,5 @@ class StepClock:
 
     @property
     def images_per_s(self) -> float | None:
-        """Over the whole run; None before the first reading."""
+        """Rate over the whole run; None before the first reading."""
         return self._overall if self._readings else None

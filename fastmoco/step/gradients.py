@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastmoco.distributed.world import Pending, World
+from fastmoco.distributed.world import AsyncResult, World
 from fastmoco.step.flat_params import FlatParameters
 
 BUCKET_BYTES = 25 * 2**20  # of gradients in float32: as many as PyTorch's DistributedDataParallel sends at once
@@ -45,7 +45,7 @@ class GradientReducer:
         assert flat.grads is not None
         self._world, self._half = world, half
         self._buckets: list[Tensor] = []
-        self._pending: list[tuple[Tensor, Pending]] = []
+        self._pending: list[tuple[Tensor, AsyncResult]] = []
         self._counts: list[int] = []
         if world.size == 1:
             return

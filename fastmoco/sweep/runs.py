@@ -20,7 +20,8 @@ from fastmoco.config.checks import flag, known
 from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode
 from fastmoco.files import write_atomically
 from fastmoco.recipes import PUBLISHED
-from fastmoco.run.directory import git_commit, read_config, read_status, versions
+from fastmoco.run.directory import read_config, read_status
+from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 from fastmoco.run.metrics import read_metrics
 

@@ -1,4 +1,4 @@
-"""Augmentation presets: what `--aug` can be. To add one, add it to AUGMENTATIONS.
+"""Augmentation presets: what `--aug` can be. To add one, add it to PRESETS.
 
 Nothing here imports NumPy or torch: the command line reads the names.
 """
@@ -43,7 +43,13 @@ CIFAR = Augmentation(name="cifar", scale=(0.08, 1.0), mean=CIFAR_MEAN, std=CIFAR
 # Grill et al., "Bootstrap your own latent", 2020, table 6. There one view is always blurred and the other at times, and
 # only that one solarised; here each view has the mean of their probabilities, so that either may be the query.
 BYOL = Augmentation(name="byol", scale=(0.08, 1.0), saturation=0.2, blur_p=0.55, solarise_p=0.1)
-AUGMENTATIONS = {a.name: a for a in (V1, V2, CIFAR, BYOL)}
+PRESETS = (
+    V1,
+    V2,
+    CIFAR,
+    BYOL,
+)
+AUGMENTATIONS = {preset.name: preset for preset in PRESETS}
 
 
 def with_scale(augmentation: Augmentation, smallest: float) -> Augmentation:

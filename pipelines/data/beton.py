@@ -71,7 +71,7 @@ class BetonManifest:
     names          N names, relative to the source; undecodable bytes as surrogate escapes
     class_names    of labels 0, 1, ...; empty without labels
     stored         how many images were copied as they were, re-encoded as JPEG, or kept as raw pixels
-    settings       what the conversion wrequested
+    settings       what the conversion was requested
     quarantine     (name, reason) of the images left out
     versions       of the programs that wrote it
     """

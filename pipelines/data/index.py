@@ -223,7 +223,7 @@ class Dataset:
     test        what is classified in an evaluation, or None
     bank        the labelled images an evaluation compares `test` with or fits on: `train` itself if it has labels,
                 another part of the data set if that has (STL-10), else None
-    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` wrequested
+    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was requested
     skipped     how many files were passed over because their names are not those of images
     indexing    how the sizes became known, in words, where a scan helped
     """

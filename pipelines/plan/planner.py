@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipelines.augment.presets import Augmentation, sample_params
+from pipelines.augment.params import sample_params
+from pipelines.augment.presets import Augmentation
 from pipelines.plan.boxes import sample_boxes
 from pipelines.plan.order import epoch_order, shard, steps_per_epoch
 from pipelines.randomness import Domain, permutation

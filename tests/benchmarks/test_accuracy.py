@@ -265,7 +265,7 @@ def test_a_stopped_invocation_says_what_it_has_and_the_next_one_goes_on(tmp_path
     assert (run / "metrics.jsonl").stat().st_mtime_ns == written
     assert "done before" in file.getvalue()
     assert "not reached" in file.getvalue()
-    with pytest.raises(ConfigError, match=r"limit 128, and 64 wrequested: choose another folder with --runs"):
+    with pytest.raises(ConfigError, match=r"limit 128, and 64 was requested: choose another folder with --runs"):
         accuracy.main(replace(settings, limit=64), Console(file=io.StringIO(), width=150))
 
 

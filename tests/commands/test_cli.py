@@ -237,7 +237,7 @@ def test_a_folder_that_is_in_use_is_2_and_stays_as_it_is(run, tmp_path: Path, fi
         before = snapshot(out)
         code, line = run("--out", out)
         assert code == ExitCode.CONFIG
-        assert "is not empty: use --resume to go on, --overwrite to replace it, or --out" in line
+        assert "is not empty: use --resume to continue, --overwrite to replace it, or --out" in line
         assert snapshot(out) == before
     code, line = run("--out", tmp_path / "holiday", "--overwrite")
     assert code == ExitCode.CONFIG
@@ -319,7 +319,7 @@ def test_resuming_a_finished_run_changes_nothing(run, finished: Path) -> None:
 def test_cuda_without_cuda_is_6(run, tmp_path: Path) -> None:
     code, line = run("--device", "cuda", "--out", tmp_path / "run")
     assert code == ExitCode.DEVICE
-    assert "--device cuda, and torch" in line
+    assert "--device cuda, but torch" in line
     assert "use --device cpu" in line
     assert not (tmp_path / "run").exists()
 

@@ -16,10 +16,9 @@ import torch
 from fastmoco.commands.views_options import ViewsOptions
 from fastmoco.config import Aug
 from fastmoco.errors import ConfigError, ExitCode, RankLostError, error_named, exit_code
-from fastmoco.export.formats import FORMATS
-from fastmoco.export.options import SUFFIXES
-from fastmoco.model import architectures
-from fastmoco.model.encoder import ARCHITECTURES
+from fastmoco.export.formats import Format, format_of
+from fastmoco.model.resnet import SHAPES
+from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.data.named import LOADERS
 from pipelines.data.names import ARRAYS
@@ -41,7 +40,7 @@ CASES: dict[str, tuple[ExitCode, str]] = {
     "train --help": (DONE, "--batch-size"),
     "train shapes -h": (DONE, "--batch-size"),
     "train shapse": (CONFIG, "unknown recipe 'shapse'; did you mean 'shapes'"),
-    "train imagenet-v2": (DATA, "there is no ./imagenet, and the recipe imagenet-v2 trains on that: ImageNet-1k"),
+    "train imagenet-v2": (DATA, "there is no ./imagenet, which recipe imagenet-v2 trains on: ImageNet-1k"),
     "train --batch-sise 8": (CONFIG, "unknown argument '--batch-sise'; did you mean --batch-size?"),
     "train --batch-size": (CONFIG, "--batch-size"),
     "train --batch-size many": (CONFIG, "many"),
@@ -153,8 +152,8 @@ def test_the_time_of_a_whole_process(line: str, tmp_path: Path) -> None:
 
 def test_names_known_beforehand_are_those_of_what_is_loaded_later() -> None:
     assert tuple(LOADERS) == ARRAYS
-    assert tuple(ARCHITECTURES) == architectures.NAMES
-    assert SUFFIXES.keys() == FORMATS.keys()
+    assert ARCHITECTURES.keys() == SHAPES.keys()
+    assert all(isinstance(format_of(target), Format) for target in EXPORT_TARGETS)
     assert get_args(Aug) == tuple(AUGMENTATIONS)
 
 

@@ -1,4 +1,4 @@
-"""Processes as people start them: `--gpus`, torchrun with restarts, and the signals and kills that reach them."""
+"""Runs launched by `--gpus` and by torchrun with restarts, and signals and kills sent to their processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmoco.errors import ConfigError, ExitCode, RankLostError
 from tests.run.test_train import BASE, TINY, children_of
 
 RUN = [*TINY, *BASE, "--knn-every", "0", "--checkpoint-every", "1", "--dist-timeout", "60"]
-RUN += ["--cpu-threads", "1"]  # of each rank
+RUN += ["--cpu-threads", "1"]  # per rank
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")
 
 Started = subprocess.Popen[bytes]
@@ -26,14 +26,14 @@ Started = subprocess.Popen[bytes]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts a Python module in a process of its own; what all its processes say goes to the file `said`."""
+    """Starts a Python module in its own process; the output of all its processes goes to the file `output`."""
     started: list[Started] = []
 
     def call(*arguments: str, **environment: str) -> Started:
-        (tmp_path / "said").unlink(missing_ok=True)  # what is left of a killed one may still write to its own
-        with (tmp_path / "said").open("wb") as said:
+        (tmp_path / "output").unlink(missing_ok=True)  # a process of a killed run may still write to the old file
+        with (tmp_path / "output").open("wb") as output:
             command = [sys.executable, "-m", *arguments]
-            process = subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | environment)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | environment)
         started.append(process)
         return process
 
@@ -46,35 +46,35 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Of a process, all that have not ended."""
+    """All running descendants of a process."""
     try:
         children = children_of(pid)
     except OSError:
         return []
-    return [*children, *(below for child in children for below in descendants(child))]
+    return [*children, *(descendant for child in children for descendant in descendants(child))]
 
 
 def ranks_of(pid: int) -> dict[int, int]:
-    """Rank → process."""
-    found = {}
+    """Process id by rank."""
+    processes = {}
     for process in descendants(pid):
         environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
         ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
-        if ranks and int(ranks[0][5:]) not in found:
-            found[int(ranks[0][5:])] = process
-    return found
+        if ranks and int(ranks[0][5:]) not in processes:
+            processes[int(ranks[0][5:])] = process
+    return processes
 
 
-def wait_for(run: Path, step: int, process: Started, said: Path) -> None:
-    """Until the run has checkpointed that step."""
+def wait_for(run: Path, step: int, process: Started, output: Path) -> None:
+    """Wait until the run has saved a checkpoint of that step."""
     deadline = time.monotonic() + 180
     while not any(int(path.name[5:14]) >= step for path in (run / "checkpoints").glob("*.safetensors")):
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < deadline, said.read_text()
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
         time.sleep(0.05)
 
 
-def wait_for_the_end_of(processes: list[int]) -> None:
+def wait_for_exit(processes: list[int]) -> None:
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{process}").exists() for process in processes):
         assert time.monotonic() < deadline, "a process outlived the run"
@@ -82,53 +82,53 @@ def wait_for_the_end_of(processes: list[int]) -> None:
 
 
 def status(run: Path) -> tuple[str, int]:
-    found = json.loads((run / "status.json").read_text())
-    return found["state"], found["exit_code"]
+    status = json.loads((run / "status.json").read_text())
+    return status["state"], status["exit_code"]
 
 
 @pytest.mark.slow
-def test_gpus_starts_stops_and_goes_on(start: Callable[..., Started], tmp_path: Path) -> None:
-    """With worker processes, which the signal to all of a rank's processes must not take away before it has saved."""
+def test_gpus_starts_stops_and_resumes(start: Callable[..., Started], tmp_path: Path) -> None:
+    """With workers, which must survive a signal to all processes of a rank until it has saved."""
     run, flags = tmp_path / "run", [*RUN, "--out", str(tmp_path / "run"), "--pipeline", "torch", "--epochs", "500"]
     process = start("fastmoco", "train", "--gpus", "2", *flags)
-    wait_for(run, 3, process, tmp_path / "said")
+    wait_for(run, 3, process, tmp_path / "output")
     assert ranks_of(process.pid).keys() == {0, 1}
-    helpers = descendants(process.pid)
+    children = descendants(process.pid)
     process.terminate()
-    assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "said").read_text()
-    said = (tmp_path / "said").read_text()
-    assert "fastmoco: stopped: stopped by SIGTERM at step " in said
-    assert "Traceback" not in said
+    assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "output").read_text()
+    output = (tmp_path / "output").read_text()
+    assert "fastmoco: stopped: stopped by SIGTERM at step " in output
+    assert "Traceback" not in output
     assert status(run) == ("preempted", ExitCode.PREEMPTED)
-    wait_for_the_end_of(helpers)
+    wait_for_exit(children)
 
-    process = start("fastmoco", "train", "--resume", "--out", str(run))  # with as many as before
+    process = start("fastmoco", "train", "--resume", "--out", str(run))  # with as many ranks as before
     stopped_at = json.loads((run / "status.json").read_text())["step"]
-    wait_for(run, stopped_at + 2, process, tmp_path / "said")
-    helpers = descendants(process.pid)
+    wait_for(run, stopped_at + 2, process, tmp_path / "output")
+    children = descendants(process.pid)
     os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
-    assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "said").read_text()
-    wait_for_the_end_of(helpers)
+    assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "output").read_text()
+    wait_for_exit(children)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_lost_a_rank(start: Callable[..., Started], tmp_path: Path) -> None:
-    """It goes on from its last checkpoint with the same command, which does not say --resume."""
+    """It resumes from its last checkpoint with the same command, without --resume."""
     run = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     flags = [*RUN, "--out", str(run), "--pipeline", "resident", "--epochs", "6", "--overwrite"]
     process = start(*torchrun, "-m", "fastmoco", "train", *flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    wait_for(run, 5, process, tmp_path / "said")
+    wait_for(run, 5, process, tmp_path / "output")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    assert process.wait(180) == 0, (tmp_path / "said").read_text()
-    assert "resumed at step " in (tmp_path / "said").read_text()
+    assert process.wait(180) == 0, (tmp_path / "output").read_text()
+    assert "resumed at step " in (tmp_path / "output").read_text()
     assert status(run) == ("done", 0)
 
 
-# ---- what torchrun tells a rank, and is told -------------------------------------------------------------------------
+# ---- the interface to torchrun ---------------------------------------------------------------------------------------
 
 
-def test_a_place_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_info_is_read_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     assert RankInfo.from_environment() == SINGLE_PROCESS
@@ -142,9 +142,9 @@ def test_a_place_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
         RankInfo.from_environment()
 
 
-def test_torchrun_is_told_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_is_reported_to_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    report_to_torchrun(RankLostError("gone"), 75)  # nobody asks
+    report_to_torchrun(RankLostError("gone"), 75)  # without torchrun
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     report_to_torchrun(RankLostError("gone"), 75)
     message = json.loads((tmp_path / "error.json").read_text())["message"]

@@ -1,4 +1,4 @@
-"""Two machines, each a network namespace, joined by a virtual cable that is cut while they train together."""
+"""Two machines, each a network namespace, whose virtual link is cut during training."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ def ip(*arguments: str) -> None:
 
 
 class Machines:
-    """Two namespaces with an address each, 10.77.0.1 and 10.77.0.2."""
+    """Two network namespaces with addresses 10.77.0.1 and 10.77.0.2."""
 
     def __init__(self, name: str) -> None:
         self.names = [f"{name}-{number}" for number in (1, 2)]
-        self.cables = [f"v{os.getpid() % 100000}{side}" for side in "ab"]
+        self.links = [f"v{os.getpid() % 100000}{side}" for side in "ab"]
         self._started: list[subprocess.Popen[bytes]] = []
 
     def join(self) -> None:
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", self.cables[0], "type", "veth", "peer", "name", self.cables[1])
-        for number, (name, cable) in enumerate(zip(self.names, self.cables, strict=True), start=1):
-            ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", cable)
+        ip("link", "add", self.links[0], "type", "veth", "peer", "name", self.links[1])
+        for number, (name, link) in enumerate(zip(self.names, self.links, strict=True), start=1):
+            ip("link", "set", link, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
             ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", link, "up")
 
-    def train(self, said: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
-        """torchrun on both, as docs/scale-out.md says, with one rank each."""
+    def train(self, output: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
+        """Start torchrun on both, as in docs/scale-out.md, with one rank each and output in `output`.1 and .2."""
         processes = []
-        for number, (name, cable) in enumerate(zip(self.names, self.cables, strict=True), start=1):
-            torchrun = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", said.stem]
+        for number, (name, link) in enumerate(zip(self.names, self.links, strict=True), start=1):
+            torchrun = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", output.stem]
             torchrun += ["--rdzv-endpoint", "10.77.0.1:29400", "--local-addr", f"10.77.0.{number}"]
-            torchrun += ["--rdzv-conf", f"is_host={int(number == 1)}"]  # both have one host name
+            torchrun += ["--rdzv-conf", f"is_host={int(number == 1)}"]  # both have the same host name
             command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *torchrun]
             environment = os.environ | {
-                "GLOO_SOCKET_IFNAME": cable,
+                "GLOO_SOCKET_IFNAME": link,
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                 "OMP_NUM_THREADS": "1",
             }
-            with said.with_suffix(f".{number}").open("wb") as words:
+            with output.with_suffix(f".{number}").open("wb") as file:
                 process = subprocess.Popen(
-                    [*command, "-m", "fastmoco", "train", *arguments], stdout=words, stderr=words, env=environment
+                    [*command, "-m", "fastmoco", "train", *arguments], stdout=file, stderr=file, env=environment
                 )
             self._started.append(process)
             processes.append(process)
@@ -84,16 +84,16 @@ class Machines:
 @pytest.fixture
 def machines() -> Iterator[Machines]:
     if shutil.which("ip") is None:
-        pytest.skip("network namespaces need the command ip, of the package iproute2")
-    made = Machines(f"fastmoco-{os.getpid()}")
+        pytest.skip("network namespaces need the command ip of the package iproute2")
+    pair = Machines(f"fastmoco-{os.getpid()}")
     try:
-        made.join()
+        pair.join()
     except (OSError, subprocess.CalledProcessError) as error:
-        made.remove()
-        why = getattr(error, "stderr", b"") or str(error).encode()
-        pytest.skip(f"network namespaces are not permitted here: {why.decode().strip()}")
-    yield made
-    made.remove()
+        pair.remove()
+        reason = getattr(error, "stderr", b"") or str(error).encode()
+        pytest.skip(f"network namespaces are not permitted here: {reason.decode().strip()}")
+    yield pair
+    pair.remove()
 
 
 def is_alive(pid: int) -> bool:
@@ -104,27 +104,27 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_cut_cable_ends_both_in_time_and_the_run_goes_on(machines: Machines, tmp_path: Path) -> None:
+def test_a_cut_link_ends_both_in_time_and_the_run_resumes(machines: Machines, tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = machines.train(tmp_path / "first", *RUN, "--out", str(run))
     wait_for(run, 5, processes[0], tmp_path / "first.1")
     ranks = [pid for process in processes for pid in ranks_of(process.pid).values()]
     assert len(ranks) == 2
 
-    ip("-n", machines.names[0], "link", "set", machines.cables[0], "down")
-    cut = time.monotonic()
+    ip("-n", machines.names[0], "link", "set", machines.links[0], "down")
+    cut_s = time.monotonic()
     while any(is_alive(pid) for pid in ranks):
-        assert time.monotonic() - cut < 3 * TIMEOUT_S, "a rank waits for ever"
+        assert time.monotonic() - cut_s < 3 * TIMEOUT_S, "a rank waits forever"
         time.sleep(0.1)
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert "resume with --resume" in status["message"]
     machines.stop()
 
-    ip("-n", machines.names[0], "link", "set", machines.cables[0], "up")
-    again = machines.train(tmp_path / "second", *RUN, "--resume", "--out", str(run))
-    assert [process.wait(200) for process in again] == [0, 0], (tmp_path / "second.1").read_text()
+    ip("-n", machines.names[0], "link", "set", machines.links[0], "up")
+    resumed = machines.train(tmp_path / "second", *RUN, "--resume", "--out", str(run))
+    assert [process.wait(200) for process in resumed] == [0, 0], (tmp_path / "second.1").read_text()
 
-    assert results(start(2, main, ["train", *RUN, "--out", str(tmp_path / "whole")])) == [0, 0]  # on one machine
-    ours, theirs = newest(run), newest(tmp_path / "whole")
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+    assert results(start(2, main, ["train", *RUN, "--out", str(tmp_path / "single")])) == [0, 0]  # on one machine
+    state, expected = newest(run), newest(tmp_path / "single")
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])] == []

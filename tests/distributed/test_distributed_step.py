@@ -1,4 +1,4 @@
-"""Twenty steps on several ranks are twenty steps on one, and on the paper's algorithm, whatever batch norm looks at."""
+"""Twenty steps on several ranks equal those on one rank and of the paper's algorithm, for all batch norm groups."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.ranks import results, start
 from tests.step.test_step_parity import BATCH, DIM, EMA, HYPER, LR, QUEUE, reference_of
 
 STEPS = 20
-SIDE = 16  # of 8 pixels the last layers leave one, and among 2 of them batch norm multiplies any difference by hundreds
+SIDE = 16  # 8 pixels leave one in the last layers; batch norm over 2 values amplifies any difference by hundreds
 IMAGES = 3 * BATCH
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained. With `bn_splits` 1, batch norm sees the whole batch, on however many ranks it lies."""
+    """Training settings. With `bn_splits` 1, batch norm is over the global batch, on any number of ranks."""
 
     bn_splits: int
     symmetric: bool = False
@@ -74,20 +74,20 @@ def make_step(case: Case, world: World | None = None, precision: torch.dtype = t
 
 
 def batches(case: Case, count: int) -> list[Views]:
-    """Whole batches: pairs of images that have something in common."""
+    """Global batches of pairs of correlated images."""
     generator = torch.Generator().manual_seed(2)
 
     def normal() -> Tensor:
         images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
         return images.contiguous(memory_format=torch.channels_last)
 
-    made = []
+    views = []
     for _ in range(count):
         base, order = normal(), torch.randperm(BATCH, generator=generator)
         order = order if case.shuffle else torch.arange(BATCH)
         index = torch.randperm(IMAGES, generator=generator)[:BATCH]
-        made.append(Views(base + 0.5 * normal(), (base + 0.5 * normal())[order], order, index))
-    return made
+        views.append(Views(base + 0.5 * normal(), (base + 0.5 * normal())[order], order, index))
+    return views
 
 
 def share(views: Views, world: World) -> Views:
@@ -95,7 +95,7 @@ def share(views: Views, world: World) -> Views:
 
 
 def state_of(step: TrainStep) -> dict[str, Tensor]:
-    """Parameters, statistics and dictionary."""
+    """Parameters, running statistics, dictionary and momentum buffers."""
     named = dict(step.model.state_dict()) | {f"dictionary.{n}": t for n, t in step.dictionary.state_dict().items()}
     named |= {f"momentum.{n}": t for n, t in step.state_dict()["momentum_buffer"].items()}
     return {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -106,7 +106,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def train(case: Case, world: World | None, count: int = STEPS, **options) -> tuple[list[float], TrainStep]:
-    """The losses, and the step after them."""
+    """The losses, and the step object after training."""
     step, losses = make_step(case, world, **options), []
     for views in batches(case, count):
         step(views if world is None else share(views, world), LR, EMA)
@@ -115,28 +115,28 @@ def train(case: Case, world: World | None, count: int = STEPS, **options) -> tup
 
 
 def numpy(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Tensors would travel as descriptors of a process that has ended."""
+    """NumPy copies; tensors would be sent as file descriptors of a process that has exited."""
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def one_rank(ranks: int) -> dict[str, Any]:
-    """Every check that needs several processes, in one start of them."""
+    """All measurements that need several processes, in one launch."""
     with World.join("cpu", timeout_s=60) as world:
-        said: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         for case in CASES[ranks]:
             losses, step = train(case, world)
             state = state_of(step)
-            said[str(case)] = losses, digest(state), numpy(state) if world.is_main else None
+            outputs[str(case)] = losses, digest(state), numpy(state) if world.is_main else None
         if ranks == 2:
             losses, step = train(Case(2), world, 5, half_gradients=True)
-            said["half"] = losses, digest(state_of(step))
-            said["bad"] = a_bad_share(world)
-            said["buckets"] = buckets_of(world)
-        return said
+            outputs["half"] = losses, digest(state_of(step))
+            outputs["non-finite"] = non_finite_shard(world)
+            outputs["buckets"] = buckets_of(world)
+        return outputs
 
 
-def a_bad_share(world: World) -> dict[str, Any]:
-    """One rank's images are not finite: no rank may change anything, and all must count it."""
+def non_finite_shard(world: World) -> dict[str, Any]:
+    """One rank's images are not finite: no rank may change its state, and all must count the step as skipped."""
     case = Case(2)
     step, (first, second) = make_step(case, world), batches(case, 2)
     step(share(first, world), LR, EMA)
@@ -145,56 +145,56 @@ def a_bad_share(world: World) -> dict[str, Any]:
     if world.rank == 1:
         poisoned.query[0, 0, 0, 0] = math.nan
     step(poisoned, LR, EMA)
-    return {"same": digest(state_of(step)) == before, **step.read_metrics()}
+    return {"unchanged": digest(state_of(step)) == before, **step.read_metrics()}
 
 
 def buckets_of(world: World) -> dict[str, Any]:
-    """Sums in tiny buckets, with and without overlap, of gradients that are known."""
-    found = {}
+    """Sums of known gradients in tiny buckets, with and without overlap."""
+    sums = {}
     for overlap in (True, False):
         for decay in (True, False):
             torch.manual_seed(0)
             encoder = build_encoder("resnet18", width=0.125, stem="cifar", dim=DIM)
             flat = FlatParameters(encoder, decay_norm_and_bias=decay)
             assert flat.grads is not None
-            total = GradientReducer(encoder, flat, world, overlap=overlap, bucket_bytes=2**14)
-            for _ in range(2):  # the second time, everything has to be as new
+            reducer = GradientReducer(encoder, flat, world, overlap=overlap, bucket_bytes=2**14)
+            for _ in range(2):  # it must be reusable
                 flat.grads.zero_()
                 sum((p * (world.rank + 1)).sum() for p in encoder.parameters()).backward()  # pyright: ignore
-                total.finish()
+                reducer.finish()
             values = {float(v) for p in encoder.parameters() if p.grad is not None for v in p.grad.unique()}
-            found[f"{overlap} {decay}"] = (values, len(total._buckets), total.bytes == 4 * len(flat.grads))
-    return found
+            sums[f"{overlap} {decay}"] = (values, len(reducer._buckets), reducer.bytes == 4 * len(flat.grads))
+    return sums
 
 
 @pytest.fixture(scope="module")
-def of_ranks() -> dict[int, list[dict[str, Any]]]:
+def cached() -> dict[int, list[dict[str, Any]]]:
     return {}
 
 
-def said_by(ranks: int, known: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    if ranks not in known:
-        known[ranks] = results(start(ranks, one_rank, ranks, timeout_s=240))
-    return known[ranks]
+def outputs_of(ranks: int, cached: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    if ranks not in cached:
+        cached[ranks] = results(start(ranks, one_rank, ranks, timeout_s=240))
+    return cached[ranks]
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "case"), [(r, c) for r, cases in CASES.items() for c in cases], ids=str)
-def test_twenty_steps_are_those_of_one_rank(ranks: int, case: Case, of_ranks) -> None:
-    """In float64 to the last digits; and bit for bit the same state on all ranks."""
-    said = [mine[str(case)] for mine in said_by(ranks, of_ranks)]
-    assert len({of_rank[1] for of_rank in said}) == 1
-    losses, _, found = said[0]
+def test_twenty_steps_equal_those_of_one_rank(ranks: int, case: Case, cached) -> None:
+    """In float64 up to rounding, with a bit-identical state on all ranks."""
+    outputs = [own[str(case)] for own in outputs_of(ranks, cached)]
+    assert len({digest for _, digest, _ in outputs}) == 1
+    losses, _, state = outputs[0]
     expected_losses, step = train(case, None)
     assert losses == pytest.approx(expected_losses, rel=1e-8)
     expected = state_of(step)
-    assert found.keys() == expected.keys()
+    assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert relative_error(torch.from_numpy(found[name]).double(), tensor.double()) < 1e-8, name
+        assert relative_error(torch.from_numpy(state[name]).double(), tensor.double()) < 1e-8, name
 
 
 @pytest.mark.slow
@@ -203,21 +203,21 @@ def test_twenty_steps_are_those_of_one_rank(ranks: int, case: Case, of_ranks) ->
     [(2, Case(1, symmetric=True)), (2, Case(4, symmetric=True)), (4, Case(2)), (4, Case(8))],
     ids=str,
 )
-def test_the_losses_are_the_papers(ranks: int, case: Case, of_ranks) -> None:
-    """Shuffled, split and synchronised batch norm against loops over the groups of a whole batch."""
+def test_the_losses_are_those_of_the_papers_algorithm(ranks: int, case: Case, cached) -> None:
+    """Shuffled, split and synchronised batch norm against loops over the groups of a global batch."""
     reference = reference_of(make_step(case), bn_splits=case.bn_splits, symmetric=case.symmetric)
     expected = [
         reference.step(views.query.contiguous(), views.key.contiguous(), views.key_order.tolist())
         for views in batches(case, STEPS)
     ]
-    for of_rank in said_by(ranks, of_ranks):
-        assert of_rank[str(case)][0] == pytest.approx(expected, rel=1e-8)
+    for own in outputs_of(ranks, cached):
+        assert own[str(case)][0] == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.slow
-def test_gradients_in_half_the_bytes(of_ranks) -> None:
-    """Rounded, but the same on both ranks, and close to what they round."""
-    left, right = (mine["half"] for mine in said_by(2, of_ranks))
+def test_gradients_in_bfloat16(cached) -> None:
+    """Rounded, but the same on both ranks, and close to the exact ones."""
+    left, right = (own["half"] for own in outputs_of(2, cached))
     assert left == right
     exact, _ = train(Case(2), None, 5)
     assert left[0] != exact
@@ -225,17 +225,17 @@ def test_gradients_in_half_the_bytes(of_ranks) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_share_leaves_no_trace_on_any_rank(of_ranks) -> None:
-    for mine in said_by(2, of_ranks):
-        assert mine["bad"]["same"]
-        assert (mine["bad"]["skipped_steps"], mine["bad"]["consecutive_skipped"]) == (1, 1)
-        assert math.isfinite(mine["bad"]["loss"])
+def test_a_non_finite_shard_changes_no_rank(cached) -> None:
+    for own in outputs_of(2, cached):
+        assert own["non-finite"]["unchanged"]
+        assert (own["non-finite"]["skipped_steps"], own["non-finite"]["consecutive_skipped"]) == (1, 1)
+        assert math.isfinite(own["non-finite"]["loss"])
 
 
 @pytest.mark.slow
-def test_buckets_add_up(of_ranks) -> None:
-    for mine in said_by(2, of_ranks):
-        for values, buckets, whole in mine["buckets"].values():
+def test_buckets_add_up(cached) -> None:
+    for own in outputs_of(2, cached):
+        for values, buckets, is_complete in own["buckets"].values():
             assert values == {3.0}
             assert buckets > 3
-            assert whole
+            assert is_complete

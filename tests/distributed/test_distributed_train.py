@@ -1,4 +1,4 @@
-"""Whole runs on several ranks: one folder, one result, stopped and resumed together, on as many ranks as there are."""
+"""Complete runs on several ranks: one folder, the result of one rank, stopped and resumed on any number of ranks."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from pipelines.errors import DataError
 from tests.ranks import Died, Failed, results, start
 from tests.run.test_train import RESIDENT, exact_metrics, newest
 
-# So low a rate that float32 runs stay together; kNN then tells features that differ in their last digits alike.
+# The learning rate is so low that float32 runs do not diverge from each other, and kNN finds the same neighbours.
 BASE = [*RESIDENT, "--no-tensorboard", "--lr", "1e-5", "--log-every", "1", "--knn-every", "1", "--dist-timeout", "30"]
-BASE += ["--cpu-threads", "1"]  # of each rank
+BASE += ["--cpu-threads", "1"]  # per rank
 
 
 def ending(out: Path, *arguments: str, console: Console | None = None) -> str:
-    """One rank's part of a run, and how it ended for it."""
+    """Run one rank; returns how it ended."""
     config = parse_train([*BASE, "--out", str(out), *arguments])
     try:
         train_module.train(config, console or Console(file=io.StringIO()))
-    except AlreadyReportedError as told:
-        return f"told {told.code}"
+    except AlreadyReportedError as error:
+        return f"already reported {error.code}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "done"
 
 
 def interrupted(out: Path, *arguments: str, rank: int, at: int, how: str) -> str:
-    """As `ending`, where something happens to one rank as it asks for batch `at`."""
+    """As `ending`, but something happens to one rank when it requests batch `at`."""
     original = TwoViewPipeline.views
 
     def views(self: TwoViewPipeline, start: int, stop: int):
@@ -64,38 +64,38 @@ def interrupted(out: Path, *arguments: str, rank: int, at: int, how: str) -> str
 
 
 def stay_joined(timeout_s: float = 30) -> World:
-    """One world for all runs of this process: the store of a start knows its ranks once."""
+    """Use one world for all runs of this process, because ranks can join the store of a launch only once."""
     world = World.join("cpu", timeout_s)
-    setattr(World, "join", staticmethod(lambda *_: world))  # noqa: B010 - of another type, in this process alone
+    setattr(World, "join", staticmethod(lambda *_: world))  # noqa: B010 - of another type, in this process only
     world.close = lambda: None
     return world
 
 
 def two_ranks(folder: Path, photos: Path) -> dict[str, Any]:
-    said: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     world = stay_joined()
     console = Console(file=io.StringIO(), width=200)
-    said["whole"] = ending(folder / "whole", "--paranoid", console=console)
-    said["printed"] = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    said["sync"] = ending(folder / "sync", "--bn-splits", "1", "--knn-every", "0")
-    said["unlabelled"] = ending(folder / "unlabelled", "--data", str(photos))
-    # The first start ends by a signal to one rank, agreed by both a step later.
-    said["stopped"] = interrupted(folder / "stopped", rank=1, at=3, how="signal")
-    return said | {"rank": world.rank}
+    outputs["complete"] = ending(folder / "complete", "--paranoid", console=console)
+    outputs["printed"] = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    outputs["sync"] = ending(folder / "sync", "--bn-splits", "1", "--knn-every", "0")
+    outputs["unlabelled"] = ending(folder / "unlabelled", "--data", str(photos))
+    # Ends by a signal to one rank, on which both agree one step later.
+    outputs["stopped"] = interrupted(folder / "stopped", rank=1, at=3, how="signal")
+    return outputs | {"rank": world.rank}
 
 
-def again_with_two(folder: Path) -> dict[str, Any]:
+def resume_with_two(folder: Path) -> dict[str, Any]:
     stay_joined()
     return {name: ending(folder / name, "--resume", "--paranoid") for name in ("stopped", "four")}
 
 
 def four_ranks(folder: Path) -> str:
-    """Two batch norm groups over four ranks, and then, resumed with two, one on each."""
+    """Two batch norm groups over four ranks; resumed with two ranks, one on each."""
     stay_joined()
     return interrupted(folder / "four", rank=2, at=3, how="signal")
 
 
-def meets_a_bad_image(folder: Path) -> str:
+def fails_on_a_bad_image(folder: Path) -> str:
     stay_joined()
     return interrupted(folder / "bad", rank=1, at=3, how="bad image")
 
@@ -123,15 +123,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path, photos: Path) -> list[dict[str, Any]]:
-    """What both ranks say of the runs of `two_ranks`."""
+    """Results of `two_ranks` on both ranks."""
     return results(start(2, two_ranks, folder, photos))
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path, photos: Path) -> Path:
-    """The same runs in this process."""
+    """The same runs with one rank, in this process."""
     for name, arguments in (
-        ("whole", []),
+        ("complete", []),
         ("sync", ["--bn-splits", "1", "--knn-every", "0"]),
         ("unlabelled", ["--data", str(photos)]),
     ):
@@ -148,75 +148,75 @@ def evaluations(run: Path) -> list[dict[str, float]]:
 
 
 def status(run: Path) -> tuple[str, int, int]:
-    said = json.loads((run / "status.json").read_text())
-    return said["state"], said["exit_code"], said["step"]
+    status = json.loads((run / "status.json").read_text())
+    return status["state"], status["exit_code"], status["step"]
 
 
 @pytest.mark.slow
-def test_one_folder_and_one_voice(two: list[dict[str, Any]], folder: Path) -> None:
-    assert [mine["whole"] for mine in two] == ["done", "done"]
+def test_one_rank_writes_and_prints(two: list[dict[str, Any]], folder: Path) -> None:
+    assert [own["complete"] for own in two] == ["done", "done"]
     assert "8 images, 4 on each of 2 devices; 2 batch norm splits, 1 on each" in two[0]["printed"]
     assert two[1]["printed"] == ""
-    assert status(folder / "whole") == ("done", 0, 8)
-    names = {path.name for path in (folder / "whole").iterdir()}
+    assert status(folder / "complete") == ("done", 0, 8)
+    names = {path.name for path in (folder / "complete").iterdir()}
     assert names >= {"views.png", "curves.png", "backbone.safetensors", "metrics.jsonl", "config.json"}
-    assert len(losses(folder / "whole")) == 8
+    assert len(losses(folder / "complete")) == 8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["whole", "sync", "unlabelled"])
-def test_the_run_of_one_process(name: str, two: list[dict[str, Any]], one: Path, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["complete", "sync", "unlabelled"])
+def test_the_run_equals_that_of_one_process(name: str, two: list[dict[str, Any]], one: Path, folder: Path) -> None:
     """Losses, evaluations, picture and queue, for shuffled and for synchronised batch norm."""
-    assert [mine[name] for mine in two] == ["done", "done"]
+    assert [own[name] for own in two] == ["done", "done"]
     assert losses(folder / name) == pytest.approx(losses(one / name), rel=1e-5)
-    ours, theirs = newest(folder / name), newest(one / name)
-    torch.testing.assert_close(ours["queue/keys"], theirs["queue/keys"], rtol=0, atol=1e-4)
-    assert ours["queue/pointer"] == theirs["queue/pointer"]
+    state, expected = newest(folder / name), newest(one / name)
+    torch.testing.assert_close(state["queue/keys"], expected["queue/keys"], rtol=0, atol=1e-4)
+    assert state["queue/pointer"] == expected["queue/pointer"]
     assert (folder / name / "views.png").read_bytes() == (one / name / "views.png").read_bytes()
 
 
 @pytest.mark.slow
 def test_the_evaluation_is_that_of_one_rank(two: list[dict[str, Any]], one: Path, folder: Path) -> None:
-    found, expected = evaluations(folder / "whole"), evaluations(one / "whole")
-    assert len(found) == 3
-    assert found[0] == expected[0]  # of the same weights, in every digit
-    assert "knn_pixels_top1_percent" in found[0]
-    for mine, theirs in zip(evaluations(folder / "unlabelled"), evaluations(one / "unlabelled"), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-        assert "uniformity" in mine
+    results, expected = evaluations(folder / "complete"), evaluations(one / "complete")
+    assert len(results) == 3
+    assert results[0] == expected[0]  # exactly, of the same weights
+    assert "knn_pixels_top1_percent" in results[0]
+    for result, reference in zip(evaluations(folder / "unlabelled"), evaluations(one / "unlabelled"), strict=True):
+        assert result == pytest.approx(reference, rel=1e-4)
+        assert "uniformity" in result
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_together(two: list[dict[str, Any]], folder: Path) -> None:
-    """The run that was stopped ends bit for bit as the one that was not. And a run of four goes on with two."""
-    endings = [mine["stopped"] for mine in two]
-    assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted", "told 75"]
+def test_a_signal_to_one_rank_stops_all_and_the_run_resumes(two: list[dict[str, Any]], folder: Path) -> None:
+    """The resumed run is bit-identical to the uninterrupted one. And a run of four ranks resumes with two."""
+    endings = [own["stopped"] for own in two]
+    assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted", "already reported 75"]
     assert "saved: resume with --resume" in "".join(endings)
     assert status(folder / "stopped")[:2] == ("preempted", ExitCode.PREEMPTED)
 
     endings = results(start(4, four_ranks, folder))
-    assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted"] + 3 * ["told 75"]
+    assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted"] + 3 * ["already reported 75"]
     assert status(folder / "four")[0] == "preempted"
     assert 0 < status(folder / "four")[2] < 8
 
-    again = results(start(2, again_with_two, folder))
-    assert again == 2 * [{"stopped": "done", "four": "done"}]
-    ours, theirs = newest(folder / "stopped"), newest(folder / "whole")
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
-    assert exact_metrics(folder / "stopped") == exact_metrics(folder / "whole")
+    resumed = results(start(2, resume_with_two, folder))
+    assert resumed == 2 * [{"stopped": "done", "four": "done"}]
+    state, expected = newest(folder / "stopped"), newest(folder / "complete")
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])] == []
+    assert exact_metrics(folder / "stopped") == exact_metrics(folder / "complete")
 
 
 @pytest.mark.slow
-def test_a_run_of_four_ended_with_two_is_one_of_one(one: Path, folder: Path) -> None:
-    assert status(folder / "four") == ("done", 0, 8), "runs after the test above"
-    assert losses(folder / "four") == pytest.approx(losses(one / "whole"), rel=1e-5)
+def test_a_run_of_four_resumed_with_two_equals_that_of_one(one: Path, folder: Path) -> None:
+    assert status(folder / "four") == ("done", 0, 8), "must run after the test above"
+    assert losses(folder / "four") == pytest.approx(losses(one / "complete"), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_is_heard_by_all(folder: Path) -> None:
-    """Its error is the run's, in the exit code and in status.json, which another rank writes."""
-    endings = results(start(2, meets_a_bad_image, folder))
-    assert endings == ["told 3", "DataError: photo.jpg is empty"]
+def test_an_error_of_one_rank_reaches_all(folder: Path) -> None:
+    """It determines the exit code of the run and status.json, which another rank writes."""
+    endings = results(start(2, fails_on_a_bad_image, folder))
+    assert endings == ["already reported 3", "DataError: photo.jpg is empty"]
     assert status(folder / "bad")[:2] == ("failed", ExitCode.DATA)
     assert json.loads((folder / "bad" / "status.json").read_text())["message"] == "photo.jpg is empty"
 
@@ -224,13 +224,13 @@ def test_a_rank_that_fails_is_heard_by_all(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("stall", ExitCode.PREEMPTED)])
 def test_a_rank_that_is_lost_ends_the_run_resumable(how: str, code: int, folder: Path) -> None:
-    """Within the time-out; a rank that has stalled ends itself."""
-    began = time.monotonic()
-    left, right = start(2, loses_rank_1, folder, how)
-    assert time.monotonic() - began < 40
-    assert right == Died(code)
-    assert not isinstance(left, Failed)
-    assert left.startswith("RankLostError: another rank is gone")
+    """Within the timeout; a rank that has stalled exits by itself."""
+    began_s = time.monotonic()
+    main, other = start(2, loses_rank_1, folder, how)
+    assert time.monotonic() - began_s < 40
+    assert other == Died(code)
+    assert not isinstance(main, Failed)
+    assert main.startswith("RankLostError: another rank exited or was unresponsive")
     assert status(folder / how)[:2] == ("preempted", ExitCode.PREEMPTED)
     assert ending(folder / how, "--resume") == "done"
     assert status(folder / how) == ("done", 0, 8)

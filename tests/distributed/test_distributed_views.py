@@ -1,4 +1,4 @@
-"""Every rank makes its share of the views, and all shares together are what one rank would have made."""
+"""Every rank generates its shard of the views; concatenated, the shards are the views of one rank."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ def views_of(images: ImageIndex, source_of, *, shuffle: bool, rank: int = 0, ran
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("source_of", [ResidentCrops, TorchCrops])
-def test_all_shares_make_up_the_batch(images: ImageIndex, source_of, ranks: int, shuffle: bool) -> None:
-    whole = views_of(images, source_of, shuffle=shuffle)
-    shares = [views_of(images, source_of, shuffle=shuffle, rank=rank, ranks=ranks) for rank in range(ranks)]
-    for step, expected in enumerate(whole):
-        mine = [share[step] for share in shares]
-        for views in mine:
+def test_all_shards_make_up_the_batch(images: ImageIndex, source_of, ranks: int, shuffle: bool) -> None:
+    batches = views_of(images, source_of, shuffle=shuffle)
+    shards = [views_of(images, source_of, shuffle=shuffle, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for step, expected in enumerate(batches):
+        parts = [shard[step] for shard in shards]
+        for views in parts:
             assert views.query.shape == (BATCH // ranks, 3, 16, 16)
             assert views.query.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(views.key_order, expected.key_order)
         for field in ("query", "key", "index"):
-            assert torch.equal(torch.cat([getattr(views, field) for views in mine]), getattr(expected, field)), field
+            assert torch.equal(torch.cat([getattr(views, field) for views in parts]), getattr(expected, field)), field
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
-def test_the_control_shares_out_the_same_images(shuffle: bool) -> None:
-    """It draws its own crops and colours, so images of one colour each: what is left of them is which image it is."""
+def test_the_baseline_shards_the_same_images(shuffle: bool) -> None:
+    """Its crops and colours are random, so each image has one colour, which identifies it."""
     greys = np.arange(0, 240, 6, dtype=np.uint8)
     images = ImageIndex.from_pixels("greys", np.tile(greys[:, None, None, None], (1, 8, 8, 3)))
     plain = Augmentation(name="plain", scale=(1.0, 1.0), jitter_p=0.0, grey_p=0.0, mean=(0, 0, 0), std=(1, 1, 1))
     settings = {"seed": 4, "batch_size": BATCH, "augmentation": plain, "shuffle_keys": shuffle, "world_size": 2}
     planners = [Planner(images.sizes, rank=rank, **settings) for rank in range(2)]
-    found = []
+    shards = []
     for planner in planners:
         pipeline = DataLoaderPipeline(images, planner, 8, torch.device("cpu"), torch.float32, 0)
-        found.append(next(pipeline.views(1, 2)))
+        shards.append(next(pipeline.views(1, 2)))
     seen = [
-        (255 * torch.cat([getattr(views, side) for views in found])[:, 0, 0, 0]).round() for side in ("query", "key")
+        (255 * torch.cat([getattr(views, side) for views in shards])[:, 0, 0, 0]).round() for side in ("query", "key")
     ]
     indices, order = planners[0].indices(1), planners[0].key_order(1)
     np.testing.assert_array_equal(seen[0], greys[indices])
     np.testing.assert_array_equal(seen[1], greys[indices[order]])
-    np.testing.assert_array_equal(torch.cat([views.index for views in found]), indices)
+    np.testing.assert_array_equal(torch.cat([views.index for views in shards]), indices)

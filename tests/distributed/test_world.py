@@ -1,4 +1,4 @@
-"""What ranks say to each other: sums, gathers, shares, outcomes and votes; and one rank alone."""
+"""Communication between ranks: collectives, shards, outcomes and votes; and a world of one rank."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.ranks import Died, Failed, results, start
 # ---- one rank --------------------------------------------------------------------------------------------------------
 
 
-def alone() -> World:
+def single_rank() -> World:
     return World(torch.device("cpu"))
 
 
-def test_alone_every_collective_is_an_identity() -> None:
-    world, tensor = alone(), torch.arange(6.0).view(3, 2)
+def test_with_one_rank_every_collective_is_the_identity() -> None:
+    world, tensor = single_rank(), torch.arange(6.0).view(3, 2)
     assert world.all_reduce(tensor).wait() is tensor
     assert world.all_gather(tensor).wait() is tensor
     assert all_gather_with_grad(tensor, world) is tensor
@@ -38,15 +38,15 @@ def test_alone_every_collective_is_an_identity() -> None:
     assert world.report_failure(ValueError())
 
 
-def test_alone_a_vote_is_answered_at_once() -> None:
-    vote = StopVote(alone())
-    assert [vote(hand) for hand in (False, True, False)] == [False, True, False]
+def test_with_one_rank_a_vote_is_immediate() -> None:
+    vote = StopVote(single_rank())
+    assert [vote(requested) for requested in (False, True, False)] == [False, True, False]
 
 
-def test_alone_outcomes_pass_through() -> None:
-    world = alone()
+def test_with_one_rank_outcomes_pass_through() -> None:
+    world = single_rank()
     assert world.on_main(lambda: (1, 2)) == (1, 2)
-    assert world.first_on_each_machine(lambda: 3) == 3
+    assert world.local_main_first(lambda: 3) == 3
     with pytest.raises(DataError, match="no images"):
         world.on_main(lambda: _raise(DataError("no images")))
 
@@ -79,81 +79,81 @@ def test_a_lost_rank_is_resumable() -> None:
 # ---- several ---------------------------------------------------------------------------------------------------------
 
 
-def conversation(folder: Path) -> dict[str, Any]:
-    """One rank's side of everything that does not fail."""
+def communicate(folder: Path) -> dict[str, Any]:
+    """Every operation that does not fail, on one rank."""
     with World.join("cpu", timeout_s=30) as world:
-        rank, said = world.rank, {}
-        said["identity"] = (rank, world.size, world.is_main, *world.rank_info[2:4])
-        said["sum"] = world.all_reduce(torch.full((3,), float(rank + 1))).wait().tolist()
-        said["bf16"] = world.all_reduce(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
-        said["gather"] = world.all_gather(torch.full((2, 1), rank)).wait().flatten().tolist()
+        rank, outputs = world.rank, {}
+        outputs["identity"] = (rank, world.size, world.is_main, *world.rank_info[2:4])
+        outputs["sum"] = world.all_reduce(torch.full((3,), float(rank + 1))).wait().tolist()
+        outputs["bf16"] = world.all_reduce(torch.full((3,), rank + 1, dtype=torch.bfloat16)).wait().tolist()
+        outputs["gather"] = world.all_gather(torch.full((2, 1), rank)).wait().flatten().tolist()
         strided = torch.arange(8.0).view(2, 4).T[:, :1] + 10 * rank
-        said["strided"] = world.all_gather(strided).wait().flatten().tolist()
-        said["share"] = world.share(torch.arange(8)).tolist()
+        outputs["strided"] = world.all_gather(strided).wait().flatten().tolist()
+        outputs["share"] = world.share(torch.arange(8)).tolist()
 
         rows = torch.tensor([1.0 + rank], requires_grad=True)
         weights = torch.arange(1.0, 1 + world.size) * 10**rank
         (all_gather_with_grad(rows, world) * weights).sum().backward()
         assert rows.grad is not None
-        said["gradient"] = rows.grad.item()
+        outputs["gradient"] = rows.grad.item()
 
-        mine = torch.full((2, 2), float(rank)).T
-        world.broadcast(mine)
-        said["from main"] = mine.tolist()
+        received = torch.full((2, 2), float(rank)).T
+        world.broadcast(received)
+        outputs["broadcast"] = received.tolist()
 
         pair = world.subgroup(world.size // 2)
-        said["part"] = (pair.rank, pair.size, pair.all_reduce(torch.tensor([rank])).wait().item())
+        outputs["subgroup"] = (pair.rank, pair.size, pair.all_reduce(torch.tensor([rank])).wait().item())
         single = world.subgroup(world.size)
-        said["single"] = (single.size, single.all_gather(torch.tensor([rank])).wait().item())
+        outputs["single"] = (single.size, single.all_gather(torch.tensor([rank])).wait().item())
 
-        said["outcome"] = world.on_main(lambda: {"rank": rank})
+        outputs["outcome"] = world.on_main(lambda: {"rank": rank})
         try:
             world.on_main(lambda: _raise(DataError(f"rank {rank} finds no images")))
         except DataError as error:
-            said["error"] = str(error)
+            outputs["error"] = str(error)
 
         def index() -> str:
-            found = (folder / "index").exists()
+            exists = (folder / "index").exists()
             (folder / "index").touch()
-            return f"{'read' if found else 'made'} by {rank}"
+            return f"{'read' if exists else 'made'} by {rank}"
 
-        said["index"] = world.first_on_each_machine(index)
+        outputs["index"] = world.local_main_first(index)
         vote = StopVote(world)
-        said["votes"] = [vote(hand) for hand in (False, rank == 1, False, False)]
+        outputs["votes"] = [vote(requested) for requested in (False, rank == 1, False, False)]
         vote.close()
 
         world.check_same({"queue": b"same"})
         try:
             world.check_same({"queue": b"same", "weights": b"odd!" if rank == 1 else b"even"})
         except DivergedError as error:
-            said["differs"] = str(error)
-        said["noted"] = world.report_failure(DataError(f"of rank {rank}"))
-        return said
+            outputs["difference"] = str(error)
+        outputs["first to fail"] = world.report_failure(DataError(f"of rank {rank}"))
+        return outputs
 
 
 @pytest.mark.slow
-def test_four_ranks_talk(tmp_path: Path) -> None:
-    said = results(start(4, conversation, tmp_path))
-    for rank, mine in enumerate(said):
-        assert mine["identity"] == (rank, 4, rank == 0, rank, 4)
-        assert mine["sum"] == mine["bf16"] == [10.0] * 3
-        assert mine["gather"] == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert mine["strided"] == [10.0 * of + row for of in range(4) for row in range(4)]
-        assert mine["share"] == [2 * rank, 2 * rank + 1]
-        assert mine["gradient"] == (rank + 1) * 1111  # what the losses of all four ask of this row
-        assert mine["from main"] == [[0.0, 0.0], [0.0, 0.0]]
-        assert mine["part"] == (rank % 2, 2, 1 if rank < 2 else 5)
-        assert mine["single"] == (1, rank)
-        assert mine["outcome"] == {"rank": 0}
-        assert mine["error"] == "rank 0 finds no images"
-        assert mine["index"] == ("made by 0" if rank == 0 else f"read by {rank}")
-        assert mine["votes"] == [False, False, True, False]  # one call later
-        assert mine["differs"].startswith("weights of rank 1 is not that of rank 0")
-    assert sum(mine["noted"] for mine in said) == 1
+def test_four_ranks_communicate(tmp_path: Path) -> None:
+    ranks = results(start(4, communicate, tmp_path))
+    for rank, own in enumerate(ranks):
+        assert own["identity"] == (rank, 4, rank == 0, rank, 4)
+        assert own["sum"] == own["bf16"] == [10.0] * 3
+        assert own["gather"] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert own["strided"] == [10.0 * source + row for source in range(4) for row in range(4)]
+        assert own["share"] == [2 * rank, 2 * rank + 1]
+        assert own["gradient"] == (rank + 1) * 1111  # sum of the gradients of all four losses
+        assert own["broadcast"] == [[0.0, 0.0], [0.0, 0.0]]
+        assert own["subgroup"] == (rank % 2, 2, 1 if rank < 2 else 5)
+        assert own["single"] == (1, rank)
+        assert own["outcome"] == {"rank": 0}
+        assert own["error"] == "rank 0 finds no images"
+        assert own["index"] == ("made by 0" if rank == 0 else f"read by {rank}")
+        assert own["votes"] == [False, False, True, False]  # one call later
+        assert own["difference"].startswith("weights of rank 1 differs from that of rank 0")
+    assert sum(own["first to fail"] for own in ranks) == 1
 
 
 def loses_a_rank(how: str) -> Any:
-    """Rank 1 leaves in some way, and rank 0 learns of it."""
+    """Rank 1 is lost in some way; rank 0 returns what it raises then, and after how long."""
     world = World.join("cpu", timeout_s=2)
     world.all_reduce(torch.ones(2)).wait()
     began = time.monotonic()
@@ -174,7 +174,7 @@ def loses_a_rank(how: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stalled", "failed"])
-def test_a_rank_that_is_lost(how: str) -> None:
+def test_a_lost_rank_is_reported(how: str) -> None:
     left, right = start(2, loses_a_rank, how) if how != "stalled" else (*start(2, loses_a_rank, how)[:1], None)
     kind, message, seconds = left
     assert seconds < 6
@@ -183,15 +183,14 @@ def test_a_rank_that_is_lost(how: str) -> None:
         assert isinstance(right, Failed)
     else:
         assert kind == "RankLostError"
-        assert message.startswith("another rank is gone, or silent for 2 s (")
+        assert message.startswith("another rank exited or was unresponsive for 2 s (")
         assert message.endswith("): resume with --resume")
     if how == "killed":
         assert right == Died(-signal.SIGKILL)
 
 
-def test_nobody_else_talks_to_torch_distributed() -> None:
-    """And torchrun is started in one place."""
+def test_one_module_imports_torch_distributed_and_one_starts_torchrun() -> None:
     root = Path(__file__).resolve().parents[2]
     files = [path for folder in ("fastmoco", "pipelines") for path in (root / folder).rglob("*.py")]
-    found = {path.name for path in files if "torch.distributed" in path.read_text()}
-    assert found - {"outcomes.py"} == {"world.py", "launch.py"}  # which names it in a comment
+    users = {path.name for path in files if "torch.distributed" in path.read_text()}
+    assert users - {"outcomes.py"} == {"world.py", "launch.py"}  # outcomes.py only mentions it

@@ -1,4 +1,4 @@
-"""Every recipe says how to run it and what to expect of it, and trains when it is made small."""
+"""Every recipe has a command, an expected accuracy and its source, and trains when scaled down."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from fastmoco.sweep.runs import Axis
 from tests.oddities import encode, picture
 from tests.run.test_train import newest
 
-# One step of 16 images through a network an eighth as wide; what a recipe is about stays: its augmentation, schedule,
-# loss, head and mechanism.
+# One step of 16 images with an eighth of the width; augmentation, schedule, loss, head and mechanism stay.
 SMALL = "--limit 16 --batch-size 16 --bn-splits 2 --moco-k 16 --width 0.125 --epochs 1 --warmup-epochs 0 --amp fp32"
 SMALL += " --device cpu --pipeline resident --workers 0 --knn-every 0 --no-tensorboard"
 KEPT = ("aug", "arch", "moco_m", "moco_t", "mlp", "head", "symmetric", "wd", "final_lr", "mechanism", "crop_scale_min")
@@ -31,7 +30,7 @@ KEPT = ("aug", "arch", "moco_m", "moco_t", "mlp", "head", "symmetric", "wd", "fi
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen drawn JPEGs of two classes, grey as MNIST and imagenet-mini are."""
+    """Sixteen generated JPEGs of two classes, grey like MNIST and imagenet-mini."""
     folder = tmp_path_factory.mktemp("stand-in")
     for number in range(16):
         path = folder / f"n{number % 2}" / f"{number}.jpg"
@@ -41,7 +40,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_trains_when_it_is_small(
+def test_every_recipe_trains_when_scaled_down(
     name: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastmoco.run.recorder.curves", lambda *arguments: None)  # a second each
@@ -61,8 +60,8 @@ def test_every_recipe_trains_when_it_is_small(
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_can_be_said_in_flags(name: str) -> None:
-    """The settings that `fastmoco recipes NAME` prints, and what it says to add and to evaluate with, are accepted."""
+def test_every_recipe_can_be_given_as_flags(name: str) -> None:
+    """The flags that `fastmoco recipes NAME` prints for training and evaluation are accepted."""
     own, text = entry(name), in_full(name)
     settings = re.search(r"settings\s+(.*?)expected", text, re.DOTALL)
     assert settings is not None
@@ -70,10 +69,8 @@ def test_every_recipe_can_be_said_in_flags(name: str) -> None:
     for expected in own.expected:
         parse_train([name, *expected.flags.split()])
     if own.evaluate:
-        words = own.evaluate.split()
-        assert {
-            word.removeprefix("--").replace("-", "_") for word in words[::2]
-        } <= EvalOptions.__dataclass_fields__.keys()
+        flags = own.evaluate.split()[::2]
+        assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= EvalOptions.__dataclass_fields__.keys()
     if own.vary:
         axis = Axis.parse(own.vary)
         for value in axis.values:
@@ -81,7 +78,7 @@ def test_every_recipe_can_be_said_in_flags(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_says_what_to_expect_and_where_that_is_from(name: str, capsys) -> None:
+def test_every_recipe_has_an_expected_accuracy_and_its_source(name: str, capsys) -> None:
     own = entry(name)
     assert main(["recipes", name]) == ExitCode.DONE
     text = capsys.readouterr().out
@@ -99,18 +96,22 @@ def test_the_table_is_aligned_and_has_the_published_figures(capsys) -> None:
     head, *lines, empty, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert (empty, last.split()[-3:]) == ("", ["fastmoco", "recipes", "NAME"])
-    found = {line.split()[0]: line[head.index("expected") : head.index("measured")].strip() for line in lines}
-    assert found["cifar10-demo"] == "82.6 %"
-    assert found["cifar10-demo-symmetric"] == "85.3 %"
-    assert (found["imagenette-blog"], found["imagewoof-blog"]) == ("64.2 %", "38.6 %")
-    assert (found["imagenet-v1"], found["imagenet-v2"], found["imagenet-v2-800"]) == ("60.6 %", "67.5 %", "71.1 %")
+    expected = {line.split()[0]: line[head.index("expected") : head.index("measured")].strip() for line in lines}
+    assert expected["cifar10-demo"] == "82.6 %"
+    assert expected["cifar10-demo-symmetric"] == "85.3 %"
+    assert (expected["imagenette-blog"], expected["imagewoof-blog"]) == ("64.2 %", "38.6 %")
+    assert (expected["imagenet-v1"], expected["imagenet-v2"], expected["imagenet-v2-800"]) == (
+        "60.6 %",
+        "67.5 %",
+        "71.1 %",
+    )
     wide = ("imagenet-v1-resnext50", "imagenet-v1-wide2", "imagenet-v1-wide4")
-    assert [found[name] for name in wide] == ["63.9 %", "65.4 %", "68.6 %"]
-    assert found["mnist"] == "unknown"
-    assert found["ablation-queue"] == "a sweep"
+    assert [expected[name] for name in wide] == ["63.9 %", "65.4 %", "68.6 %"]
+    assert expected["mnist"] == "unknown"
+    assert expected["ablation-queue"] == "a sweep"
 
 
-def test_the_blogs_rate_falls_from_a_thousandth_to_a_hundredth_of_it() -> None:
+def test_the_blogs_learning_rate_falls_from_1e_3_to_1e_5() -> None:
     optim = recipe("imagenette-blog").optim
     assert (optim.lr, optim.final_lr, optim.cos) == (1e-3, 1e-5, True)
     assert recipe("imagenette-blog").model.head == (100, 50)
@@ -123,27 +124,29 @@ def test_the_papers_momenta_are_beside_the_ablation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         (
             "imagenet-v2",
-            "there is no ./imagenet, and the recipe imagenet-v2 trains on that: ImageNet-1k (image-net.org)",
+            "there is no ./imagenet, which recipe imagenet-v2 trains on: ImageNet-1k (image-net.org)",
         ),
-        ("imagewoof-blog", "there is no ./imagewoof2, and the recipe imagewoof-blog trains on that: Imagewoof: unpack"),
+        ("imagewoof-blog", "there is no ./imagewoof2, which recipe imagewoof-blog trains on: Imagewoof: unpack"),
         ("imagenet-mini", "there is no ./imagenet-mini"),
     ],
 )
-def test_data_that_is_not_there_is_3_with_how_to_get_it(
-    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+def test_missing_data_is_exit_code_3_with_instructions(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", name]) == ExitCode.DATA
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-def test_a_named_data_set_that_cannot_be_fetched_is_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_named_data_set_that_cannot_be_downloaded_is_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     def fetch(*arguments: object, **options: object) -> None:
         raise RuntimeError("no network")
 
@@ -165,4 +168,4 @@ def test_emnist_by_class_is_that_split(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(datasets, "EMNIST", Emnist)
     dataset = array_dataset("emnist-byclass", tmp_path)
     assert dataset.train.class_names == ("0", "A", "a")
-    assert dataset.train.read(1)[20, 3].tolist() == [200, 200, 200], "upright, and grey in three channels"
+    assert dataset.train.read(1)[20, 3].tolist() == [200, 200, 200], "not transposed, and grey in three channels"

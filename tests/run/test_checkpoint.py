@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit; whatever happens to the files, nothing wrong is ever loaded."""
+"""Checkpoints are loaded bit-identically as saved, and corrupt or foreign files are never loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastmoco.run.checkpoint import load, newest, prune, save, sweep, verify
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """A little of everything a training state holds, different at every step."""
+    """One tensor of each kind that a training state has, different at every step."""
     flat = torch.arange(24, dtype=torch.float32) + step
     return {
         "weight": flat[4:16].view(3, 4),
@@ -39,16 +39,16 @@ def tensors_of(step: int) -> dict[str, Tensor]:
 META = {"step": 7, "note": "é\u202e", "nested": {"list": [1, 2.5, None, True]}}
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor)]  # NaN and -0 included
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert tensors[name].shape == tensor.shape
+        raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (tensors[name], tensor)]  # including NaN and -0
         assert torch.equal(*raw)
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_tensors_are_loaded_bit_identically(tmp_path: Path) -> None:
     path = save(tmp_path / "new folder", 7, tensors_of(7), META)
     assert path.name == "step-000000007.safetensors"
     tensors, meta = load(path, tensors_of(0))
@@ -68,7 +68,7 @@ def test_loaded_tensors_outlive_the_file(tmp_path: Path) -> None:
     assert_same(tensors, tensors_of(1))
 
 
-def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
+def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 1, tensors_of(1), {"try": 1})
     path = save(tmp_path, 1, tensors_of(2), {"try": 2})
     assert load(path, tensors_of(0))[1] == {"try": 2}
@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The one line in which a checkpoint is refused, by `load` and by `verify`."""
+    """The one-line message with which `load` rejects a checkpoint; `verify` must reject it too."""
     with pytest.raises(CheckpointError) as caught:
         load(path, tensors_of(3))
     assert "\n" not in str(caught.value)
@@ -92,7 +92,7 @@ def refusal(path: Path) -> str:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_flipped_bit_is_refused(saved: Path, data: st.DataObject) -> None:
+def test_any_flipped_bit_is_rejected(saved: Path, data: st.DataObject) -> None:
     for file in (saved, sidecar(saved)):
         content = file.read_bytes()
         header_bytes = 8 + struct.unpack("<Q", saved.read_bytes()[:8])[0]
@@ -110,7 +110,7 @@ def test_any_flipped_bit_is_refused(saved: Path, data: st.DataObject) -> None:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_truncated_lengthened_and_random_files_are_refused(saved: Path, data: st.DataObject) -> None:
+def test_truncated_lengthened_and_random_files_are_rejected(saved: Path, data: st.DataObject) -> None:
     content = saved.read_bytes()
     damaged = data.draw(
         st.integers(0, len(content) - 1).map(lambda n: content[:n])
@@ -121,7 +121,7 @@ def test_truncated_lengthened_and_random_files_are_refused(saved: Path, data: st
     try:
         saved.write_bytes(damaged)
         assert saved.name in refusal(saved)
-        sidecar(saved).write_text(f"{sha256(saved)}  {saved.name}\n")  # even where the hash is made to fit
+        sidecar(saved).write_text(f"{sha256(saved)}  {saved.name}\n")  # even if the hash matches
         assert saved.name in refusal(saved)
     finally:
         saved.write_bytes(content)
@@ -143,7 +143,7 @@ def test_truncated_lengthened_and_random_files_are_refused(saved: Path, data: st
     ],
     ids=["huge", "overflow", "deep", "not an object", "newer", "foreign"],
 )
-def test_a_hostile_or_foreign_header_is_refused_before_anything_is_allocated(tmp_path: Path, header: dict) -> None:
+def test_a_hostile_or_foreign_header_is_rejected_before_allocation(tmp_path: Path, header: dict) -> None:
     text = json.dumps(header).encode()
     path = tmp_path / "step-000000001.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
@@ -152,7 +152,7 @@ def test_a_hostile_or_foreign_header_is_refused_before_anything_is_allocated(tmp
         load(path, {"x": ((4,), torch.float32)})
 
 
-def test_a_file_far_too_large_is_refused_by_its_header_without_being_hashed(tmp_path: Path) -> None:
+def test_a_file_far_too_large_is_rejected_by_its_header_without_hashing(tmp_path: Path) -> None:
     floats = 75_000_000
     text = json.dumps(
         {
@@ -176,7 +176,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_another_model_is_refused_with_every_difference(saved: Path) -> None:
+def test_another_model_is_rejected_with_every_difference(saved: Path) -> None:
     expected = tensors_of(3)
     expected["weight"] = torch.zeros(3, 8)
     expected["bf16"] = torch.zeros(3)
@@ -191,11 +191,11 @@ def test_another_model_is_refused_with_every_difference(saved: Path) -> None:
     assert "'flag' is not in this model" in message
 
 
-def test_an_absent_or_unverifiable_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_unverifiable_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "step-000000001.safetensors"
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load(path, {})
-    os.mkfifo(path)  # opening a pipe would wait for ever
+    os.mkfifo(path)  # opening a pipe would block forever
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load(path, {})
     path.unlink()
@@ -205,15 +205,15 @@ def test_an_absent_or_unverifiable_checkpoint_says_what_to_do(tmp_path: Path) ->
         load(path, tensors_of(1))
 
 
-def test_newest_falls_back_over_damage_and_says_so(tmp_path: Path) -> None:
+def test_newest_skips_corrupt_checkpoints_with_a_warning(tmp_path: Path) -> None:
     assert newest(tmp_path / "absent") == (None, [])
     assert newest(tmp_path) == (None, [])
     paths = [save(tmp_path, step, tensors_of(step), {}) for step in (9, 10, 1_000_000_000)]
     assert newest(tmp_path) == (paths[2], [])
     for damaged in (paths[2], paths[1]):
         damaged.write_bytes(damaged.read_bytes()[:-1])
-    found, warnings = newest(tmp_path)
-    assert found == paths[0]
+    path, warnings = newest(tmp_path)
+    assert path == paths[0]
     assert [str(path) in line for path, line in zip(paths[:0:-1], warnings, strict=True)] == [True, True]
     paths[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
@@ -229,7 +229,7 @@ def test_prune_keeps_the_newest_and_always_one_that_verifies(tmp_path: Path) -> 
     assert prune(tmp_path, keep=1) == [paths[3]]
     assert newest(tmp_path)[0] == paths[2]
     paths[2].write_bytes(b"damaged")
-    assert prune(tmp_path, keep=1) == []  # nothing verifies any more: all of it may be worth a rescue
+    assert prune(tmp_path, keep=1) == []  # none verifies: keep all, which may be recoverable
 
 
 def test_sweep_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_sweep_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_too_little_space_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1, tensors_of(1), {})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -1,4 +1,4 @@
-"""Checkpoints under faults: a disk that fills up, SIGKILL in the middle of a save, and any order of all of it."""
+"""Checkpoints under faults: a full disk, SIGKILL during a save, corruption, and any sequence of these."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fastmoco.run.checkpoint import CheckpointError, load, newest, save
 folder = Path(sys.argv[1])
 small, large = {"x": torch.ones(2**18)}, {"x": torch.ones(2**22)}  # 1 and 16 MiB on a disk of 8
 first = save(folder, 1, small, {})
-for usage in (shutil.disk_usage, lambda _: shutil._ntuple_diskusage(0, 0, 2**40)):  # known full; filled while we write
+for usage in (shutil.disk_usage, lambda _: shutil._ntuple_diskusage(0, 0, 2**40)):  # known in advance; during the write
     shutil.disk_usage = usage
     try:
         save(folder, 2, large, {})
@@ -49,7 +49,7 @@ assert len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_no_partial_file(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_file(tmp_path: Path) -> None:
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs unshare -m, which this system does not permit")
     mount = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
@@ -83,7 +83,7 @@ for _ in sys.stdin:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_while_it_saves_always_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+def test_a_process_killed_during_a_save_always_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     server = in_subprocess(FORK_SERVER, str(tmp_path))
     assert server.stdin is not None
     assert server.stdout is not None
@@ -96,7 +96,7 @@ def test_a_process_that_is_killed_while_it_saves_always_leaves_a_good_checkpoint
             deadline = time.monotonic() + 10
             while newest_step(tmp_path) <= last and time.monotonic() < deadline:
                 time.sleep(0.001)
-            time.sleep(0.0017 * attempt)  # a different moment of a save each time
+            time.sleep(0.0017 * attempt)  # at a different point of a save each time
             os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
             path, warnings = newest(tmp_path)
@@ -111,7 +111,7 @@ def test_a_process_that_is_killed_while_it_saves_always_leaves_a_good_checkpoint
     finally:
         server.kill()
         server.communicate()
-    assert swept > 0, "no kill fell into a save: the test proves nothing"
+    assert swept > 0, "no kill happened during a save: the test proves nothing"
 
 
 def newest_step(folder: Path) -> int:
@@ -119,7 +119,7 @@ def newest_step(folder: Path) -> int:
 
 
 class Saves(RuleBasedStateMachine):
-    """Saves, kills at every system call of a save, damage and retention, in any order: never wrong, never nothing."""
+    """Saves, kills at every system call of a save, corruption and pruning in any order: the newest valid one loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Saves(RuleBasedStateMachine):
 
     @rule(again=st.booleans(), call=st.integers(0, 8), torn=st.booleans())
     def killed_save(self, again: bool, call: int, torn: bool) -> None:
-        """What a SIGKILL leaves is the folder as it was before the nth system call."""
+        """A SIGKILL leaves the folder as it was before the nth system call."""
         step = self.step if again else self.step + 1
         with frozen_before(call, self.folder, self.root / "frozen"):
             save(self.folder, step, tensors_of(step), {"step": step})
@@ -152,10 +152,10 @@ class Saves(RuleBasedStateMachine):
                 os.truncate(part, part.stat().st_size // 2)
         path = self.folder / f"step-{step:09d}.safetensors"
         if path.exists() and not again:
-            verify(path)  # the rename is the moment it exists
+            verify(path)  # it exists from the rename on
             self.intact.add(step)
         elif path.exists():
-            with suppress(CheckpointError):  # the file of an earlier damage, or a good one in its place
+            with suppress(CheckpointError):  # either the corrupt file, or its replacement
                 verify(path)
                 self.intact.add(step)
         self.step = step
@@ -193,11 +193,11 @@ class Saves(RuleBasedStateMachine):
         assert_same(tensors, tensors_of(step_of(path)))
 
 
-class frozen_before:  # noqa: N801 - reads as a phrase
+class frozen_before:  # noqa: N801 - used like a function
     """Copy `folder` to `frozen` just before the nth rename or flush."""
 
     def __init__(self, call: int, folder: Path, frozen: Path) -> None:
-        self.left, self.folder, self.frozen = call, folder, frozen
+        self.remaining, self.folder, self.frozen = call, folder, frozen
 
     def __enter__(self) -> None:
         self.originals = os.replace, os.fsync
@@ -208,9 +208,9 @@ class frozen_before:  # noqa: N801 - reads as a phrase
 
     def wrapped(self, function):
         def call(*arguments):
-            if self.left == 0:
+            if self.remaining == 0:
                 shutil.copytree(self.folder, self.frozen)
-            self.left -= 1
+            self.remaining -= 1
             return function(*arguments)
 
         return call

@@ -1,4 +1,4 @@
-"""What a person sees: every number, nothing that steers the terminal, and few lines in a file."""
+"""Terminal output: all values, no control characters from the data, and few lines in a file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train(
 
 
 @pytest.mark.parametrize("console", [plain(), terminal()], ids=["file", "terminal"])
-def test_names_from_the_data_are_neither_markup_nor_control(console: Console) -> None:
+def test_names_from_the_data_are_neither_markup_nor_control_characters(console: Console) -> None:
     show_facts(console, HOSTILE, [Fact(HOSTILE, HOSTILE, HOSTILE)])
     text = output_of(console)
     assert text.count("[red]not markup[/red] [/]") >= 1
@@ -57,7 +57,7 @@ def test_names_from_the_data_are_neither_markup_nor_control(console: Console) ->
     assert not {"\x1b[2J", "\u202e", "\r", "\udcff"} & {text[i : i + n] for n in (1, 4) for i in range(len(text))}
 
 
-def test_a_file_gets_a_line_an_epoch_without_control_characters() -> None:
+def test_a_file_gets_one_line_per_epoch_without_control_characters() -> None:
     lines = train(plain(), epochs=3, steps_per_epoch=100, step_s=0.5, log_every=50).splitlines()
     assert len(lines) == 3
     assert lines[0].split("  ") == [
@@ -73,34 +73,34 @@ def test_a_file_gets_a_line_an_epoch_without_control_characters() -> None:
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_file_gets_at_most_a_line_in_ten_seconds_and_always_the_last() -> None:
+def test_a_file_gets_at_most_one_line_in_ten_seconds_and_always_the_last() -> None:
     lines = train(plain(), epochs=200, steps_per_epoch=10, step_s=0.02, log_every=5).splitlines()
     assert 4 <= len(lines) <= 6  # 40 seconds
     assert lines[-1].startswith("epoch 200/200  step 2,000/2,000")
 
 
-def test_long_epochs_are_not_silent() -> None:
+def test_long_epochs_are_reported_every_minute() -> None:
     lines = train(plain(), epochs=1, steps_per_epoch=1000, step_s=1.0, log_every=10).splitlines()
     assert 15 <= len(lines) <= 18
     assert "epoch 0.05/1" in lines[0]
 
 
-def test_a_terminal_shows_the_same_numbers_in_one_block() -> None:
+def test_a_terminal_shows_the_same_values_in_one_block() -> None:
     text = train(terminal(), epochs=2, steps_per_epoch=10, step_s=1.0, log_every=5)
     last = text[text.rindex("epoch 2/2") :]
-    for words in ("step 20/20", "loss 7.1235 (chance 8.32)", "9,512 images/s", "data wait 3 %", "0 s left"):
-        assert words in last
+    for text in ("step 20/20", "loss 7.1235 (chance 8.32)", "9,512 images/s", "data wait 3 %", "0 s left"):
+        assert text in last
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (3900, "1 h 05 min"), (2e5, "2 d 07 h")],
 )
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
-def test_the_summary_compares_with_before_and_with_raw_pixels() -> None:
+def test_the_summary_has_the_accuracy_before_training_and_of_raw_pixels() -> None:
     facts = summary_facts(
         minutes=3.5,
         images_per_s=50123.4,

@@ -1,4 +1,4 @@
-"""The folder of a run: what is refused, what is never deleted, and what other programs can read."""
+"""The folder of a run: rejected paths, protection from deletion, and the status for other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.run import checkpoint
-from fastmoco.run.directory import RunDirectory, default_run_name, git_commit, read_config, read_status, versions
+from fastmoco.run.directory import RunDirectory, default_run_name, read_config, read_status
+from fastmoco.run.environment import git_commit, versions
 
 
 def a_run(path: Path) -> Path:
@@ -37,7 +38,7 @@ def test_a_new_run_gets_a_new_folder(tmp_path: Path) -> None:
     run.close()
 
 
-def test_a_folder_with_content_is_never_used_unasked(tmp_path: Path) -> None:
+def test_a_folder_with_content_needs_a_flag(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"--resume .* --overwrite"):
         RunDirectory.open(run)
@@ -47,10 +48,10 @@ def test_a_folder_with_content_is_never_used_unasked(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_before_it_wrote_anything_can_be_repeated(tmp_path: Path) -> None:
     RunDirectory.open(tmp_path / "run").close()
-    again = RunDirectory.open(tmp_path / "run")
-    assert again.path == tmp_path / "run"
-    assert names(again.path) == {".lock"}
-    again.close()
+    repeated = RunDirectory.open(tmp_path / "run")
+    assert repeated.path == tmp_path / "run"
+    assert names(repeated.path) == {".lock"}
+    repeated.close()
 
 
 def test_overwrite_empties_the_folder_of_a_run(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_overwrite_empties_the_folder_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "resnet", "architectures": []}', "{}", "[]", "", "\udcff"])
-def test_overwrite_never_deletes_what_is_not_a_run(tmp_path: Path, content: str) -> None:
+def test_overwrite_never_deletes_other_folders(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="will not delete"):
@@ -73,7 +74,7 @@ def test_overwrite_never_deletes_what_is_not_a_run(tmp_path: Path, content: str)
     assert {"config.json", "thesis.tex"} <= names(tmp_path)
 
 
-def test_overwrite_never_deletes_through_a_link_or_under_our_feet(
+def test_overwrite_never_deletes_through_a_link_or_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = a_run(tmp_path / "run")
@@ -97,7 +98,7 @@ def test_resume_without_a_run_or_a_checkpoint_does_not_start_from_scratch(tmp_pa
         RunDirectory.open(run.path, resume=True)
 
 
-def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_an_unusable_path_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
         with pytest.raises(ConfigError) as caught:
@@ -121,7 +122,7 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
     RunDirectory.open(run, overwrite=True).close()
 
 
-def test_status_says_how_a_run_ended_and_what_ran(tmp_path: Path) -> None:
+def test_status_records_how_a_run_ended_and_its_versions(tmp_path: Path) -> None:
     run = RunDirectory.open(tmp_path)
     ends = {None: "running", ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted", ExitCode.DIVERGED: "failed"}
     status = {}
@@ -137,7 +138,7 @@ def test_status_says_how_a_run_ended_and_what_ran(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}'])
-def test_a_status_that_no_run_wrote_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_status_of_another_program_is_rejected(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="readable status"):
         read_status(tmp_path)
     (tmp_path / "status.json").write_text(text)
@@ -145,7 +146,7 @@ def test_a_status_that_no_run_wrote_is_refused(tmp_path: Path, text: str) -> Non
         read_status(tmp_path)
 
 
-def test_the_default_name_is_a_plain_file_name() -> None:
+def test_the_default_name_is_a_valid_file_name() -> None:
     config = RunConfig().replace(data="/photos/My holiday (é)", arch="resnet18", epochs=200)
     assert default_run_name(config) == "My-holiday-resnet18-200ep-seed0"
     for data in ("/", "..", "~", "é", "a" * 500, "x/../../etc"):

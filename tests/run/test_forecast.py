@@ -1,28 +1,28 @@
-"""How long a run takes, told in its first seconds; and that it is true."""
+"""The time left in a run: available within its first seconds, and correct."""
 
 from __future__ import annotations
 
 import pytest
 
-from fastmoco.run.forecast import ENOUGH_S, SETTLED_S, WINDOW_S, Forecast
+from fastmoco.run.forecast import MIN_WINDOW_S, WARM_UP_S, WINDOW_S, Forecast
 
 
 def run(forecast: Forecast, step_s: float, steps: int, first: int = 0, began_s: float = 0.0) -> tuple[int, float]:
-    """Step and time when the rest could be told for the first time; all steps are marked."""
-    told = [
+    """Mark all steps; returns step and time of the first estimate."""
+    first_estimates = [
         (step, began_s + step_s * step)
         for step in range(first + 1, steps + 1)
         if forecast.mark(step, began_s + step_s * (step - first))
     ]
-    assert len(told) == 1
-    return told[0]
+    assert len(first_estimates) == 1
+    return first_estimates[0]
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.07, 1.5, 9.0])
-def test_it_is_known_within_seconds_or_a_few_steps(step_s: float) -> None:
+def test_it_is_available_within_seconds_or_a_few_steps(step_s: float) -> None:
     steps = 20 + round(20 / step_s)
     step, at_s = run(Forecast(steps, steps, 0), step_s, steps)
-    assert at_s <= SETTLED_S + ENOUGH_S + 3 * step_s
+    assert at_s <= WARM_UP_S + MIN_WINDOW_S + 3 * step_s
     assert step >= 3
 
 
@@ -35,22 +35,22 @@ def test_slow_first_steps_do_not_count() -> None:
     assert forecast.left_s == pytest.approx(401 * 0.01, rel=1e-6)
 
 
-def test_evaluations_to_come_count() -> None:
+def test_remaining_evaluations_count() -> None:
     """Eleven epochs of 10 steps, evaluated after 2, 4, 6, 8, 10 and 11."""
     forecast = Forecast(110, 10, 2)
     forecast.evaluation_s = 100.0
-    lefts = {}
+    left_s = {}
     for step in range(1, 111):
         forecast.mark(step, 5.0 * step)
-        lefts[step] = forecast.left_s
-    assert lefts[15] == pytest.approx(95 * 5 + 6 * 100)
-    assert lefts[19] == pytest.approx(91 * 5 + 6 * 100)
-    assert lefts[20] == pytest.approx(90 * 5 + 5 * 100)
-    assert lefts[105] == pytest.approx(5 * 5 + 1 * 100)
-    assert lefts[110] == 0
+        left_s[step] = forecast.left_s
+    assert left_s[15] == pytest.approx(95 * 5 + 6 * 100)
+    assert left_s[19] == pytest.approx(91 * 5 + 6 * 100)
+    assert left_s[20] == pytest.approx(90 * 5 + 5 * 100)
+    assert left_s[105] == pytest.approx(5 * 5 + 1 * 100)
+    assert left_s[110] == 0
 
 
-def test_where_epochs_are_a_multiple_the_last_evaluation_counts_once() -> None:
+def test_a_regular_last_evaluation_counts_once() -> None:
     forecast = Forecast(40, 10, 2)
     forecast.evaluation_s = 100.0
     for step in range(1, 31):
@@ -66,8 +66,8 @@ def test_without_evaluations_none_count() -> None:
     assert forecast.left_s == pytest.approx(50)
 
 
-def test_only_the_newest_steps_count() -> None:
-    """The machine was busy, and is not any more."""
+def test_only_the_latest_steps_count() -> None:
+    """The machine was busy and is now idle."""
     forecast = Forecast(10_000, 10_000, 0)
     for step in range(101):
         forecast.mark(step, 1.0 * step)
@@ -77,7 +77,7 @@ def test_only_the_newest_steps_count() -> None:
     assert forecast.left_s == pytest.approx((10_000 - last) * 0.1, rel=1e-3)
 
 
-def test_steps_before_a_resume_are_not_in_the_rate() -> None:
+def test_steps_before_a_resume_do_not_count() -> None:
     forecast = Forecast(1000, 100, 0)
     run(forecast, 0.5, 950, first=900)
     assert forecast.left_s == pytest.approx(50 * 0.5)

@@ -1,4 +1,4 @@
-"""Freed memory is found again without a page fault, and given back when asked."""
+"""Freed memory is reused without page faults, or returned to the system."""
 
 import platform
 import subprocess
@@ -17,7 +17,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def use():
-    # Page faults of 128 MiB that have been asked for, filled and freed a few times before.
+    # Page faults of allocating and filling 128 MiB, after a few times.
     for _ in range(30):
         before = faults()
         torch.empty(2**27, dtype=torch.uint8).fill_(1)
@@ -32,14 +32,14 @@ print(resident_bytes())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are glibc's own")
-def test_freed_memory_is_kept_or_given_back() -> None:
-    # In a process of its own: in one that has run other tests, malloc may have 128 MiB at hand.
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    counted, *numbers = done.stdout.split()
-    given_back, kept, resident_before, resident_after = map(int, numbers)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is specific to glibc")
+def test_freed_memory_is_kept_or_returned() -> None:
+    # In its own process: after other tests, malloc may have 128 MiB in its free lists.
+    process = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    counted, *numbers = process.stdout.split()
+    returned, kept, resident_before, resident_after = map(int, numbers)
     assert resident_after < resident_before - 100 * MIB
     if counted == "True":  # some kernels count no page faults
-        huge_pages = 64  # the least in which a kernel can hand out 128 MiB
-        assert given_back >= huge_pages
+        huge_pages = 64  # the fewest faults for 128 MiB
+        assert returned >= huge_pages
         assert kept < huge_pages

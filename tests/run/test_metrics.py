@@ -1,4 +1,4 @@
-"""Metrics: what is written is read back, and a resumed run leaves the file of an uninterrupted one."""
+"""Metrics are read back as written, and a resumed run produces the file of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 16, "ep', b"\0\0\0\0", b'{"step": 16, "epoch": 1}'])
-def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
+def test_a_resumed_run_produces_the_file_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    straight = MetricsWriter(tmp_path / "a", tensorboard=False)
-    write_steps(straight, range(30))
-    straight.close()
+    uninterrupted = MetricsWriter(tmp_path / "a", tensorboard=False)
+    write_steps(uninterrupted, range(30))
+    uninterrupted.close()
 
     path = tmp_path / "b" / "metrics.jsonl"
     killed = MetricsWriter(tmp_path / "b", tensorboard=False)
@@ -54,10 +54,10 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path: Path, t
     resumed.truncate_after(9)
     write_steps(resumed, range(10, 30))
     resumed.close()
-    assert path.read_bytes() == straight.path.read_bytes()
+    assert path.read_bytes() == uninterrupted.path.read_bytes()
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_corrupt_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "epoch": 0}\nnot json\n{"step": 3, "epoch": 0}\n')
     with pytest.raises(ValueError, match="line 2"):
@@ -81,7 +81,7 @@ def test_a_full_disk_warns_and_no_line_is_lost(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
 
 
-def test_tensorboard_shows_the_same_numbers_and_forgets_the_steps_that_are_repeated(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_values_and_drops_repeated_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = MetricsWriter(tmp_path)

@@ -1,4 +1,4 @@
-"""The pictures of a run: views lie where a person expects them, and curves draw whatever was measured."""
+"""Pictures of a run: views are at the expected positions, and curves show what was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normalised(colours: list[tuple[int, int, int]], side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("side", "drawn"), [(32, 96), (40, 120), (128, 128), (224, 160)])
-def test_every_key_is_right_of_its_query_in_its_own_colour(tmp_path: Path, side: int, drawn: int) -> None:
+def test_every_key_is_right_of_its_query(tmp_path: Path, side: int, drawn: int) -> None:
     queries = [(10 * n, 200, 30) for n in range(5)]
     keys = [(10 * n, 20, 250) for n in range(5)]
     views_grid(normalised(queries, side), normalised(keys, side), MEAN, STD, tmp_path / "views.png", columns=3)
@@ -36,7 +36,7 @@ def test_every_key_is_right_of_its_query_in_its_own_colour(tmp_path: Path, side:
         assert 1 <= key_columns.min() - columns.max() <= 4
 
 
-def test_views_of_another_shape_are_refused_and_nan_is_drawn(tmp_path: Path) -> None:
+def test_views_of_other_shapes_are_rejected_and_nan_is_black(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="views"):
         views_grid(torch.zeros(2, 3, 8, 8), torch.zeros(3, 3, 8, 8), MEAN, STD, tmp_path / "views.png")
     views_grid(torch.full((1, 3, 8, 8), math.nan), torch.full((1, 3, 8, 8), 1e9), MEAN, STD, tmp_path / "views.png")
@@ -63,7 +63,7 @@ def test_views_of_another_shape_are_refused_and_nan_is_drawn(tmp_path: Path) -> 
     ],
     ids=["nothing", "only NaN", "one point", "only kNN", "everything"],
 )
-def test_curves_draw_what_was_measured(
+def test_curves_show_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[dict], titles: list[str]
 ) -> None:
     drawn: list[Figure] = []
@@ -73,5 +73,5 @@ def test_curves_draw_what_was_measured(
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 500
     assert [axes.get_title(loc="left") for axes in drawn[0].axes] == titles
-    words = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
-    assert words == (["chance 8.32"] if any(title.startswith("loss") for title in titles) else [])
+    texts = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
+    assert texts == (["chance 8.32"] if any(title.startswith("loss") for title in titles) else [])

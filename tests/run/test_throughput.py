@@ -1,4 +1,4 @@
-"""Rates of the training loop, on a clock that moves only when it is told to."""
+"""Throughput of the training loop, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_rates_since_the_last_reading() -> None:
     assert clock.read() == pytest.approx((64.0, 0.0))
 
 
-def test_the_overall_rate_leaves_the_first_reading_out() -> None:
-    """It holds compilation and the first batches of the workers."""
+def test_the_overall_rate_excludes_the_first_reading() -> None:
+    """It includes compilation and the first batches of the workers."""
     time = Time()
     clock = StepClock(10, time)
     assert clock.images_per_s is None
@@ -58,6 +58,6 @@ def test_a_pause_is_neither_training_nor_waiting() -> None:
     assert clock.read() == pytest.approx((16 / 4.0, 50.0))
 
 
-def test_the_batches_come_through_unchanged() -> None:
+def test_batches_are_unchanged() -> None:
     time = Time()
     assert list(StepClock(8, time).steps(batches(time, 1, 2, 3))) == [0, 1, 2]

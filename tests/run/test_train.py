@@ -1,4 +1,4 @@
-"""Small runs from end to end: what they leave behind, and that a run stopped at any step goes on bit for bit."""
+"""Small runs end to end: their output, and bit-identical results when stopped at any step and resumed."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def trained(out: Path, *arguments: str | Path, settings: list[str] = RESIDENT) -
 
 
 def newest(run: Path) -> dict[str, torch.Tensor]:
-    """Parameters, statistics, queue, optimiser and sums, of the last checkpoint."""
+    """Tensors of the last checkpoint: parameters, statistics, queue, optimiser and sums."""
     return load_file(max((run / "checkpoints").glob("*.safetensors")))
 
 
 def exact_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines without what is measured on a clock."""
+    """Metrics without measured times and rates."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name in EXACT} for line in lines]
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    ours, theirs = newest(found), newest(expected)
-    assert ours.keys() == theirs.keys()
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
-    assert exact_metrics(found) == exact_metrics(expected)
-    assert (found / "backbone.safetensors").read_bytes() == (expected / "backbone.safetensors").read_bytes()
+def assert_same_run(run: Path, expected: Path) -> None:
+    state, expected_state = newest(run), newest(expected)
+    assert state.keys() == expected_state.keys()
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, expected_state[name])] == []
+    assert exact_metrics(run) == exact_metrics(expected)
+    assert (run / "backbone.safetensors").read_bytes() == (expected / "backbone.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 40 unlabelled files of all sizes."""
+    """A folder of 40 unlabelled files of different sizes."""
     folder = tmp_path_factory.mktemp("photos")
     for i in range(40):
         pixels = np.roll(picture(14 + i, 60 - i), 2 * i, axis=1)
@@ -76,15 +76,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shapes, two epochs of four steps, everything on."""
+    """Two epochs of four steps on shapes, with all outputs enabled."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     return trained(out, "--log-every", "2", "--knn-every", "1", "--checkpoint-every", "4", "--cos")
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+# ---- output of a run -------------------------------------------------------------------------------------------------
 
 
-def test_everything_promised_is_there(finished: Path) -> None:
+def test_a_run_writes_all_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {
         *("config.json", "status.json", "metrics.jsonl", "tb", "views.png", "curves.png", "checkpoints"),
@@ -101,17 +101,17 @@ def test_everything_promised_is_there(finished: Path) -> None:
     ]
 
 
-def test_status_and_config_say_what_was_done(finished: Path) -> None:
+def test_status_and_config_are_those_of_the_run(finished: Path) -> None:
     status = json.loads((finished / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"], status["epoch"]) == ("done", 0, 8, 2)
     config = json.loads((finished / "config.json").read_text())
     assert config["optim"]["batch_size"] == 8
     assert config["data"]["pipeline"] == "resident"
     assert config["model"]["stem"] == "cifar"
-    assert config["optim"]["lr"] == pytest.approx(0.03 * 8 / 16)  # what was left open is filled in
+    assert config["optim"]["lr"] == pytest.approx(0.03 * 8 / 16)  # unset fields are resolved
 
 
-def test_metrics_have_their_fields_in_their_order(finished: Path) -> None:
+def test_metrics_have_their_fields_in_order(finished: Path) -> None:
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 2, 4, 4, 6, 8, 8]
     assert [record["epoch"] for record in records] == [0, 0, 1, 1, 1, 2, 2]
@@ -139,7 +139,7 @@ def test_the_backbone_is_that_of_the_last_checkpoint(finished: Path) -> None:
 
 
 def test_the_backbone_loads_into_torchvision(tmp_path: Path) -> None:
-    """At full width: but for the classifier, and the CIFAR stem's own first convolution, nothing is missing."""
+    """At full width with the ImageNet stem, only the classifier is missing."""
     flags = ["--width", "1", "--stem", "imagenet", "--epochs", "1", "--limit", "8", "--moco-k", "8", "--knn-every", "0"]
     out = trained(tmp_path / "run", *flags)
     backbone = load_file(out / "backbone.safetensors")
@@ -155,10 +155,10 @@ def test_the_narrow_backbone_has_torchvisions_names(finished: Path) -> None:
     assert backbone["conv1.weight"].shape == (8, 3, 3, 3)
 
 
-def test_what_a_person_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_console_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     trained(tmp_path / "run", "--epochs", "1", "--knn-every", "1")
     out = capsys.readouterr().out
-    for words in (
+    for text in (
         "data",
         "shapes/train: 32 images of 32×32",
         "before training: kNN",
@@ -166,7 +166,7 @@ def test_what_a_person_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         "kNN top-1",
         "written",
     ):
-        assert words in out
+        assert text in out
 
 
 # ---- kinds of runs ---------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def test_every_pipeline_trains(pipeline: str, tmp_path: Path) -> None:
     assert all(map(math.isfinite, losses))
 
 
-def test_torch_and_resident_train_alike(photos: Path, tmp_path: Path) -> None:
-    """The same views but for rounding, so nearly the same loss in every step."""
+def test_torch_and_resident_have_the_same_losses(photos: Path, tmp_path: Path) -> None:
+    """The views are equal up to rounding, so the losses are nearly the same in every step."""
     losses = []
     for pipeline in ("torch", "resident"):
         flags = ["--data", photos, "--pipeline", pipeline, "--workers", "0", "--log-every", "1", "--knn-every", "0"]
@@ -193,7 +193,7 @@ def test_torch_and_resident_train_alike(photos: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_an_unlabelled_folder_reports_how_features_spread(
+def test_an_unlabelled_folder_reports_alignment_and_uniformity(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastmoco.evaluation.online.PAIRS", 64)
@@ -238,14 +238,14 @@ def test_variants_train(flags: list[str], tmp_path: Path) -> None:
         assert sorted(layers) == sorted(zip([*widths, 128], [64, *widths], strict=True))
 
 
-def test_the_seed_decides_everything(finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_determined_by_its_seed(finished: Path, tmp_path: Path) -> None:
     flags = ["--log-every", "2", "--knn-every", "1", "--cos"]
-    assert_same_run(trained(tmp_path / "again", *flags), finished)
+    assert_same_run(trained(tmp_path / "repeated", *flags), finished)
     other = newest(trained(tmp_path / "other", *flags, "--seed", "4"))
     assert not torch.equal(other["queue/keys"], newest(finished)["queue/keys"])
 
 
-def test_the_key_encoder_follows_and_the_queue_turns(finished: Path) -> None:
+def test_the_key_encoder_and_the_queue_are_updated(finished: Path) -> None:
     state = newest(finished)
     assert int(state["queue/pointer"]) == 8 * 8 % 16
     torch.testing.assert_close(state["queue/keys"].norm(dim=1), torch.ones(16))
@@ -253,18 +253,18 @@ def test_the_key_encoder_follows_and_the_queue_turns(finished: Path) -> None:
     assert 0 < (query - key).norm() < query.norm()
 
 
-# ---- stop and go on --------------------------------------------------------------------------------------------------
+# ---- stop and resume -------------------------------------------------------------------------------------------------
 
 STEPS = 8
 BASE = ["--no-tensorboard", "--knn-every", "1", "--cos", "--moco-m-cos"]
 
 
 def run_until(out: Path, stop_at: int | None, arguments: list[str]) -> None:
-    """One process's share of a run: it is told to stop while batch `stop_at` is on its way."""
+    """Run until SIGTERM arrives while batch `stop_at` is being loaded."""
 
     def views(self: TwoViewPipeline, start: int, stop: int):
         for step, batch in enumerate(original(self, start, stop), start):
-            if step == stop_at and stop > start + 1:  # not the one for the picture
+            if step == stop_at and stop > start + 1:  # not the batch for the picture
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
@@ -276,8 +276,8 @@ def run_until(out: Path, stop_at: int | None, arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Whole runs by the logging interval."""
-    folder = tmp_path_factory.mktemp("whole")
+    """Uninterrupted runs by logging interval."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     for log_every in (1, 3):
         run_until(folder / str(log_every), None, ["--log-every", str(log_every)])
     return {log_every: folder / str(log_every) for log_every in (1, 3)}
@@ -292,16 +292,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @example(stops=[0], log_every=3, checkpoint_every=None)
 @example(stops=[3, 4], log_every=3, checkpoint_every=3)
 @example(stops=[STEPS - 1], log_every=1, checkpoint_every=None)
-def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
+def test_a_run_stopped_anywhere_resumes_bit_identically(
     uninterrupted: dict[int, Path], stops: list[int], log_every: int, checkpoint_every: int | None
 ) -> None:
-    """Parameters, statistics, queue, optimiser and metrics are those of the run that was never stopped."""
+    """Parameters, statistics, queue, optimiser and metrics equal those of the uninterrupted run."""
     arguments = ["--log-every", str(log_every)]
     arguments += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
     with tempfile.TemporaryDirectory() as folder:
         out, resume = Path(folder) / "run", []
         for stop_at in stops:
-            if stop_at == STEPS - 1:  # a signal during the last step: there is nothing left to stop
+            if stop_at == STEPS - 1:  # a signal during the last step has no effect
                 break
             with pytest.raises(
                 Preempted, match=rf"stopped by SIGTERM at step {stop_at + 1}, saved: resume with --resume"
@@ -315,10 +315,10 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_run_killed_anywhere_goes_on_from_its_last_checkpoint(
+def test_a_run_killed_anywhere_resumes_from_its_last_checkpoint(
     uninterrupted: dict[int, Path], tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill leaves no time to save: metrics are ahead of the checkpoint, and a temporary file lies about."""
+    """A killed process has not saved: metrics are ahead of the checkpoint, and a temporary file is left."""
     out, step = tmp_path / "run", 4 + lost
 
     class Killed(BaseException):
@@ -343,24 +343,24 @@ def test_a_run_killed_anywhere_goes_on_from_its_last_checkpoint(
 
 
 @pytest.mark.parametrize("flags", [["--symmetric", "--mlp"], ["--amp", "bf16"], ["--amp", "fp16"]], ids=" ".join)
-def test_other_kinds_of_runs_go_on_bit_for_bit(flags: list[str], tmp_path: Path) -> None:
+def test_other_kinds_of_runs_resume_bit_identically(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, "--log-every", "2", "--knn-every", "0"]
-    run_until(tmp_path / "whole", None, flags)
+    run_until(tmp_path / "uninterrupted", None, flags)
     with pytest.raises(Preempted):
         run_until(tmp_path / "run", 2, flags)
     run_until(tmp_path / "run", None, [*flags, "--resume"])
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_a_resumed_run_needs_no_flags_but_the_folder(uninterrupted: dict[int, Path], tmp_path: Path) -> None:
-    """Its settings are in config.json."""
+    """Its settings are read from config.json."""
     with pytest.raises(Preempted):
         run_until(tmp_path / "run", 4, ["--log-every", "3"])
     assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == ExitCode.DONE
     assert_same_run(tmp_path / "run", uninterrupted[3])
 
 
-def test_the_flag_holds_the_first_signal_and_gives_the_handlers_back() -> None:
+def test_the_flag_keeps_the_first_signal_and_restores_the_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopFlag() as stop:
         assert not stop
@@ -375,14 +375,14 @@ def test_the_flag_holds_the_first_signal_and_gives_the_handlers_back() -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a run in a process of its own; its words go to the file `said`, which no worker keeps open for us."""
+    """Starts a run in its own process, with stderr in the file `errors`, so that no worker can block on a pipe."""
     started: list[subprocess.Popen[bytes]] = []
 
     def call(out: Path, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "fastmoco", "train", *TINY, *BASE, "--out", str(out), *arguments]
-        (tmp_path / "said").unlink(missing_ok=True)  # what is left of a killed one may still write to its own
-        with (tmp_path / "said").open("wb") as said:
-            started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said))
+        (tmp_path / "errors").unlink(missing_ok=True)  # a process of a killed run may still write to the old file
+        with (tmp_path / "errors").open("wb") as errors:
+            started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors))
         return started[-1]
 
     yield call
@@ -392,10 +392,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 
 def wait_for(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Until the run has checkpointed that step."""
+    """Wait until the run has saved a checkpoint of that step."""
     deadline = time.monotonic() + 120
     while not any(int(p.name[5:14]) >= step for p in (run / "checkpoints").glob("*.safetensors")):
-        assert process.poll() is None, (run.parent / "said").read_text()
+        assert process.poll() is None, (run.parent / "errors").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -406,7 +406,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_real_kills_and_signals(start, tmp_path: Path) -> None:
-    """SIGKILL, SIGTERM, then the rest, with worker processes: the run that was never touched, and no child is left."""
+    """Killed, stopped by SIGTERM, then finished, with workers: equals the uninterrupted run and leaves no process."""
     flags = ["--pipeline", "torch", "--workers", "1", "--epochs", "6", "--checkpoint-every", "1", "--knn-every", "0"]
     process = start(tmp_path / "run", *flags)
     wait_for(tmp_path / "run", 3, process)
@@ -415,28 +415,28 @@ def test_real_kills_and_signals(start, tmp_path: Path) -> None:
 
     process = start(tmp_path / "run", *flags, "--resume")
     wait_for(tmp_path / "run", 8, process)
-    helpers = children_of(process.pid)
+    workers = children_of(process.pid)
     process.terminate()
     assert process.wait(timeout=60) == ExitCode.PREEMPTED
-    said = (tmp_path / "said").read_text()
-    assert said.startswith("fastmoco: stopped: stopped by SIGTERM at step ")
-    assert said.count("\n") == 1
+    errors = (tmp_path / "errors").read_text()
+    assert errors.startswith("fastmoco: stopped: stopped by SIGTERM at step ")
+    assert errors.count("\n") == 1
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}").exists() for child in helpers):
+    while any(Path(f"/proc/{child}").exists() for child in workers):
         assert time.monotonic() < deadline, "a worker outlived the run"
         time.sleep(0.05)
 
-    # in processes of their own too: sums have other last digits where another test has changed the number of threads
+    # Also in their own processes: sums are rounded differently if another test has changed the number of threads.
     assert start(tmp_path / "run", *flags, "--resume").wait(timeout=120) == ExitCode.DONE
-    whole = start(tmp_path / "whole", *flags, "--workers", "0", "--checkpoint-every", "24")
-    assert whole.wait(timeout=120) == ExitCode.DONE
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    uninterrupted = start(tmp_path / "uninterrupted", *flags, "--workers", "0", "--checkpoint-every", "24")
+    assert uninterrupted.wait(timeout=120) == ExitCode.DONE
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
-    """While it is stopped in its tracks, both signals wait: the second one does not let it save."""
+    """SIGSTOP holds both signals back until they arrive together; the second one prevents saving."""
     process = start(tmp_path / "run", "--pipeline", "resident", "--epochs", "1000", "--knn-every", "0")
     wait_for(tmp_path / "run", 4, process)
     process.send_signal(signal.SIGSTOP)

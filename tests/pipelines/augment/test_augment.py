@@ -12,18 +12,8 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from pipelines.augment import torch_ops as augment_torch
-from pipelines.augment.presets import (
-    CIFAR,
-    ORDERS,
-    V1,
-    V2,
-    Augmentation,
-    Column,
-    Op,
-    blur_taps,
-    sample_params,
-    with_scale,
-)
+from pipelines.augment.params import ORDERS, Column, Op, blur_taps, sample_params
+from pipelines.augment.presets import CIFAR, V1, V2, Augmentation, with_scale
 from pipelines.augment.torch_ops import apply, colour
 
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)

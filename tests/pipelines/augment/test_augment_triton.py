@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import torch_ops as augment_torch
-from pipelines.augment.presets import CIFAR, ORDERS, V1, V2, Augmentation, Column, sample_params
+from pipelines.augment.params import ORDERS, Column, sample_params
+from pipelines.augment.presets import CIFAR, V1, V2, Augmentation
 from tests.reference_crops import batched_crops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
