@@ -1,1 +1,1 @@
-"""What is fast, by how much and where: scripts that measure, and the results that are kept."""
+"""Benchmark scripts, and the results that are committed."""

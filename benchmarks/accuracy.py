@@ -1,28 +1,22 @@
-"""Time to accuracy: minutes until kNN on CIFAR-10 reaches what the authors' demo reaches after 200 epochs.
+"""Time to accuracy: training minutes until kNN on CIFAR-10 reaches the accuracy of the authors' demo after 200 epochs.
 
-    uv run python benchmarks/accuracy.py --data cifar10 --out benchmarks/results
+    uv run python benchmarks/accuracy.py --data cifar10 --out DIR
     uv run python benchmarks/accuracy.py --data cifar10.tar.xz --seeds 0 --recipes cifar10-demo     # one run of the six
     uv run python benchmarks/accuracy.py --epochs 20 --width 0.25 --limit 10000 --batch-size 128 --targets 35,40
     uv run python benchmarks/accuracy.py --quick
 
-The runs are those of `fastmoco train RECIPE --seed N`, by the real trainer. A target counts as reached at the first
-evaluation that shows it, so `--knn-every` is the resolution; one that is never reached is stated as such, with the best
-accuracy there was. An invocation that was stopped or killed goes on where it was when it is started again with the same
---runs, and runs that are done are only read.
+The runs are those of `fastmoco train RECIPE --seed N`. A target is reached at the first evaluation with that accuracy,
+so `--knn-every` is the resolution; for targets that are not reached, the best accuracy is reported. After an
+interruption, the same command with the same --runs resumes; completed runs are only read.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose pipelines.py hides the package
 
 import gc
 import os
 import statistics
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +24,10 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measure.archives import CACHE, unpacked
-from benchmarks.measure.harness import environment, make_console, run_script, short, show, write_json
+from benchmarks.measure.harness import environment, parse_names, run_script, write_json
 from benchmarks.measure.learning_curve import Evaluation, Sessions, draw, evaluations, first_at
+from benchmarks.reporting.page import make_console, print_blocks
+from benchmarks.reporting.sections import section
 from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
 from fastmoco.console import say
 from fastmoco.device import pick_device
@@ -46,40 +42,40 @@ PUBLISHED = {"cifar10-demo": (80.0, 82.6), "cifar10-demo-symmetric": (85.3,)}  #
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Minutes of training until kNN on CIFAR-10 is as good as published, with the authors' hyper-parameters."""
+    """Training minutes until kNN on CIFAR-10 reaches the published accuracy, with the authors' hyper-parameters."""
 
     data: str | None = None
-    """A folder of CIFAR-10's images, a tar file of it, or a named data set. Unset: cifar10, which is downloaded."""
+    """A folder of CIFAR-10 images, a tar file, or a named data set. Unset: cifar10, which is downloaded."""
     recipes: str = ",".join(PUBLISHED)
-    """Which, separated by commas."""
+    """Names of recipes, separated by commas."""
     seeds: str = "0,1,2"
-    """A run for each, of every recipe."""
+    """Seeds, separated by commas: one run each per recipe."""
     targets: str | None = None
     """Accuracies in percent, separated by commas. Unset: the published ones."""
     epochs: int | None = None
-    """Another number than the recipe's 200."""
+    """Another number of epochs than the recipe's 200."""
     limit: int | None = None
-    """Train and evaluate on so many images only."""
+    """Number of images to train and evaluate on. Unset: all."""
     width: float = 1.0
     """Factor on the channels of the encoder."""
     batch_size: int | None = None
-    """Another number of images a step; the learning rate is scaled with it."""
+    """Another number of images per step; scales the learning rate."""
     knn_every: int = 5
-    """Epochs between two evaluations."""
+    """Epochs between evaluations."""
     runs: Path = Path("runs/accuracy")
-    """Folder of the runs: what is done or begun there is not done again."""
+    """Folder of the runs; runs that are there are resumed or read."""
     cache: str = CACHE
-    """Where tar files are unpacked to and named data sets downloaded."""
+    """Folder for unpacked tar files and downloaded data sets."""
     device: str = "auto"
     """auto, cpu or cuda."""
     quick: bool = False
-    """Two epochs of a small encoder on drawn shapes, one seed: whether it works."""
+    """Two epochs of a small encoder on generated shapes with one seed, to check that everything works."""
     out: Path | None = None
     """Folder for the JSON file and the picture."""
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
-    """Trains what is not yet trained, prints a table and returns what it writes; what there is, also when stopped.
+    """Train the missing runs, print a table, write the result and return it. A stopped invocation reports what it has.
 
     Raises ConfigError, DataError, CheckpointError, DivergedError and DeviceError; Preempted after a signal.
     """
@@ -93,30 +89,30 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     data = unpacked(settings.data or "cifar10", settings.cache)
     assert data is not None
     configs = {(name, seed): _config(settings, name, seed, data) for name in targets for seed in seeds}
-    found_there = environment(pick_device(settings.device))
+    described = environment(pick_device(settings.device))
     stopped: Preempted | None = None
     for number, ((name, seed), config) in enumerate(configs.items(), start=1):
         say(console, f"{name}, seed {seed} ({number} of {len(configs)})", "bold")
         try:
-            _finish(config, console)
+            _complete(config, console)
         except Preempted as error:
             stopped = error
             break
     result: dict[str, Any] = {
         "benchmark": "accuracy",
-        "environment": found_there,
+        "environment": described,
         "settings": asdict(settings) | {"out": None, "runs": str(settings.runs)},
         "recipes": {},
     }
     for name, percents in targets.items():
         runs = {seed: _read(configs[name, seed]) for seed in seeds}
         result["recipes"][name] = {"targets": [_reached(p, runs) for p in percents], "runs": runs}
-    _show(console, result)
+    print_blocks(console, section(result))
     if settings.out is not None:
         write_json(settings.out / "accuracy.json", result)
         curves = {
-            name: {seed: [Evaluation(*e) for e in run["evaluations"]] for seed, run in one["runs"].items()}
-            for name, one in result["recipes"].items()
+            name: {seed: [Evaluation(*e) for e in run["evaluations"]] for seed, run in of_recipe["runs"].items()}
+            for name, of_recipe in result["recipes"].items()
         }
         draw(curves, targets, settings.out / "accuracy.png")
     if stopped is not None:
@@ -126,28 +122,23 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
 
 def _numbers(flag: str, text: str) -> list[float]:
     try:
-        numbers = [float(word) for word in text.split(",")]
+        numbers = [float(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{flag} {text} is not a list of numbers: expected some separated by commas, 1,2,3") from None
+        raise ConfigError(f"{flag} {text} is not a list of numbers: expected something like 1,2,3") from None
     if flag == "--seeds" and any(number != int(number) for number in numbers):
         raise ConfigError(f"{flag} {text}: a seed is a whole number")
     return list(dict.fromkeys(numbers))
 
 
 def _targets(settings: Settings) -> dict[str, tuple[float, ...]]:
-    """Of every recipe that was requested."""
-    names = list(dict.fromkeys(name.strip() for name in settings.recipes.split(",") if name.strip()))
-    for name in names:
-        if name not in PUBLISHED:
-            raise ConfigError(f"--recipes {name} is unknown: expected some of {','.join(PUBLISHED)}")
-    if not names:
-        raise ConfigError(f"--recipes is empty: name some of {','.join(PUBLISHED)}")
+    """Targets of every requested recipe."""
+    names = parse_names(settings.recipes, tuple(PUBLISHED), "--recipes")
     given = None if settings.targets is None else tuple(_numbers("--targets", settings.targets))
     return {name: PUBLISHED[name] if given is None else given for name in names}
 
 
 def _config(settings: Settings, name: str, seed: int, data: str) -> RunConfig:
-    """The recipe; where it is made smaller, what depends on the size is left open for the trainer to fill in."""
+    """The recipe; if it is made smaller, settings that depend on the size are left for the trainer to choose."""
     config = recipe(name)
     epochs = settings.epochs or config.optim.epochs
     config = config.replace(
@@ -168,8 +159,8 @@ def _config(settings: Settings, name: str, seed: int, data: str) -> RunConfig:
     return config
 
 
-def _finish(config: RunConfig, console: Console) -> None:
-    """Trains a run from where it is to its end. Raises what `train` raises."""
+def _complete(config: RunConfig, console: Console) -> None:
+    """Train or resume a run to its end. Raises the errors of `train`."""
     folder = _folder(config)
     if (folder / "config.json").is_file():
         _check_same(config, read_config(folder), folder)
@@ -179,10 +170,10 @@ def _finish(config: RunConfig, console: Console) -> None:
     resume = any((folder / "checkpoints").glob("step-*.safetensors"))
     sessions = Sessions(folder)
     if not resume:
-        sessions.forget()
+        sessions.reset()
     begun = (folder / "config.json").is_file() or (folder / "status.json").is_file()
     try:
-        with sessions.one():
+        with sessions.record():
             train(config.replace(resume=resume, overwrite=begun and not resume), console)
     finally:
         gc.collect()
@@ -199,35 +190,35 @@ def _state(folder: Path) -> str:
     return read_status(folder)["state"] if (folder / "status.json").is_file() else "not begun"
 
 
-def _check_same(wanted: RunConfig, there: RunConfig, folder: Path) -> None:
-    """Refuse a run with other settings than those asked for; open ones have been filled in there."""
-    for name, asked, found in differences(wanted, there):
-        if name in FREE_ON_RESUME or asked in (None, "auto"):
+def _check_same(requested: RunConfig, existing: RunConfig, folder: Path) -> None:
+    """Raise ConfigError if the run has other settings than requested; automatic ones may have any value."""
+    for name, wanted, actual in differences(requested, existing):
+        if name in FREE_ON_RESUME or wanted in (None, "auto"):
             continue
-        if name == "data" and os.path.abspath(asked) == os.path.abspath(found):
+        if name == "data" and os.path.abspath(wanted) == os.path.abspath(actual):
             continue
         raise ConfigError(
-            f"{folder} holds a run with {name} {found}, and {asked} was requested: choose another folder with --runs"
+            f"{folder} holds a run with {name} {actual}, and {wanted} was requested: choose another folder with --runs"
         )
 
 
 def _read(config: RunConfig) -> dict[str, Any]:
-    """What a run has come to, done or not."""
+    """State and results of a run, complete or not."""
     folder = _folder(config)
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         return {"state": "not begun", "evaluations": [], "best_percent": None, "final_percent": None}
     resolved, records = read_config(folder), read_metrics(folder / "metrics.jsonl")
     assert resolved.optim.batch_size is not None
-    found = evaluations(records, resolved.optim.batch_size)
+    curve = evaluations(records, resolved.optim.batch_size)
     rates = [record["images_per_s"] for record in records if "images_per_s" in record]
     seconds = Sessions(folder).seconds()
     state = _state(folder)
     return {
         "state": state,
-        "evaluations": found,
-        "best_percent": max((e.knn_percent for e in found), default=None),
-        "final_percent": found[-1].knn_percent if found and state == "done" else None,
-        "training_minutes": found[-1].training_minutes if found else 0.0,
+        "evaluations": curve,
+        "best_percent": max((e.knn_percent for e in curve), default=None),
+        "final_percent": curve[-1].knn_percent if curve and state == "done" else None,
+        "training_minutes": curve[-1].training_minutes if curve else 0.0,
         "wall_minutes": sum(seconds) / 60,
         "sessions": len(seconds),
         "images_per_s": statistics.median(rates) if rates else None,
@@ -236,58 +227,17 @@ def _read(config: RunConfig) -> dict[str, Any]:
 
 
 def _reached(percent: float, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """When each seed reached a target, null where it has not; the median where all have."""
+    """When each seed reached a target, or null; the median if all have."""
     first = {seed: first_at(run["evaluations"], percent) for seed, run in runs.items()}
     minutes = [evaluation.training_minutes for evaluation in first.values() if evaluation is not None]
-    everyone = len(minutes) == len(first)
     return {
         "percent": percent,
         "epochs": {seed: None if e is None else e.epoch for seed, e in first.items()},
         "training_minutes": {seed: None if e is None else e.training_minutes for seed, e in first.items()},
         "reached_by": len(minutes),
         "seeds": len(first),
-        "median_training_minutes": statistics.median(minutes) if everyone else None,
+        "median_training_minutes": statistics.median(minutes) if len(minutes) == len(first) else None,
     }
-
-
-def _show(console: Console, result: dict[str, Any]) -> None:
-    for name, one in result["recipes"].items():
-        rows = []
-        for seed, run in one["runs"].items():
-            if run["state"] == "not begun":
-                rows.append((f"seed {seed}", *["–"] * len(one["targets"]), "–", "–", "–", "–", "–", run["state"]))
-                continue
-            best = run["best_percent"]
-            rows.append(
-                (
-                    f"seed {seed}",
-                    *(_when(target, seed) for target in one["targets"]),
-                    "–" if best is None else f"{best:.2f} %",
-                    "–" if run["final_percent"] is None else f"{run['final_percent']:.2f} %",
-                    short(run["training_minutes"]),
-                    short(run["wall_minutes"]),
-                    "–" if run["images_per_s"] is None else short(run["images_per_s"]),
-                    run["state"],
-                )
-            )
-        medians = [
-            f"not by {t['seeds'] - t['reached_by']} of {t['seeds']}"
-            if t["median_training_minutes"] is None
-            else f"{short(t['median_training_minutes'])} min"
-            for t in one["targets"]
-        ]
-        rows.append(("median", *medians, *[""] * 6))
-        targets = (f"to {target['percent']:g} %" for target in one["targets"])
-        columns = ("run", *targets, "best", "at the end", "training min", "wall min", "images/s", "state")
-        every, device = result["settings"]["knn_every"], result["environment"]
-        note = "minutes of training, without evaluations and checkpoints; evaluated "
-        note += "every epoch" if every == 1 else f"every {every} epochs"
-        show(console, f"time to accuracy, {name}, {device['gpu'] or device['cpu']}", columns, rows, note)
-
-
-def _when(target: dict[str, Any], seed: int) -> str:
-    minutes = target["training_minutes"][seed]
-    return "not reached" if minutes is None else f"{short(minutes)} min, epoch {target['epochs'][seed]}"
 
 
 if __name__ == "__main__":

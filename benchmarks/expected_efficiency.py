@@ -1,34 +1,27 @@
-"""What to expect of 8, 64 and 512 GPUs: worked out from a step's time, its messages and the links, nothing measured.
+"""Expected efficiency on 8, 64 and 512 GPUs: a model of a step's time, messages and links, not a measurement.
 
     uv run python benchmarks/expected_efficiency.py
     uv run python benchmarks/expected_efficiency.py --config r50 --images-per-s 5600 --network-gb-per-s 11
 
-Every GPU has the same number of images a step, whatever their number. A step of T on one GPU is taken to be a quarter
-keys, a quarter queries and half backward, as the arithmetic is; on R GPUs it takes T and what of the messages is left
-over: of the keys beyond the queries, of statistics and gradients beyond the backward, and the last bucket of gradients,
-which is complete only when the backward is. Messages of synchronised batch norm (--bn-splits 1) are waited for, all of
-them.
+Every GPU has the same number of images per step (weak scaling). A step that takes T on one GPU is assumed to be a
+quarter keys, a quarter queries and half backward, in proportion to the arithmetic. On R GPUs it takes T plus the
+communication that is not hidden: that of the keys beyond the queries, that of statistics and gradients beyond the
+backward, and the last bucket of gradients, which is complete only after the backward. Messages of synchronised batch
+norm (--bn-splits 1) are never hidden.
 
-A message of n bytes between R GPUs in M machines takes the shortest time that one of NCCL's protocols makes of
+A message of n bytes between R GPUs in M machines takes the time of the fastest of NCCL's protocols:
 
     all-reduce   ring   start + 2(R − M) NVLink hops + 2(M − 1) network hops            + 2n(R − 1)/R / bandwidth
                  tree   start + 2(R/M − 1) NVLink hops + 2 log2(M) network hops         + the same
     all-gather   ring   start + (R − M) NVLink hops + (M − 1) network hops              + n(R − 1)/R / bandwidth
 
-with n in all for the gather. Bytes and rings are those of Thakur, Rabenseifner and Gropp 2005 and Patarasuk and Yuan
-2009, who prove that fewer bytes do not do; trees, protocols and latencies those of NCCL's tuning model
-(src/graph/tuning.cc). Rings leave a machine through the links of all its GPUs, so bandwidth is the lesser of a GPU's
-NVLink and of those links together. Left out: multiprocessors that NCCL takes from the step, ranks that wait for a slow
-one, NVLink SHARP.
+with n the total for the gather. Bytes and rings are those of Thakur, Rabenseifner and Gropp 2005 and Patarasuk and
+Yuan 2009, who prove them minimal; trees, protocols and latencies those of NCCL's tuning model (src/graph/tuning.cc).
+Rings leave a machine through the links of all its GPUs, so bandwidth is the smaller of a GPU's NVLink and of those
+links together. Not modelled: multiprocessors that NCCL takes from the step, waiting for a slow rank, NVLink SHARP.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose pipelines.py hides the package
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -39,31 +32,31 @@ import torch
 import tyro
 
 from benchmarks.measure.harness import run_script
-from benchmarks.measure.ladder import CONFIGS, train_step
 from benchmarks.measure.plain import Task
 from benchmarks.measure.rank_scaling import HALF_GRADIENTS, Messages
+from benchmarks.measure.variants import CONFIGS, train_step
 from fastmoco.distributed.world import World
 from fastmoco.errors import ConfigError
 from fastmoco.model.batchnorm.split import SplitBatchNorm2d
 from fastmoco.step.gradients import BUCKET_BYTES
 
-AIMS = {"r50": 5000.0, "cifar": 50000.0}  # images/s of one H200
-IMAGES = {"r50": 1_281_167, "cifar": 50_000}  # of an epoch: ImageNet-1k, CIFAR-10
-QUERIES, BACKWARD = 1 / 4, 1 / 2  # of a step
-ENOUGH, FEW_STEPS = 0.9, 8  # an efficiency below, and a queue of fewer steps, count as broken
+TARGET_RATES = {"r50": 5000.0, "cifar": 50000.0}  # images/s of one H200
+IMAGES = {"r50": 1_281_167, "cifar": 50_000}  # per epoch: ImageNet-1k, CIFAR-10
+QUERIES, BACKWARD = 1 / 4, 1 / 2  # shares of a step
+MIN_EFFICIENCY, MIN_QUEUE_STEPS = 0.9, 8  # below these, a limit is reported
 _FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How NCCL passes data on: microseconds to start, of a hop over NVLink and over the network; share of bandwidth."""
+    """Latencies of a NCCL protocol in µs, of the start, a NVLink hop and a network hop, and its share of bandwidth."""
 
     ring_us: tuple[float, float, float]
     tree_us: tuple[float, float, float]
     share: float
 
 
-PROTOCOLS = (  # of NCCL 2.2x on Hopper. The share of LL is what it keeps between machines
+PROTOCOLS = (  # of NCCL 2.2x on Hopper. The share of LL is that between machines
     Protocol((6.6, 0.6, 2.7), (6.8, 0.6, 5.0), 0.1),  # LL
     Protocol((14.0, 1.9, 4.0), (14.0, 1.25, 8.5), 0.92),  # LL128
     Protocol((8.4, 3.4, 14.0), (8.4, 4.0, 14.0), 1.0),  # Simple
@@ -72,31 +65,31 @@ PROTOCOLS = (  # of NCCL 2.2x on Hopper. The share of LL is what it keeps betwee
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The efficiency to expect of many GPUs, from what one of them does and from the links between them."""
+    """Expected efficiency on many GPUs, from the rate of one GPU and the links between them."""
 
     config: Literal["r50", "cifar"] | None = None
-    """ResNet-50 at 224 px, or ResNet-18 at 32 px. Unset: both, at the rates that are aimed at on an H200."""
+    """ResNet-50 at 224 px, or ResNet-18 at 32 px. Unset: both, at the target rates on an H200."""
     images_per_s: float | None = None
-    """With --config: what one GPU reaches alone."""
+    """With --config: the rate of one GPU."""
     batch_size: int | None = None
-    """With --config: images a step on each GPU."""
+    """With --config: images per step on each GPU."""
     gpus: str = "8,64,512"
-    """How many, separated by commas."""
+    """Numbers of GPUs, separated by commas."""
     gpus_per_machine: int = 8
-    """GPUs that NVLink connects, each with its share of the network's links."""
+    """GPUs connected by NVLink, each with its share of the network links."""
     nvlink_gb_per_s: float = 370.0
-    """What NCCL moves through a GPU's NVLink in one direction: on H100 and H200 370 of the link's 450."""
+    """NCCL's rate through a GPU's NVLink in one direction: on H100 and H200 370 of the link's 450."""
     network_gb_per_s: float = 45.0
-    """The same through a GPU's share of the network: nine tenths of one 400 Gb/s InfiniBand port."""
+    """The same for a GPU's share of the network: nine tenths of one 400 Gb/s InfiniBand port."""
     latency_factor: float = 1.0
-    """Times the latencies of NCCL's tuning model."""
+    """Factor on the latencies of NCCL's tuning model."""
     quick: bool = False
-    """ResNet-18 on 8 GPUs alone."""
+    """Only ResNet-18 on 8 GPUs."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """What GPUs are connected by, in bytes/s of one GPU."""
+    """Links between GPUs, in bytes/s per GPU."""
 
     gpus_per_machine: int
     nvlink: float
@@ -104,24 +97,29 @@ class Links:
     latency_factor: float = 1.0
 
     def all_reduce_s(self, count: float, gpus: int) -> float:
-        """Of `count` bytes on every GPU."""
+        """Seconds to all-reduce `count` bytes on every GPU."""
         machines = self._machines(gpus)
         ring, tree = 2 * (gpus - machines), 2 * (gpus / machines - 1)
         moved = 2 * count * (gpus - 1) / gpus
-        by_ring = self._quickest(lambda p: p.ring_us, ring, 2 * (machines - 1), moved, gpus)
-        by_tree = self._quickest(lambda p: p.tree_us, tree, 2 * math.log2(machines), moved, gpus)
+        by_ring = self._fastest(lambda p: p.ring_us, ring, 2 * (machines - 1), moved, gpus)
+        by_tree = self._fastest(lambda p: p.tree_us, tree, 2 * math.log2(machines), moved, gpus)
         return min(by_ring, by_tree)
 
     def gather_s(self, count: float, gpus: int) -> float:
-        """Of `count` bytes in all."""
+        """Seconds to gather `count` bytes in total."""
         machines, moved = self._machines(gpus), count * (gpus - 1) / gpus
-        return self._quickest(lambda p: p.ring_us, gpus - machines, machines - 1, moved, gpus)
+        return self._fastest(lambda p: p.ring_us, gpus - machines, machines - 1, moved, gpus)
 
     def _machines(self, gpus: int) -> int:
         return max(1, gpus // self.gpus_per_machine)
 
-    def _quickest(
-        self, latencies_us: Callable[[Protocol], Sequence[float]], near: float, far: float, moved: float, gpus: int
+    def _fastest(
+        self,
+        latencies_us: Callable[[Protocol], Sequence[float]],
+        nvlink_hops: float,
+        network_hops: float,
+        moved: float,
+        gpus: int,
     ) -> float:
         bandwidth = self.nvlink
         if gpus > self.gpus_per_machine:
@@ -129,16 +127,16 @@ class Links:
         times = []
         for protocol in PROTOCOLS:
             start, nvlink_hop, network_hop = latencies_us(protocol)
-            waiting = (start + near * nvlink_hop + far * network_hop) * self.latency_factor * 1e-6
-            times.append(waiting + moved / (protocol.share * bandwidth))
+            latency = (start + nvlink_hops * nvlink_hop + network_hops * network_hop) * self.latency_factor * 1e-6
+            times.append(latency + moved / (protocol.share * bandwidth))
         return min(times)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A row: what a step on so many GPUs sends, how long that takes, what hides it, and what is left.
+    """A row: messages of a step on a number of GPUs, their durations, and the time that is not hidden.
 
-    floor_bytes_per_s  the bandwidth below which the backward no longer hides all buckets but the last
+    floor_bytes_per_s  the bandwidth below which the backward does not hide all buckets but the last
     """
 
     name: str
@@ -166,32 +164,33 @@ class Expected:
 
 
 def main(settings: Settings) -> str:
-    """Prints, and returns, a Markdown table and what breaks first. Raises ConfigError."""
+    """Print and return a Markdown table and the limits in the order of their appearance. Raises ConfigError."""
     if settings.quick:
         settings = replace(settings, config="cifar", gpus="8", images_per_s=None)
     counts, links = _counts(settings), _links(settings)
     names = ("r50", "cifar") if settings.config is None else (settings.config,)
-    rows, sentences, rates = [], [], []
+    rows, limits, rates = [], [], []
     for name in names:
         task, images_per_s = _start(name, settings)
         of_task = list(expected(name, task, task.batch_size / images_per_s, links, counts))
         rows += of_task
-        sentences += breaks(of_task, task)
+        limits += describe_limits(of_task, task)
         rates.append(f"{images_per_s:,.0f} images/s of {of_task[0].name}")
-    links_words = f"{settings.nvlink_gb_per_s:g} GB/s by NVLink and {settings.network_gb_per_s:g} by the network"
-    given = f"Worked out, not measured, from {' and '.join(rates)} on one GPU, {links_words} for each:"
-    said = "\n".join([given, "", *table(rows), "", "What breaks, first to last:", "", *sentences])
-    print(said)
-    return said
+    bandwidths = f"{settings.nvlink_gb_per_s:g} GB/s by NVLink and {settings.network_gb_per_s:g} by the network"
+    given = f"Worked out, not measured, from {' and '.join(rates)} on one GPU, {bandwidths} for each:"
+    page = "\n".join([given, "", *table(rows), "", "What breaks, first to last:", "", *limits])
+    print(page)
+    return page
 
 
 def _counts(settings: Settings) -> list[int]:
     counts = [int(count) if count.strip().isdecimal() else 0 for count in settings.gpus.split(",")]
-    whole = settings.gpus_per_machine
+    per_machine = settings.gpus_per_machine
     for count in counts:
-        if whole < 1 or count < 2 or (count > whole and count % whole):
+        if per_machine < 1 or count < 2 or (count > per_machine and count % per_machine):
             raise ConfigError(
-                f"--gpus {settings.gpus} with {whole} in a machine: expected numbers of 2 or more that fill machines"
+                f"--gpus {settings.gpus} with {per_machine} in a machine: expected numbers of 2 or more that fill "
+                "whole machines"
             )
     return counts
 
@@ -205,18 +204,18 @@ def _links(settings: Settings) -> Links:
 
 
 def _start(name: str, settings: Settings) -> tuple[Task, float]:
-    """The task of one GPU, and its images/s."""
+    """The task of one GPU and its images/s."""
     given = (settings.images_per_s, settings.batch_size)
     if settings.config is None and given != (None, None):
-        raise ConfigError("--images-per-s and --batch-size are of one step: add --config r50 or cifar")
+        raise ConfigError("--images-per-s and --batch-size apply to one configuration: add --config r50 or cifar")
     if any(value is not None and value <= 0 for value in given):
         raise ConfigError("--images-per-s and --batch-size: expected more than 0")
     task = CONFIGS[name]
-    return replace(task, batch_size=settings.batch_size or task.batch_size), settings.images_per_s or AIMS[name]
+    return replace(task, batch_size=settings.batch_size or task.batch_size), settings.images_per_s or TARGET_RATES[name]
 
 
 def expected(name: str, task: Task, step_s: float, links: Links, counts: Sequence[int]) -> Iterator[Expected]:
-    """A row for each kind of gradients and number of GPUs, from the messages of a step that is built without memory."""
+    """One row per gradient dtype and number of GPUs, from the messages of a step on the meta device."""
     step = train_step(task, World(torch.device("meta")), torch.bfloat16)
     channels = [layer.num_features for layer in step.model.query.modules() if isinstance(layer, SplitBatchNorm2d)]
     for case, half in HALF_GRADIENTS.items():
@@ -229,7 +228,7 @@ def expected(name: str, task: Task, step_s: float, links: Links, counts: Sequenc
             others_s = (buckets - 1) * links.all_reduce_s((messages.gradients - last) / max(1, buckets - 1), gpus)
             gradients_s = others_s + links.all_reduce_s(messages.statistics, gpus)
             keys_s = links.gather_s(messages.keys, gpus)
-            under_way = 2 * (messages.gradients - last + messages.statistics) * (gpus - 1) / gpus
+            hideable = 2 * (messages.gradients - last + messages.statistics) * (gpus - 1) / gpus
             yield Expected(
                 name=f"{task.arch}, {task.side} px",
                 case=case,
@@ -246,12 +245,12 @@ def expected(name: str, task: Task, step_s: float, links: Links, counts: Sequenc
                     2 * links.gather_s(2 * _FLOAT * count * gpus, gpus) + links.all_reduce_s(2 * _FLOAT * count, gpus)
                     for count in channels
                 ),
-                floor_bytes_per_s=under_way / (BACKWARD * step_s),
+                floor_bytes_per_s=hideable / (BACKWARD * step_s),
             )
 
 
 def table(rows: Sequence[Expected]) -> list[str]:
-    """In Markdown: milliseconds of messages, of what they hide behind, and of what is left over."""
+    """Markdown table: milliseconds of the messages, of the computation that hides them, and of the rest."""
     columns = ("step", "messages", "GPUs", "batch", "MB sent", "gradients / backward, ms", "keys / queries, ms")
     columns += ("left over, ms", "efficiency", "with synchronised BN")
     lines = [f"| {' | '.join(columns)} |", f"|---|---{'|---:' * (len(columns) - 2)}|"]
@@ -273,25 +272,24 @@ def table(rows: Sequence[Expected]) -> list[str]:
     return lines
 
 
-def breaks(rows: Sequence[Expected], task: Task) -> list[str]:
-    """What stops working as the GPUs of one task become more, the first first; and below which bandwidth."""
-    found: list[tuple[int, str]] = []
-    if short_queue := [row for row in rows if row.queue_steps < FEW_STEPS]:
+def describe_limits(rows: Sequence[Expected], task: Task) -> list[str]:
+    """Limits of one task with increasing numbers of GPUs, and the minimum bandwidth."""
+    limits: list[tuple[int, str]] = []
+    if short_queue := [row for row in rows if row.queue_steps < MIN_QUEUE_STEPS]:
         row = min(short_queue, key=lambda row: row.gpus)
         keys = f"{task.queue:,} keys last {row.queue_steps:,.1f} steps, an epoch has {row.epoch_steps:,.1f}"
-        words = f"the whole batch of {row.batch:,}: {keys}"
-        found.append((row.gpus, words))
-    if slow := [row for row in rows if row.synchronised_efficiency < ENOUGH <= row.efficiency]:
+        limits.append((row.gpus, f"the whole batch of {row.batch:,}: {keys}"))
+    if slow := [row for row in rows if row.synchronised_efficiency < MIN_EFFICIENCY <= row.efficiency]:
         row = min(slow, key=lambda row: row.gpus)
-        words = f"synchronised batch norm: {1e3 * row.synchronised_s:.1f} ms that nothing hides"
-        found.append((row.gpus, f"{words}, in a step of {1e3 * row.step_s:.1f}"))
-    if slow := [row for row in rows if row.efficiency < ENOUGH]:
+        exposed = f"{1e3 * row.synchronised_s:.1f} ms that nothing hides, in a step of {1e3 * row.step_s:.1f}"
+        limits.append((row.gpus, f"synchronised batch norm: {exposed}"))
+    if slow := [row for row in rows if row.efficiency < MIN_EFFICIENCY]:
         row = min(slow, key=lambda row: row.gpus)
-        found.append((row.gpus, f"the messages, of which {1e3 * row.exposed_s:.1f} ms are left over"))
-    lines = [f"- {rows[0].name}, on {gpus} GPUs: {words}." for gpus, words in sorted(found, key=lambda one: one[0])]
+        limits.append((row.gpus, f"the messages, of which {1e3 * row.exposed_s:.1f} ms are left over"))
+    lines = [f"- {rows[0].name}, on {gpus} GPUs: {limit}." for gpus, limit in sorted(limits, key=lambda pair: pair[0])]
     floors = {row.case: f"{row.floor_bytes_per_s / 1e9:.1f} GB/s for {row.case}" for row in rows}
-    words = f"with a bandwidth below {', '.join(floors.values())}: the backward no longer hides them"
-    lines.append(f"- {rows[0].name}, {words}.")
+    minimum = f"with a bandwidth below {', '.join(floors.values())}"
+    lines.append(f"- {rows[0].name}, {minimum}: the backward no longer hides them.")
     return lines
 
 

@@ -1,22 +1,16 @@
-"""Every benchmark, one after the other, and a report of what they found.
+"""Run a suite of benchmarks one after the other, and write a report.
 
     uv run python benchmarks/run_all.py --suite cpu --out DIR --data IMAGES         # under 20 minutes on two cores
     uv run python benchmarks/run_all.py --suite gpu --list                          # numbered parts, their limits
     uv run python benchmarks/run_all.py --suite gpu --out DIR --part 2 --data cifar10.tar.xz imagenette.tar
 
-IMAGES holds folders cifar10 and imagenette; each may also be named by itself, as a folder or a tar file.
-A part runs in a process of its own and is stopped at its limit. What failed is told and recorded, and the rest goes on;
-the exit code is then 1. Started again with the same DIR, parts that are done are skipped: interrupt it at any time. No
-part needs a network. DIR/PART holds what a part wrote, its output in log.txt, and in part.json how it went.
+IMAGES has the folders cifar10 and imagenette; they may also be given separately, as folders or tar files.
+Each part runs in its own process and is stopped at its time limit. After a failure the other parts still run, and the
+exit code is 1. It can be interrupted at any time: with the same DIR, parts that are done are skipped. No part needs a
+network. DIR/PART has the results of a part, its output in log.txt and its state in part.json.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose pipelines.py hides the package
 
 import importlib.util
 import json
@@ -24,18 +18,20 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from benchmarks.measure.archives import SUFFIXES, unpacked
 from benchmarks.measure.harness import run_script, write_json
-from benchmarks.measure.suites import DATA, OUT, SUITES, WHOLE, Part, Suite
+from benchmarks.measure.suites import DATA, OUT, SUITE_OUT, SUITES, Part, Suite
 from benchmarks.reporting.collected import PART, SUITE
 from fastmoco.errors import ConfigError
 from fastmoco.run.environment import git_commit
@@ -43,7 +39,7 @@ from fastmoco.run.environment import git_commit
 SCRIPTS = Path(__file__).resolve().parent
 LOG = "log.txt"
 DEFAULT_DATA = "FASTMOCO_TEST_DATA"
-GRACE_S = 10.0  # between asking a process to stop and stopping it
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
 _OPTIONAL = {
     "nvidia.dali": "DALI (uv sync --extra dali)",
     "ffcv": "FFCV (uv sync --extra ffcv)",
@@ -53,26 +49,26 @@ _OPTIONAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Runs a whole suite of benchmarks, skips what is done, and writes a report."""
+    """Run a suite of benchmarks, skip what is done, and write a report."""
 
     suite: Suite
-    """The sizes that suit a machine."""
+    """Benchmarks and sizes for a kind of machine."""
     out: Path | None = None
     """Folder for results, logs and the report."""
     data: tuple[str, ...] = ()
-    """Folders or tar files of cifar10 and imagenette. Unset: the environment's FASTMOCO_TEST_DATA."""
+    """Folders or tar files of cifar10 and imagenette. Unset: the environment variable FASTMOCO_TEST_DATA."""
     part: int | None = None
-    """Only the parts of this number."""
+    """Run only the parts with this number."""
     list: bool = False
-    """Print the parts with their numbers, limits and commands, and run nothing."""
+    """Only print the parts with their numbers, limits and commands."""
     patience: float = 1.0
-    """Factor on every limit, for slower or busy machines."""
+    """Factor on all time limits, for slow or busy machines."""
     quick: bool = False
-    """Every script with --quick: whether it works, not how fast it is. Without data, on drawn images."""
+    """Run every script with --quick, to check that everything works. Without data, on generated images."""
 
 
 def main(settings: Settings, parts: Sequence[Part] | None = None, scripts: Path = SCRIPTS) -> list[dict[str, Any]]:
-    """Runs the parts and returns their records. Raises ConfigError."""
+    """Run the parts and return their records. Raises ConfigError."""
     chosen = [
         replace(part, limit_s=part.limit_s * settings.patience)
         for part in (SUITES[settings.suite] if parts is None else parts)
@@ -81,7 +77,7 @@ def main(settings: Settings, parts: Sequence[Part] | None = None, scripts: Path 
         chosen = [part for part in chosen if part.number == settings.part]
         if not chosen:
             numbers = sorted({part.number for part in SUITES[settings.suite]})
-            raise ConfigError(f"--part {settings.part} is none of {settings.suite}'s: expected one of {numbers}")
+            raise ConfigError(f"--part {settings.part} does not exist in {settings.suite}: expected one of {numbers}")
     if settings.list:
         _list(chosen)
         return []
@@ -90,19 +86,19 @@ def main(settings: Settings, parts: Sequence[Part] | None = None, scripts: Path 
     data = settings.data or tuple(filter(None, [os.environ.get(DEFAULT_DATA)]))
     if not data and not settings.quick:
         raise ConfigError(
-            f"no images: name a folder that holds cifar10 and imagenette, or their tar files, with --data "
-            f"or in the environment's {DEFAULT_DATA}"
+            f"no images: set --data, or the environment variable {DEFAULT_DATA}, to a folder with cifar10 and "
+            "imagenette or to their tar files"
         )
     for module, name in _OPTIONAL.items():
         if not _installed(module):
-            print(f"without {name}: its rows are left out")
+            print(f"{name} is not installed: its rows are left out")
     out = settings.out.resolve()
     suite = {"suite": settings.suite, "quick": settings.quick, "data": [str(Path(entry).absolute()) for entry in data]}
     write_json(out / SUITE, suite)
     records = []
     width = max(len(part.name) for part in chosen)
-    for place, part in enumerate(chosen, start=1):
-        print(f"{place:>2}/{len(chosen)}  {part.name:<{width}}  ", end="", flush=True)
+    for position, part in enumerate(chosen, start=1):
+        print(f"{position:>2}/{len(chosen)}  {part.name:<{width}}  ", end="", flush=True)
         record = _run(part, data, out, settings.quick, scripts)
         print(_line(record, out), flush=True)
         records.append(record)
@@ -118,14 +114,14 @@ def _list(parts: Sequence[Part]) -> None:
 
 
 def _run(part: Part, data: Sequence[str], out: Path, quick: bool, scripts: Path) -> dict[str, Any]:
-    """One part, unless it is done or lacks what it needs; its record is written once it has ended."""
+    """Run a part, unless it is done or its input is missing, and write its record when it has ended."""
     folder = out / part.name
     record: dict[str, Any] = {"part": part.name, "number": part.number, "limit_s": part.limit_s}
     images = None if part.needs is None else find_images(part.needs, data)
     if part.needs is not None and images is None and not quick:
         return record | {"state": "skipped", "message": f"no {part.needs} in --data {' '.join(data)}"}
     if part.after is not None and not any(out.glob(f"*/{part.after}-*.json")):
-        return record | {"state": "skipped", "message": f"there is no result of {part.after} to start from"}
+        return record | {"state": "skipped", "message": f"there is no result of {part.after}, which it needs"}
     command = _command(part, images, folder, out, quick, scripts)
     record["command"] = shlex.join(["python", f"benchmarks/{part.script}", *command[2:]])
     if not part.again and (before := _done_before(folder / PART, record["command"])) is not None:
@@ -135,7 +131,7 @@ def _run(part: Part, data: Sequence[str], out: Path, quick: bool, scripts: Path)
     print(f"at most {part.limit_s:.0f} s … ", end="", flush=True)
     began = time.monotonic()
     with (folder / LOG).open("w", encoding="utf-8") as log:
-        code = _call(command, log, part.limit_s)
+        code = _exit_code(command, log, part.limit_s)
     record |= {
         "state": "done" if code == 0 else "timed out" if code is None else "failed",
         "exit_code": code,
@@ -150,9 +146,9 @@ def _run(part: Part, data: Sequence[str], out: Path, quick: bool, scripts: Path)
 
 
 def find_images(name: str, data: Sequence[str]) -> str | None:
-    """The folder of this name in one of the places, one that bears the name itself, or what its tar file holds.
+    """The images `name`, from a folder that contains it, a folder of that name, or a tar file; None if there are none.
 
-    A folder `cifar10` or a file `cifar10-jpeg.tar.xz` both are cifar10. Tar files are unpacked once, into the cache.
+    A folder `cifar10` and a file `cifar10-jpeg.tar.xz` are both cifar10. Tar files are unpacked once, into the cache.
     """
     for entry in data:
         path = Path(entry).expanduser()
@@ -165,16 +161,16 @@ def find_images(name: str, data: Sequence[str]) -> str | None:
 
 def _command(part: Part, images: str | None, folder: Path, out: Path, quick: bool, scripts: Path) -> list[str]:
     arguments = list(part.arguments)
-    if images is None and DATA in arguments:  # drawn images then; a limit goes with the data
-        at = arguments.index(DATA)
-        del arguments[at - 1 : at + 1]
-    for mark, value in ((DATA, images), (OUT, str(folder)), (WHOLE, str(out))):
-        arguments = [argument.replace(mark, value or mark) for argument in arguments]
+    if images is None and DATA in arguments:  # generated images
+        position = arguments.index(DATA)
+        del arguments[position - 1 : position + 1]
+    for placeholder, value in ((DATA, images), (OUT, str(folder)), (SUITE_OUT, str(out))):
+        arguments = [argument.replace(placeholder, value or placeholder) for argument in arguments]
     return [sys.executable, str(scripts / part.script), *arguments, *(part.quick if quick else ())]
 
 
 def _done_before(file: Path, command: str) -> dict[str, Any] | None:
-    """The record of a part that is done, by the same command."""
+    """The record of a part that is done with the same command."""
     with suppress(OSError, ValueError):
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["state"] == "done" and record["command"] == command:
@@ -182,8 +178,8 @@ def _done_before(file: Path, command: str) -> dict[str, Any] | None:
     return None
 
 
-def _call(command: Sequence[str], log: Any, limit_s: float) -> int | None:
-    """The exit code, or None where the limit came first. Nothing it started outlives it."""
+def _exit_code(command: Sequence[str], log: Any, limit_s: float) -> int | None:
+    """The exit code, or None at the time limit. All processes that it started are stopped."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
@@ -203,12 +199,12 @@ def _call(command: Sequence[str], log: Any, limit_s: float) -> int | None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The whole process group: workers of a script that was killed would go on."""
-    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+    """Stop the whole process group: workers of a script that was killed would continue."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(wait_s)
+            process.wait(GRACE_S)
             break
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -220,13 +216,13 @@ def _last_line(log: Path) -> str:
 
 
 def _line(record: dict[str, Any], out: Path) -> str:
-    state, took = record["state"], f"{record.get('seconds', 0):.0f} s"
+    state, duration = record["state"], f"{record.get('seconds', 0):.0f} s"
     if state in ("done", "done before"):
-        return f"{state}{' in' if state == 'done' else ', in'} {took}"
+        return f"{state}{' in' if state == 'done' else ', in'} {duration}"
     if state == "skipped":
         return f"skipped: {record['message']}"
-    how = f"exit code {record['exit_code']} after {took}" if state == "failed" else f"stopped after {took}"
-    return f"{state}, {how}: {record['message']} ({out / record['part'] / LOG})"
+    end = f"exit code {record['exit_code']} after {duration}" if state == "failed" else f"stopped after {duration}"
+    return f"{state}, {end}: {record['message']} ({out / record['part'] / LOG})"
 
 
 def _installed(module: str) -> bool:
@@ -236,7 +232,7 @@ def _installed(module: str) -> bool:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the part that runs, too."""
+    """Make SIGTERM raise SystemExit, so that the running part is stopped too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield

@@ -1,7 +1,7 @@
-"""Many small torch operations on all cores of a CPU: independent pieces of work side by side, one core each.
+"""Runs many small torch operations in parallel: one task per core, instead of each operation split over all cores.
 
-torch splits every single operation over the cores and waits for all of them each time. For planes of a few hundred
-kilobytes that waiting costs more than half of the work.
+torch splits every operation over the cores and synchronises after each. For planes of a few hundred kilobytes that
+synchronisation costs more than half of the time.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import torch
 T = TypeVar("T")
 
 
-def side_by_side(function: Callable[[T], None], pieces: Iterable[T]) -> None:
-    """Calls the function with every piece, on as many threads as torch has. Raises what the first failing piece did."""
-    pieces, threads = list(pieces), torch.get_num_threads()
-    if threads == 1 or len(pieces) == 1:
-        for piece in pieces:
-            function(piece)
+def parallel_for(function: Callable[[T], None], items: Iterable[T]) -> None:
+    """Calls the function with every item, on as many threads as torch has. Raises the first failing item's error."""
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
+        for item in items:
+            function(item)
         return
-    inference = torch.is_inference_mode_enabled()  # of this thread, and so for its work in others
+    inference = torch.is_inference_mode_enabled()  # thread-local, so the worker threads must set it too
 
-    def work(piece: T) -> None:
+    def work(item: T) -> None:
         with torch.inference_mode(inference):
-            function(piece)
+            function(item)
 
-    for _ in _pool(threads).map(work, pieces):
+    for _ in _pool(threads).map(work, items):
         pass
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch does not split operations; every other thread keeps its setting."""
+    """Threads in which torch does not split operations; all other threads keep their setting."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="views")
-    together = Barrier(threads)  # so that every thread takes one of the tasks below
+    barrier = Barrier(threads)  # so that every thread runs exactly one of the tasks below
 
-    def alone(_: int) -> None:
+    def use_one_core(_: int) -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # a thread's first look at the number takes it over for good
-        together.wait()
+        torch.get_num_threads()  # a thread caches the setting when it first reads it
+        barrier.wait()
 
-    list(pool.map(alone, range(threads)))
-    torch.set_num_threads(threads)  # for threads to come: the number above was also left as their default
+    list(pool.map(use_one_core, range(threads)))
+    torch.set_num_threads(threads)  # set_num_threads(1) above also changed the default of threads started later
     return pool

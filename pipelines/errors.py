@@ -1,4 +1,4 @@
-"""What can be wrong with the data or a backend. Messages are one line: what was found, expected, and what to do."""
+"""Errors about data and backends. Messages are one line: the actual value, what was expected, and the remedy."""
 
 
 class DataError(ValueError):

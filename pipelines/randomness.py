@@ -1,7 +1,7 @@
 """Counter-based random numbers: every number is a pure function of (seed, domain, epoch, sample, view, slot).
 
-There is no stream and no state. The same number comes out whichever worker, backend or process asks for it, in
-whatever order, so a run resumes at any step without saving a generator.
+There is no stream and no state. Every worker, backend and process computes the same numbers, in any order, so a run
+resumes at any step without saving a generator.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
 key = (seed, domain) and counter = (slot, view, sample, epoch), each 32 bits wide. Triton's
@@ -63,7 +63,7 @@ def uniform(words: np.ndarray) -> np.ndarray:
 
 
 def permutation(seed: int, domain: Domain, count: int, *, slot: int = 0, epoch: int = 0) -> np.ndarray:
-    """(count,) int64: the numbers 0 to count-1 in an order that depends on nothing but the arguments.
+    """(count,) int64: a permutation of 0 to count-1 that depends on nothing but the arguments.
 
     Sorts by 64-bit keys; equal keys keep their order (with 10⁷ elements the chance of one tie is below 10⁻⁵).
     """

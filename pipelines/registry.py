@@ -1,7 +1,7 @@
-"""Backends by name: one owner for flags, help, errors and construction.
+"""Backends by name: the one list behind flags, help, errors and construction.
 
-A value is "module:attribute", imported when it is first used, so that the command line knows all names at once and
-loads none of the code. To add a backend, write its module and enter it in BACKENDS.
+A value is "module:attribute", imported on first use, so that the command line knows all names without loading any
+backend. To add a backend, write its module and add it to BACKENDS.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Backend(NamedTuple):
     """How images become crops on the device.
 
     source    a `pipelines.views.CropSource`, called with (index, side, device, workers)
-    pipeline  a `pipelines.backends.select.Pipeline` that makes the views itself, called with (index, planner, side, device,
-              dtype, workers); None for the common `TwoViewPipeline` over the source
+    pipeline  a `pipelines.backends.select.Pipeline` that makes the views itself, called with (index, planner, side,
+              device, dtype, workers); None for the common `TwoViewPipeline` over the source
     """
 
     source: str
@@ -30,7 +30,7 @@ BACKENDS = {
     # evaluated through the crops of `torch`
     "dataloader": Backend("pipelines.backends.torch:TorchCrops", "pipelines.backends.baseline:DataLoaderPipeline"),
 }
-"""What `--pipeline` can be."""
+"""The values of `--pipeline`."""
 
 
 def load(target: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a misspelt name was probably meant to be."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from difflib import get_close_matches
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
-    """The most similar of `known`; None where none reaches the similarity `cutoff`, from 0 to 1 (difflib's ratio)."""
+    """The entry of `known` most similar to `word`; None if no similarity (difflib's ratio, 0 to 1) reaches `cutoff`."""
     return next(iter(get_close_matches(word[:80], list(known), n=1, cutoff=cutoff)), None)

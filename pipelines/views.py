@@ -1,6 +1,6 @@
-"""The vocabulary every pipeline shares.
+"""Data types and interfaces that all pipelines share.
 
-B images a batch · R ranks that share it · S side of a crop in pixels
+B images per batch · R ranks that share it · S side of a crop in pixels
 A pair is both views of one image, view 0 the query, view 1 the key.
 """
 
@@ -18,17 +18,17 @@ from torch import Tensor
 class BatchPlan:
     """Which images a step sees, where they are cropped and how they are coloured: a pure function of (seed, step).
 
-    There are V = 2 views in training, and V = 1 in evaluation. Of several ranks each has its share of the rows of the
-    query batch, and of those of the key batch. Where these are other images, because the keys are shuffled over all
-    ranks, V = 1 and n = 2B/R: the images of its queries, then those of its keys.
+    V = 2 views in training, V = 1 in evaluation. With several ranks, each has its share of the rows of the query batch
+    and of the key batch. If keys are shuffled over all ranks, these rows are different images: then V = 1 and n = 2B/R,
+    the images of the rank's queries, then those of its keys.
 
     step       global step, from 0
     epoch      epoch of that step, from 0
     indices    (n,) int64, positions in the ImageIndex; n = B on one rank
     boxes      (V, n, 4) int32, top, left, height, width in pixels of the whole, upright image
-    params     (V, n, P) float32, one row of `augment.COLUMNS` for every view
-    key_order  (B,) int64, over all ranks: row r of the key batch is the key view of image number key_order[r] of the
-               query batch
+    params     (V, n, P) float32, one row of parameters for every view, columns as in `augment.params.Column`
+    key_order  (B,) int64, over all ranks: row r of the key batch is the key view of the image in row key_order[r] of
+               the query batch
     """
 
     step: int
@@ -40,24 +40,24 @@ class BatchPlan:
 
     @property
     def rows(self) -> np.ndarray:
-        """(2B/R,) which of the flattened V·n views makes each row of this rank's query batch, then of its key batch."""
+        """(2B/R,) positions in the flattened V·n views of this rank's query batch, then of its key batch."""
         views, count = self.boxes.shape[:2]
         rows = np.arange(views * count)
-        if views == 2 and count == len(self.key_order):  # one rank, which shuffles its keys on the way
+        if views == 2 and count == len(self.key_order):  # one rank: its keys are shuffled here
             rows[count:] = count + self.key_order
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """The resized regions of a plan, before colour and flip: (V, B, S, S, 3) uint8, all views in the plan's order."""
+    """Resized crops of a plan, before colour and flip: (V, B, S, S, 3) uint8, in the plan's order."""
 
     images: Tensor
     plan: BatchPlan
 
 
 class CropSource(Protocol):
-    """The seam between backends: plans in, uint8 crops out on the device, in the same order, none skipped.
+    """Interface of a backend: plans in, uint8 crops on the device out, in the same order, none skipped.
 
     `crops` may be called again while an earlier iterator is still in use. Raises DataError for a bad image.
     """
@@ -69,11 +69,11 @@ class CropSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Both views of a batch, or of a rank's share of it, ready for the encoders.
+    """Both views of a batch, or of a rank's share of it: the input of the encoders.
 
     query      (B/R, 3, S, S) channels-last, normalised, in the training dtype
-    key        (B/R, 3, S, S) likewise; rows are shuffled: with those of all ranks one behind another, row r belongs to
-               the query in row key_order[r]
+    key        (B/R, 3, S, S) likewise, rows shuffled: in the key batch concatenated over ranks, row r belongs to the
+               query in row key_order[r]
     key_order  (B,) int64 permutation on the device
     index      (B/R,) int64 positions in the ImageIndex, in the order of `query`
     """

@@ -1,4 +1,4 @@
-"""What worker processes of every DataLoader share: how they start, and how their failures reach people."""
+"""Worker processes of every DataLoader: how they start and stop, and how their failures are reported."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 
 from pipelines.errors import DataError
 
-PREFETCHED = 4  # tasks waiting for each worker
-DEATH_IS_KNOWN_AFTER_S = 5.0  # at most, under load
+PREFETCHED = 4  # tasks queued for each worker
+EXIT_TIMEOUT_S = 5.0  # upper bound, under load, on the time until the exit of a process is visible
 
 
 class _DoneEvent:
-    """The flag with which a DataLoader ends its workers, without the lock of `multiprocessing.Event`.
+    """The flag with which a DataLoader stops its workers, without the lock of `multiprocessing.Event`.
 
-    That lock is taken even to look at the flag, by every worker before every task; one that is killed meanwhile leaves
-    it taken, and the trainer then waits for ever to set it. One byte that a single process writes needs none.
+    Every worker takes that lock before every task just to read the flag. A worker killed while holding it leaves it
+    locked, and the trainer then waits forever to set the flag. One byte with a single writer needs no lock.
     """
 
     def __init__(self) -> None:
@@ -39,23 +39,29 @@ class _DoneEvent:
 
 
 class _Context(ForkServerContext):
-    """Starts workers from a fork server."""
+    """Starts workers from a fork server, with a lock-free event."""
 
-    def Event(self) -> _DoneEvent:  # type: ignore[override]  # noqa: N802  # all of it that a DataLoader uses
+    def Event(self) -> _DoneEvent:  # type: ignore[override]  # noqa: N802  # set and is_set are all a DataLoader uses
         return _DoneEvent()
 
 
 def start_worker(_: int) -> None:
-    """Ctrl-C is for the trainer to handle, like every signal to its process group: it ends the workers once its state
-    is saved. SIGTERM is blocked since `start_server`."""
+    """Initialises a worker: one torch thread, and an exit when the trainer exits.
+
+    Ctrl-C, like every signal to the process group, is handled by the trainer, which stops the workers once its state is
+    saved. SIGTERM is already blocked by `start_server`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_trainer, name="end-with-trainer", daemon=True).start()
+    threading.Thread(target=_exit_with_trainer, name="exit-with-trainer", daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _end_with_trainer() -> None:
-    """The loader's own watchdog looks for the process that forked this one: the server, which lives as long as its
-    workers do, so that after a SIGKILL of the trainer both would stay for good."""
+def _exit_with_trainer() -> None:
+    """Exits when the trainer does.
+
+    The loader's own watchdog watches the process that forked this one, which is the fork server. The server lives as
+    long as its workers, so after a SIGKILL of the trainer both would stay for good.
+    """
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()
@@ -63,7 +69,7 @@ def _end_with_trainer() -> None:
 
 
 def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of a DataLoader. Workers are forked from a clean server, not from a process that runs CUDA threads."""
+    """Arguments of a DataLoader. Workers are forked from a clean server, not from a process with CUDA threads."""
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
         start_server()
@@ -76,52 +82,55 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def start_server() -> None:
-    """Starts the server that forks the workers, and does not wait; deaf to SIGTERM, as they will be: torchrun sends
-    that to whole process groups, and while one rank has no more batches, the others wait for it in vain. SIGKILL still
-    ends a worker."""
+    """Starts the server that forks the workers, without waiting for it.
+
+    The server and its workers block SIGTERM, which torchrun sends to whole process groups: a rank whose workers died
+    would have no more batches, and the others would wait for it in vain. SIGKILL still ends a worker.
+    """
     forkserver.set_forkserver_preload(["pipelines.backends.torch", "pipelines.backends.baseline"])  # imports torch once
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()  # its signal mask is inherited
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def checked(loader: DataLoader) -> Iterator[Any]:
-    """What the loader yields. A DataError that a worker returned as a value is raised; so is a worker's death.
+    """The loader's batches. Raises a DataError that a worker returned as a value, and one if a worker dies.
 
-    As a value, because an exception would arrive wrapped in the worker's traceback, its one line lost.
+    Workers return errors as values because an exception would arrive wrapped in the worker's traceback, and its
+    one-line message would be lost.
     """
-    parts = iter(loader)
-    workers: Sequence[BaseProcess] = getattr(parts, "_workers", ())
+    batches = iter(loader)
+    workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
     while True:
         try:
-            part = next(parts, None)
+            batch = next(batches, None)
         except (RuntimeError, OSError, EOFError) as error:
-            # Besides the loader's own word: a tensor's file descriptor is asked for at the worker that made it, and
-            # when that has died, by the point it had reached, this is refused, reset or at its end.
-            part = _death_among(workers)
-            if part is None:
+            # RuntimeError is the loader's own report. The others come from requesting a tensor's file descriptor from
+            # a worker that died: the connection is refused, reset or at its end, depending on when it died.
+            batch = _dead_worker_error(workers)
+            if batch is None:
                 raise
             for worker in workers:
-                worker.kill()  # else the loader waits for one that waits for the dead one's lock
+                worker.kill()  # else the loader waits for one that waits for a lock the dead worker holds
             error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the loader's iterator
-        if part is None:
+        if batch is None:
             return
-        if isinstance(part, DataError):
-            del parts  # ends the workers here; from inside a traceback, it would take the loader five seconds
-            raise part
-        yield part
+        if isinstance(batch, DataError):
+            del batches  # stops the workers now; kept alive by a traceback, the loader would take five seconds
+            raise batch
+        yield batch
 
 
-def _death_among(workers: Sequence[BaseProcess]) -> DataError | None:
-    """What to tell of the first worker that is dead; its connections are closed before its end is known."""
+def _dead_worker_error(workers: Sequence[BaseProcess]) -> DataError | None:
+    """The error for the first dead worker, if any. Its connections close before its exit code is known: so wait."""
     if not workers:
         return None
-    connection.wait([worker.sentinel for worker in workers], timeout=DEATH_IS_KNOWN_AFTER_S)
+    connection.wait([worker.sentinel for worker in workers], timeout=EXIT_TIMEOUT_S)
     for worker in workers:
         if (code := worker.exitcode) is not None:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             reason = f"DataLoader worker (pid {worker.pid}) {how}"
-            return DataError(f"{reason}: see whether memory ran out, then start again with --resume")
+            return DataError(f"{reason}: check whether memory ran out, then restart with --resume")
     return None

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel for a H100 or H200 without one, and prints their names: a script, so that nothing else
-in the process has Triton's interpreter on.
+"""Compiles every Triton kernel for an H100 or H200, without a GPU, and prints their names.
 
-The interpreter runs kernels that the compiler refuses, such as a constant that is assigned twice.
+The interpreter runs kernels that the compiler rejects, e.g. with a constant that is assigned twice. This is a script
+because Triton's interpreter must be off in its process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.augment.triton_ops import apply, crop_and_apply
 
 
 class Hopper:
-    """A driver that only says what to compile for."""
+    """A driver that only reports the compilation target."""
 
     def get_current_device(self) -> int:
         return 0

@@ -1,6 +1,6 @@
-"""A corpus of odd and of bad image files, made on the spot: what people's folders hold, one file of each kind.
+"""Generates a corpus of unusual and of bad image files, one of each kind that occurs in real data sets.
 
-Every good one says what it must decode to; every bad one, what its message must say and when it is found out.
+Every good file has the pixels it must decode to; every bad file has its error message and when it must be detected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEIGHT, WIDTH = 40, 56
 
 @dataclass(frozen=True, eq=False)
 class GoodFile:
-    """`pixels` (H, W, 3) uint8 is what `data` shows, upright; `tolerance` the mean error its compression may have."""
+    """`pixels` (H, W, 3) uint8 is the upright content of `data`; `tolerance` the largest mean error by compression."""
 
     name: str
     data: bytes
@@ -32,7 +32,7 @@ class GoodFile:
 
 @dataclass(frozen=True)
 class BadFile:
-    """`reason` is a part of the message; `in_header` is whether indexing must find it, before anything is trained."""
+    """`reason` is a pattern of the message; `in_header` is whether indexing must detect it, before training."""
 
     name: str
     data: bytes
@@ -41,7 +41,7 @@ class BadFile:
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """(height, width, 3) uint8: smooth, unlike itself under every turn and mirroring, 0 and 255 included."""
+    """(height, width, 3) uint8: smooth, different from all its rotations and reflections, includes 0 and 255."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height - 1, width - 1]).reshape(2, 1, 1)
     return np.rint(np.stack([255 * x, 255 * y, 255 * (x * x + y * y * y) / 2], axis=2)).astype(np.uint8)
 
@@ -54,7 +54,7 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
 
 
 def png(pixels: np.ndarray, depth: int, colour: int) -> bytes:
-    """A PNG written by hand: `pixels` (H, W, C) of uint8 or uint16, bits a channel, colour type."""
+    """A PNG written without Pillow: `pixels` (H, W, C) uint8 or uint16, bits per channel, colour type."""
     pixels = pixels.astype(">u2") if depth == 16 else pixels
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
@@ -63,14 +63,14 @@ def png(pixels: np.ndarray, depth: int, colour: int) -> bytes:
 
 
 def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """The rows that a camera held that way stores: the inverse of what EXIF 2.3, tag 0x0112, tells viewers to do."""
+    """The pixels that a camera in that orientation stores: the inverse of the transform of EXIF 2.3, tag 0x0112."""
     inverse = {
         1: upright,
         2: np.fliplr(upright),
         3: np.rot90(upright, 2),
         4: np.flipud(upright),
         5: upright.swapaxes(0, 1),
-        6: np.rot90(upright, 1),  # counter-clockwise, so that a clockwise quarter turn shows it
+        6: np.rot90(upright, 1),  # counter-clockwise; viewers rotate it clockwise
         7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
     }
@@ -120,7 +120,7 @@ def _good_png() -> list[GoodFile]:
     rgb = picture()
     grey = np.repeat(rgb[..., :1], 3, axis=2)
     alpha = rgb[::-1, :, 1:2]
-    deep = rgb.astype(np.uint16) << 8 | rgb[::-1]  # the low bytes are noise to whoever takes the high
+    deep = rgb.astype(np.uint16) << 8 | rgb[::-1]  # arbitrary low bytes, which must be ignored
     palette = Image.fromarray(rgb).quantize(32)
     colours = np.asarray(palette.convert("RGB"))
     bits = rgb[..., 0] > 127
@@ -204,7 +204,7 @@ def bad_files() -> list[BadFile]:
 
 
 def write_files(folder: Path, files: list[GoodFile] | list[BadFile]) -> list[Path]:
-    """Write them all into `folder`, which is made; their paths, in the same order."""
+    """Write the files to `folder`, which is created; returns their paths, in the same order."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         (folder / file.name).write_bytes(file.data)
@@ -212,7 +212,7 @@ def write_files(folder: Path, files: list[GoodFile] | list[BadFile]) -> list[Pat
 
 
 def fill(folder: Path, *names: str) -> Path:
-    """A small PNG under each of these relative names; returns the folder."""
+    """Write a small PNG under each of these relative names; returns the folder."""
     for i, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _bomb(side: int) -> bytes:
-    """A valid PNG of side² black pixels at one bit each: 48 kB that become gigabytes."""
+    """A valid PNG of side² black pixels of one bit: 48 kB that decode to gigabytes."""
     packed = png(np.zeros((side, side // 8), dtype=np.uint8), 1, 0)  # eight pixels a byte: an eighth of the width
     narrow, wide = (_chunk(b"IHDR", struct.pack(">IIBBBBB", w, side, 1, 0, 0, 0, 0)) for w in (side // 8, side))
     return packed.replace(narrow, wide)

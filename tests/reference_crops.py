@@ -1,4 +1,4 @@
-"""Crop and antialiased resize in float64: what every backend's pixels are compared with."""
+"""Crop and antialiased resize in float64: the reference for the pixels of every backend."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def reference(pixels: np.ndarray, box: np.ndarray, side: int) -> np.ndarray:
 
 
 def errors(index: ImageIndex, plan: BatchPlan, images: torch.Tensor) -> np.ndarray:
-    """(V, B, S, S, 3): how far the crops of a plan are from float64 crops of the index's own pixels."""
+    """(V, B, S, S, 3): absolute difference of a plan's crops from float64 crops of the index's pixels."""
     side = images.shape[2]
-    wanted = [[reference(index.read(i), box, side) for i, box in zip(plan.indices, b, strict=True)] for b in plan.boxes]
-    return np.abs(images.cpu().numpy() - np.array(wanted))
+    crops = [[reference(index.read(i), box, side) for i, box in zip(plan.indices, b, strict=True)] for b in plan.boxes]
+    return np.abs(images.cpu().numpy() - np.array(crops))
 
 
 def batched_crops(images: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.Tensor:
-    """`crop_resize` into memory that was full of something else: (B, H, C, W) and (V, B, 4) to (V, B, S, S, C)."""
+    """`crop_resize` into memory with other content: (B, H, C, W) and (V, B, 4) to (V, B, S, S, C)."""
     out = torch.full((*boxes.shape[:2], side, images.shape[2], side), 77, dtype=torch.uint8)
     crop_resize(images, boxes, out)
     return out.permute(0, 1, 2, 4, 3)

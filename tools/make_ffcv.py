@@ -1,10 +1,10 @@
 """Convert any data set fastmoco reads into one `.beton` file: `python tools/make_ffcv.py DATA OUT.beton`.
 
-Plain JPEGs (8 bits, grey or colour, upright) are copied byte for byte, so that a run on the file sees the pixels that
-a run on the folder sees. Everything else becomes raw pixels, which is as exact, unless --quality allows a JPEG. Every
-image is decoded once on the way, so what is in the file can be read.
+Plain JPEGs (8 bits, grey or colour, upright) are copied byte for byte, so a run on the file sees the same pixels as a
+run on the folder. Everything else is stored as raw pixels, which is equally exact, unless --quality allows a JPEG.
+Every image is decoded once during the conversion, so all images in the file are readable.
 
-Exit codes: 0 done, 2 a wrong setting, 3 a bad image or a disk that is full.
+Exit codes: 0 success, 2 invalid setting, 3 bad image or full disk.
 """
 
 from __future__ import annotations
@@ -49,37 +49,37 @@ Positional = tyro.conf.Positional
 class Settings:
     """Convert a data set into one .beton file for --pipeline ffcv.
 
-    Plain JPEGs are copied byte for byte; what cannot be copied is kept as raw pixels, unless --quality is given.
+    Plain JPEGs are copied byte for byte; other images are stored as raw pixels, unless --quality is given.
     """
 
     data: Positional[str]
     """A folder, a list of paths, or the name of a data set."""
     out: Positional[str]
-    """The file to write, ending in .beton; its manifest is written beside it."""
+    """The file to write, ending in .beton; its manifest is written next to it."""
     split: Literal["train", "test"] = "train"
-    """Which part of the data set."""
+    """Which split of the data set."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are kept."""
+    """The folder of named data sets."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
-    """Keep JPEGs, keep pixels (several times larger, nothing to decode), or keep a share as JPEG."""
+    """Store JPEGs, raw pixels (several times larger, nothing to decode), or a share as JPEG."""
     proportion: float = 0.5
-    """The share of images kept as JPEG by --mode proportion."""
+    """The share of images stored as JPEG by --mode proportion."""
     max_resolution: int | None = None
-    """Shrink images whose longer side is longer than this. Changes what random crops see."""
+    """Shrink images whose longer side exceeds this. Changes the content of random crops."""
     min_resolution: int | None = None
-    """Shrink images whose shorter side is longer than this. Changes what random crops see."""
+    """Shrink images whose shorter side exceeds this. Changes the content of random crops."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="1-100")] = None
-    """Encode as JPEG of this quality what cannot be copied. Unset: raw pixels, and 95 for images that were shrunk."""
+    """JPEG quality for images that cannot be copied. Unset: raw pixels, and 95 for shrunk images."""
     workers: int = len(os.sched_getaffinity(0))
-    """Threads that decode."""
+    """Decoding threads."""
     bad_images: BadImages = "error"
     """Stop at a bad image, or leave it out and list it in the manifest."""
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigError for a value that cannot be converted with."""
+    """Raises ConfigError for an invalid setting."""
     if not settings.out.endswith(".beton"):
-        raise ConfigError(f"{printable(settings.out)} is not a name for the file; expected one that ends in .beton")
+        raise ConfigError(f"{printable(settings.out)} is not a valid name; expected one that ends in .beton")
     if not 0 <= settings.proportion <= 1:
         raise ConfigError(f"--proportion {settings.proportion}: expected a share from 0 to 1")
     if settings.quality is not None and not 1 <= settings.quality <= 100:
@@ -95,7 +95,7 @@ def check(settings: Settings) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One image as it will be stored: `how` is copied, encoded or raw."""
+    """One image as it will be stored."""
 
     data: bytes | np.ndarray
     size: tuple[int, int]
@@ -103,12 +103,12 @@ class Encoded:
 
 
 def encode(index: ImageIndex, i: int, settings: Settings) -> Encoded:
-    """Image i of the index, decoded once to be sure of it. Raises DataError for a bad image."""
+    """Image i of the index, decoded to verify it. Raises DataError for a bad image."""
     pixels = index.read(i)
     target = shrunk(pixels.shape[:2], settings)
     as_jpeg = settings.mode == "jpg" or (settings.mode == "proportion" and in_share(i, settings.proportion))
     if target != pixels.shape[:2]:
-        planes = torch.tensor(pixels).permute(2, 0, 1)[None]  # a copy: what Pillow gives is read-only
+        planes = torch.tensor(pixels).permute(2, 0, 1)[None]  # a copy: Pillow's arrays are read-only
         pixels = F.interpolate(planes, size=target, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
         quality = settings.quality or RESIZED_QUALITY
     else:
@@ -134,12 +134,12 @@ def shrunk(size: tuple[int, int], settings: Settings) -> tuple[int, int]:
 
 
 def in_share(i: int, proportion: float) -> bool:
-    """Whether image i belongs to the share kept as JPEG: the same images at every conversion."""
+    """Whether image i is in the share stored as JPEG: the same images at every conversion."""
     return bool(uniform(philox(0, Domain.SUBSET, sample=i)[:1])[0] < proportion)
 
 
 def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
-    """The bytes of image i if they are a JPEG that any decoder reads as `decode` does, else None."""
+    """The bytes of image i if they are a JPEG that any decoder decodes like `decode`, else None."""
     if not index.is_encoded(i):
         return None
     data = index.read_bytes(i)
@@ -149,7 +149,7 @@ def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
 
 
 def relative_names(index: ImageIndex, data: str) -> list[str]:
-    """What the images are called in the manifest: paths below the folder that was converted, or running numbers."""
+    """Names of the images in the manifest: paths relative to the converted folder, or numbers."""
     if index.records is not None:
         return list(index.records.names)
     if index.paths is None:
@@ -161,13 +161,13 @@ def relative_names(index: ImageIndex, data: str) -> list[str]:
 
 
 def convert(
-    index: ImageIndex, settings: Settings, progress: Progress, ledger: tuple[tuple[str, str], ...] = ()
+    index: ImageIndex, settings: Settings, progress: Progress, quarantine: tuple[tuple[str, str], ...] = ()
 ) -> BetonManifest:
-    """Write `settings.out` and its manifest from an index. Raises DataError, and then leaves neither behind."""
+    """Write `settings.out` and its manifest from an index. On DataError, neither is left."""
     names = relative_names(index, settings.data)
-    left_out, stored = [list(entry) for entry in ledger], Counter(copied=0, encoded=0, raw=0)
+    left_out, stored = [list(entry) for entry in quarantine], Counter(copied=0, encoded=0, raw=0)
     allowed = MAX_BAD_FRACTION * len(index) if settings.bad_images == "quarantine" else 0
-    largest = 65_536 + 4 * int(index.sizes.astype(np.int64).prod(axis=1).max())  # no encoder makes more of a pixel
+    largest = 65_536 + 4 * int(index.sizes.astype(np.int64).prod(axis=1).max())  # upper bound for any encoder
     if index.paths is not None:
         largest = max(largest, *map(_file_bytes, index.paths))
     bar = progress.add_task(printable(index.name), total=len(index))
@@ -184,7 +184,7 @@ def convert(
                     stored[image.how] += 1
                 except DataError as error:
                     left_out.append([names[i], str(error)])
-                    if len(left_out) - len(ledger) > allowed:
+                    if len(left_out) - len(quarantine) > allowed:
                         raise
                 progress.advance(bar)
         except BaseException:
@@ -193,12 +193,12 @@ def convert(
         if not len(writer):
             raise DataError(f"no image of {printable(index.name)} is left to write")
         return writer.finish(
-            lambda length, tables, whole: BetonManifest(
+            lambda length, tables_sha256, file_sha256: BetonManifest(
                 dataset=index.name,
                 bytes=length,
                 images=len(writer),
-                tables_sha256=tables,
-                file_sha256=whole,
+                tables_sha256=tables_sha256,
+                file_sha256=file_sha256,
                 class_names=list(index.class_names) if index.labels is not None else [],
                 names=writer.names,
                 stored=dict(stored),
@@ -217,12 +217,12 @@ def convert(
 def _file_bytes(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:  # reading it will tell, as a bad image
+    except OSError:  # reading it will report a bad image
         return 0
 
 
 def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -> Iterator[tuple[int, Future[Encoded]]]:
-    """Images in the order of the index, a few in work ahead of the one that is wanted."""
+    """Images in the order of the index, with a few decoded ahead."""
     waiting: deque[tuple[int, Future[Encoded]]] = deque()
     positions = iter(range(len(index)))
     while True:
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments)
     try:
         check(settings)
-        torch.set_num_threads(1)  # the threads are the workers
+        torch.set_num_threads(1)  # the workers are the threads
         dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
         index = dataset.train if settings.split == "train" else dataset.test
         if index is None:
@@ -255,15 +255,16 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
     except OSError as error:
-        reason = f"cannot write {printable(settings.out)}: {error.strerror or error}; nothing is left of it"
+        reason = f"cannot write {printable(settings.out)}: {error.strerror or error}; the partial file was removed"
         console.print(reason, style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    seconds, how = time.perf_counter() - started, manifest.stored
+    seconds, stored = time.perf_counter() - started, manifest.stored
     console.print(
-        f"{printable(settings.out)}: {manifest.images:,} images ({how['copied']:,} copied, {how['encoded']:,} encoded, "
-        f"{how['raw']:,} raw), {manifest.bytes:,} bytes, {seconds:.1f} s, {len(manifest.quarantine):,} quarantined",
+        f"{printable(settings.out)}: {manifest.images:,} images ({stored['copied']:,} copied, "
+        f"{stored['encoded']:,} encoded, {stored['raw']:,} raw), {manifest.bytes:,} bytes, {seconds:.1f} s, "
+        f"{len(manifest.quarantine):,} quarantined",
         markup=False,
         soft_wrap=True,
     )

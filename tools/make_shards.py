@@ -1,9 +1,9 @@
-"""Pack any data set fastmoco reads into tar archives, as WebDataset lays them out: `make_shards.py DATA OUT`.
+"""Pack any data set fastmoco reads into tar archives in WebDataset layout: `python tools/make_shards.py DATA OUT`.
 
-Encoded images are copied byte for byte, so that a run on the archives sees the pixels that a run on the folder sees;
-images in memory become PNG, which is as exact. OUT appears when all of it is written.
+Encoded images are copied byte for byte, so a run on the archives sees the same pixels as a run on the folder; images in
+memory become PNG, which is equally exact. OUT is created when everything is written.
 
-Exit codes: 0 done, 2 a wrong setting, 3 a bad image or a disk that is full.
+Exit codes: 0 success, 2 invalid setting, 3 bad image or full disk.
 """
 
 from __future__ import annotations
@@ -34,45 +34,45 @@ from pipelines.data.tar_shards import CLASS_NAMES
 from pipelines.errors import DataError
 from pipelines.randomness import Domain, permutation
 
-READERS = 8  # threads that read: they wait for the disk
+READERS = 8  # threads that read files: they wait for the disk
 READ_AHEAD = 64  # images
 Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Pack a data set into tar archives, for disks that are far away or hold few files."""
+    """Pack a data set into tar archives, for network disks and for disks that allow few files."""
 
     data: Positional[str]
     """A folder, a list of paths, or the name of a data set."""
     out: Positional[Path]
-    """The folder of archives to make; end it in /train or /val to have both parts of a data set in one folder."""
+    """The folder of archives to create; end it in /train or /val to have both splits in one folder."""
     split: Literal["train", "test"] = "train"
-    """Which part of the data set."""
+    """Which split of the data set."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are kept."""
+    """The folder of named data sets."""
     shard_mib: float = 256.0
-    """An archive is closed when it is as large as this."""
+    """An archive is closed when it reaches this size."""
     shuffle: int | None = None
-    """Mix the images by this seed, for --order archives. Unset: their order is kept, and so is a run on them."""
+    """Shuffle the images with this seed, for --order archives. Unset: keep their order, so that runs are the same."""
     bad_images: BadImages = "error"
     """Stop at a bad image, or leave it out."""
 
 
 def make(settings: Settings, console: Console) -> None:
-    """Raises ConfigError for a setting that cannot be, DataError for a bad image, OSError for a disk that refuses."""
+    """Raises ConfigError for an invalid setting, DataError for a bad image, OSError if writing fails."""
     out = settings.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{printable(str(settings.out))} exists and is not an empty folder; give another name")
+        raise ConfigError(f"{printable(str(settings.out))} exists and is not an empty folder; choose another name")
     if settings.shard_mib <= 0:
         raise ConfigError(f"--shard-mib {settings.shard_mib}: expected a size above 0")
     began = time.monotonic()
     dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
     index = dataset.train if settings.split == "train" else dataset.test
     if index is None:
-        raise DataError(f"{printable(settings.data)} has no test part; expected --split train")
+        raise DataError(f"{printable(settings.data)} has no test split; expected --split train")
     part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # what was left when it was interrupted
+    shutil.rmtree(part, ignore_errors=True)  # a leftover of an interrupted run
     part.mkdir(parents=True)
     try:
         count, length = _write(index, part, settings, console)
@@ -92,7 +92,7 @@ def make(settings: Settings, console: Console) -> None:
 
 
 def _write(index: ImageIndex, folder: Path, settings: Settings, console: Console) -> tuple[int, int]:
-    """Archives 000000.tar, … of the images of an index. Returns how many they are, and their bytes."""
+    """Writes archives 000000.tar, … of the images of an index. Returns their number and total bytes."""
     order = np.arange(len(index))
     if settings.shuffle is not None:
         order = permutation(settings.shuffle, Domain.ORDER, len(index))
@@ -101,26 +101,26 @@ def _write(index: ImageIndex, folder: Path, settings: Settings, console: Console
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(index))
         contents = enumerate(_contents(index, order))
-        following = next(contents, None)
-        while following is not None:
+        entry = next(contents, None)
+        while entry is not None:
             with tarfile.open(folder / f"{count:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-                while following is not None and archive.offset < settings.shard_mib * 2**20:
-                    number, (i, (extension, data)) = following
+                while entry is not None and archive.offset < settings.shard_mib * 2**20:
+                    number, (i, (extension, data)) = entry
                     _add(archive, f"{number:08d}{extension}", data)
                     if index.labels is not None:
                         _add(archive, f"{number:08d}.cls", str(index.labels[i]).encode())
                     progress.advance(task)
-                    following = next(contents, None)
+                    entry = next(contents, None)
             count, total = count + 1, total + archive.offset
     return count, total
 
 
 def _contents(index: ImageIndex, order: np.ndarray) -> Iterator[tuple[int, tuple[str, bytes]]]:
-    """Position, and extension and bytes, of the images in this order, read ahead."""
+    """(position, (extension, bytes)) of the images in this order, read ahead."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(order), READ_AHEAD):
-            some = order[start : start + READ_AHEAD].tolist()
-            yield from zip(some, pool.map(lambda i: _content(index, i), some), strict=True)
+            positions = order[start : start + READ_AHEAD].tolist()
+            yield from zip(positions, pool.map(lambda i: _content(index, i), positions), strict=True)
 
 
 def _content(index: ImageIndex, i: int) -> tuple[str, bytes]:
@@ -133,7 +133,7 @@ def _content(index: ImageIndex, i: int) -> tuple[str, bytes]:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member that is the same whoever packs it, and whenever."""
+    """Adds a member without owner and time, so that archives are reproducible."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o644
     archive.addfile(member, io.BytesIO(data))

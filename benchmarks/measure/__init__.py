@@ -1,1 +1,1 @@
-"""How things are measured: taking turns, the configurations of the step, resources, sample data."""
+"""What the benchmark scripts share: timing, variants of the training step, resources, sample data."""

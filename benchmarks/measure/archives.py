@@ -1,4 +1,4 @@
-"""Image folders that travel as one tar file: unpacked once into a cache folder, whole or not at all."""
+"""Image folders packed as one tar file: unpacked once into a cache folder, completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CACHE = "~/.cache/fastmoco"
 
 
 def unpacked(data: str | None, cache: str | Path = CACHE) -> str | None:
-    """The folder that a tar file holds, unpacked into `cache/unpacked/NAME-HASH` first; anything else as it is.
+    """The folder in a tar file, unpacked into `cache/unpacked/NAME-HASH` if needed; other values are returned as is.
 
-    A member that would end up outside that folder, a device or a link to elsewhere refuses the whole archive (tarfile's
-    `data` filter), and so does an archive that ends early. Raises DataError, and leaves nothing behind.
+    Raises DataError, and removes what was unpacked, for an archive that is truncated or has a member outside that
+    folder, a device, or a link to elsewhere (tarfile's `data` filter).
     """
     if data is None or not data.lower().endswith(SUFFIXES):
         return data
@@ -43,24 +43,24 @@ def unpacked(data: str | None, cache: str | Path = CACHE) -> str | None:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Into a temporary folder beside `folder`, which gets its name at the end."""
+    """Unpack into a temporary folder beside `folder`, then rename it."""
     if not hasattr(tarfile, "data_filter"):
         raise DataError(f"unpacking {path} safely needs Python 3.11.4 or newer: unpack it yourself and name the folder")
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with tarfile.open(path) as archive:
-            archive.extractall(part, filter="data")
+            archive.extractall(temporary, filter="data")
             _check_end(archive)
-        part.chmod(0o755)
-        os.replace(part, folder)
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if not folder.is_dir():  # otherwise another process was faster
             raise
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """A tar file ends in a block of zeros; one that was cut between two members is otherwise read without complaint."""
+    """A tar file ends in a block of zeros; tarfile reads one that was cut between two members without an error."""
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -70,6 +70,6 @@ def _check_end(archive: tarfile.TarFile) -> None:
 
 
 def _images_folder(folder: Path) -> Path:
-    """The folder itself, or the only thing in it, where the archive was made of one folder."""
+    """The folder itself, or its only subfolder, if the archive was made of one folder."""
     inside = list(folder.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -1,7 +1,7 @@
-"""How every benchmark measures: cases take turns, every value is kept, and the file says what it was measured on.
+"""Interleaved readings and their summaries, timing, the environment, and result files.
 
-readings = take_turns({"plain": plain, "ours": ours}, repetitions=5)
-summaries = {name: summarise([r["images_per_s"] for r in rs]) for name, rs in readings.items()}
+readings = interleave({"plain": plain, "ours": ours}, repetitions=5)
+summaries = {name: summarise_all(of_case) for name, of_case in readings.items()}
 write_json(out / "step.json", {"environment": environment(device), ...})
 """
 
@@ -15,42 +15,39 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from benchmarks.measure.resources import nvml_device
 from fastmoco.errors import ConfigError, exit_code
-from fastmoco.files import write_atomically
 from fastmoco.run.environment import git_commit, versions
+from pipelines.files import write_atomically
 
 Reading = dict[str, float]
+Name = TypeVar("Name", bound=Hashable)
 _DALI, _FFCV = ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), ("ffcv",)
 _TRITON = ("triton", "pytorch-triton")
+_DEPTH_OF_A_CASE = 3  # the readings of a case, each a summary with a list of values
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and quartiles of the values of one case, in the order in which they were taken."""
+    """Median and quartiles of one case's values, which are kept in the order of measurement."""
 
     median: float
     lower_quartile: float
     upper_quartile: float
     values: tuple[float, ...]
 
-    def __str__(self) -> str:
-        return f"{short(self.median)} ({short(self.lower_quartile)}–{short(self.upper_quartile)})"
-
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Quartiles interpolate between the values, as `numpy.quantile` does; of one value all three are that value."""
+    """Quartiles are interpolated as in `numpy.quantile`; a single value is its own median and quartiles."""
     assert values, "nothing was measured"
     if len(values) == 1:
         return Summary(values[0], values[0], values[0], tuple(values))
@@ -58,17 +55,27 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(median, lower, upper, tuple(values))
 
 
-def ratios(values: Sequence[float], control: Sequence[float]) -> Summary:
-    """Of each value to the baseline's value of the same round: what slows a whole round down cancels out."""
-    return summarise([value / base for value, base in zip(values, control, strict=True)])
+def values_of(readings: Sequence[Reading], key: str = "images_per_s") -> list[float]:
+    """One quantity of every reading of a case."""
+    return [reading[key] for reading in readings]
 
 
-def take_turns(cases: Mapping[str, Callable[[], Reading]], repetitions: int) -> dict[str, list[Reading]]:
-    """Every case once a round, in alternating direction, so that noise and drift hit all of them alike.
+def summarise_all(readings: Sequence[Reading]) -> dict[str, Any]:
+    """A summary of every quantity of a case."""
+    return {key: summarise(values_of(readings, key)) for key in readings[0]}
 
-    A case warms itself up, measures once and returns what it measured.
+
+def ratios(values: Sequence[float], baseline: Sequence[float]) -> Summary:
+    """Ratio of each value to the baseline's in the same round: what slows down a whole round cancels out."""
+    return summarise([value / base for value, base in zip(values, baseline, strict=True)])
+
+
+def interleave(cases: Mapping[Name, Callable[[], Reading]], repetitions: int) -> dict[Name, list[Reading]]:
+    """Measure every case once per round, in alternating order, so that noise and drift affect all of them alike.
+
+    A case is a function that warms up, measures once and returns the reading.
     """
-    readings: dict[str, list[Reading]] = {name: [] for name in cases}
+    readings: dict[Name, list[Reading]] = {name: [] for name in cases}
     for repetition in range(repetitions):
         names = list(cases)
         for name in names if repetition % 2 == 0 else reversed(names):
@@ -77,9 +84,9 @@ def take_turns(cases: Mapping[str, Callable[[], Reading]], repetitions: int) -> 
 
 
 class Stopwatch:
-    """Seconds between `start` and `stop`: CUDA events and a final synchronise, or a monotonic clock elsewhere.
+    """Seconds between `start` and `stop`: CUDA events with a final synchronise, or a monotonic clock elsewhere.
 
-    `start` waits until the device has nothing left to do, so that nothing earlier is counted.
+    `start` synchronises first, so that earlier work is not counted.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -108,7 +115,7 @@ def _recorded_event() -> torch.cuda.Event:
 
 
 def seconds_per_call(call: Callable[[], object], calls: int, device: torch.device, warm_up: int = 1) -> float:
-    """Mean over `calls` calls in a row, after `warm_up` others."""
+    """Mean over `calls` consecutive calls, after `warm_up` others."""
     for _ in range(warm_up):
         call()
     watch = Stopwatch(device)
@@ -118,9 +125,9 @@ def seconds_per_call(call: Callable[[], object], calls: int, device: torch.devic
     return watch.stop() / calls
 
 
-def chosen(words: str, known: Sequence[str], flag: str) -> list[str]:
-    """The names in a flag's value, which commas separate, each once. Raises ConfigError for one that is not known."""
-    names = list(dict.fromkeys(name.strip() for name in words.split(",") if name.strip()))
+def parse_names(text: str, known: Sequence[str], flag: str) -> list[str]:
+    """The names in a comma-separated flag, without duplicates. Raises ConfigError for an unknown one or for none."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in known:
             raise ConfigError(f"{flag} {name} is unknown: expected some of {','.join(known)}")
@@ -130,12 +137,12 @@ def chosen(words: str, known: Sequence[str], flag: str) -> list[str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: hardware, driver, versions, commit, command, date, and how busy the machine was."""
-    found: dict[str, Any] = {
+    """Hardware, driver, versions, commit, command, date and load: what the results depend on."""
+    described: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
         "device": str(device),
@@ -148,15 +155,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        described["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         if (nvml := nvml_device(device)) is not None:
-            found["driver"] = nvml.driver
-            found["gpu_power_limit_w"] = nvml.power_limit_w
-            found["gpu_max_sm_clock_mhz"] = nvml.max_sm_clock_mhz
-    return found
+            described["driver"] = nvml.driver
+            described["gpu_power_limit_w"] = nvml.power_limit_w
+            described["gpu_max_sm_clock_mhz"] = nvml.max_sm_clock_mhz
+    return described
 
 
 def _cpu_model() -> str:
+    """The marketing name, which on Linux neither `platform` nor psutil reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -165,7 +173,7 @@ def _cpu_model() -> str:
 
 
 def _version(names: Sequence[str]) -> str | None:
-    """Of the first of these packages that is installed."""
+    """Version of the first of these packages that is installed."""
     for name in names:
         try:
             return importlib.metadata.version(name)
@@ -175,36 +183,44 @@ def _version(names: Sequence[str]) -> str | None:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """A result file, whole or absent; its folder is made where there is none."""
+    """Write a result file atomically, one line per case or reading; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=2, default=_plain, ensure_ascii=False) + "\n")
+    write_atomically(path, _format(as_json(result)) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def as_json(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as it is read back from its file: summaries as dicts, keys as strings."""
+    return json.loads(json.dumps(result, default=_encode))
+
+
+def _encode(value: Any) -> Any:
     if isinstance(value, Summary):
         return asdict(value)
-    raise TypeError(f"{type(value)} has no place in a result file")
+    raise TypeError(f"{type(value).__name__} cannot be written to a result file")
 
 
-def make_console() -> Console:
-    """Standard output; off a terminal it is as wide as the tables, because a log is read at any width."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+def _format(value: Any, indent: str = "") -> str:
+    """JSON text: the outermost dict, lists of dicts and what is nested deeper than a case are split over lines."""
+    is_rows = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    if not value or (indent and not is_rows and _depth(value) <= _DEPTH_OF_A_CASE):
+        return json.dumps(value, ensure_ascii=False)
+    inner = indent + "  "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key, ensure_ascii=False)}: {_format(item, inner)}" for key, item in value.items()]
+    else:
+        lines = [_format(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{closing}"
 
 
-def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """A table: names to the left, numbers to the right."""
-    table = Table(title=Text(title, "bold"), title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    if note:
-        console.print(Text(note, "dim"), soft_wrap=True)
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def short(value: float) -> str:
-    """Three digits that matter, thousands set apart: 0.0123, 1.23, 12.3, 1,230."""
+    """Three significant digits with thousands separators: 0.0123, 1.23, 12.3, 1,230."""
     magnitude = abs(value)
     if not 0.1 <= magnitude < float("inf"):
         return f"{value:.3g}"
@@ -213,7 +229,7 @@ def short(value: float) -> str:
 
 
 def run_script(script: Callable[[], object]) -> NoReturn:
-    """Runs it and exits; an error that people can do something about is one line and its exit code."""
+    """Run a script's main function and exit. An error that the user can fix is one line and its exit code."""
     try:
         script()
     except Exception as error:

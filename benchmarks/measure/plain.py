@@ -1,4 +1,4 @@
-"""The training step most people run today, as the authors' code spells it, with three switches towards ours.
+"""The training step most people run today, as in the authors' code, with three options that bring it closer to ours.
 
 N batch · C channels · H, W sides · s splits · K queue
 """
@@ -23,7 +23,7 @@ from pipelines.views import Views
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a step has to compute, whoever computes it."""
+    """The model, batch and optimiser settings of a training step, for any implementation."""
 
     arch: str
     stem: str
@@ -44,7 +44,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
 
         y = batch_norm(x viewed as (N/s, s·C, H, W)) viewed as (N, C, H, W)
 
-    Without copying for contiguous x only, which is why channels-last needs another way.
+    The views need contiguous x, so channels-last requires another implementation.
     """
 
     def __init__(self, num_features: int, num_splits: int) -> None:
@@ -80,11 +80,11 @@ def plain_encoder(task: Task) -> nn.Module:
 
 
 class PlainStep:
-    """`step(views)` → the loss, read by the host: eager, stored logits, batch shuffled by a gather.
+    """`step(views)` → the loss, read by the host: eager, stored logits, keys shuffled by indexing.
 
-    channels_last  our encoder with its own split batch norm, in channels-last layout, for the NCHW one
-    dtype          autocast to a 16-bit type (bfloat16: no loss scaling)
-    one_pass       `MomentumUpdate` over flat buffers, for torch.optim.SGD and an average parameter by parameter
+    channels_last  our encoder with its own split batch norm, in channels-last layout, instead of the NCHW one
+    dtype          autocast to a 16-bit dtype (bfloat16: no loss scaling)
+    one_pass       `MomentumUpdate` over flat buffers, instead of torch.optim.SGD and an EMA per parameter
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class PlainStep:
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.queue = F.normalize(torch.randn(task.dim, task.queue, device=device), dim=0)
         self.pointer = torch.zeros(1, dtype=torch.int64)
+        self._last_loss = 0.0
         self.update: MomentumUpdate | None = None
         if one_pass:
             query, key = FlatParameters(self.query), FlatParameters(self.key)
@@ -121,7 +122,7 @@ class PlainStep:
 
     def __call__(self, views: Views) -> float:
         if self.update is None:
-            self._average()
+            self._update_key_encoder()
         loss, k = self.loss(views)
         if self.update is None:
             self.optimiser.zero_grad()
@@ -133,10 +134,15 @@ class PlainStep:
             loss.backward()
             self.update(*self._numbers)
         self._enqueue(k)
-        return loss.item()
+        self._last_loss = loss.item()
+        return self._last_loss
+
+    def read_loss(self) -> float:
+        """The loss of the last step."""
+        return self._last_loss
 
     def loss(self, views: Views) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and its keys (N, C) without gradient."""
+        """The loss of a batch, and its keys (N, C), which are detached."""
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype) if low else nullcontext():
             q = F.normalize(self.query(views.query), dim=1)
@@ -149,13 +155,13 @@ class PlainStep:
             return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=self.device)), k
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_key_encoder(self) -> None:
         m = self.task.ema_momentum
         for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
             key.mul_(m).add_(query, alpha=1.0 - m)
 
     @torch.no_grad()
     def _enqueue(self, k: Tensor) -> None:
-        at, count = int(self.pointer), len(k)
-        self.queue[:, at : at + count] = k.T
-        self.pointer[0] = (at + count) % self.queue.shape[1]
+        start, count = int(self.pointer), len(k)
+        self.queue[:, start : start + count] = k.T
+        self.pointer[0] = (start + count) % self.queue.shape[1]

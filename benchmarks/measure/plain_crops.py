@@ -1,8 +1,9 @@
-"""The baseline without colour: Pillow decodes and torchvision crops twice, in the workers of a plain DataLoader."""
+"""The baseline without colour: Pillow decodes and torchvision crops twice, in the workers of a DataLoader."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,15 +19,13 @@ from pipelines.workers import worker_options
 
 
 def plain_crops(index: ImageIndex, planner: Planner, side: int, device: torch.device, workers: int) -> Iterator[Tensor]:
-    """(B, 2, 3, S, S) uint8 batches on the device, without end; their random numbers are torchvision's own."""
+    """Endless (B, 2, 3, S, S) uint8 batches on the device; their random numbers are torchvision's own."""
     a = planner.augmentation
     crop = T.Compose([T.RandomResizedCrop(side, scale=a.scale, ratio=a.ratio), T.PILToTensor()])
 
     def batches() -> Iterator[list[int]]:
-        step = 0
-        while True:
+        for step in itertools.count():
             yield planner.indices(step).tolist()
-            step += 1
 
     loader = DataLoader(_Pairs(index, crop), batch_sampler=batches(), **worker_options(workers, device))  # type: ignore[arg-type]
     for pairs in loader:

@@ -1,4 +1,4 @@
-"""What a GPU does while something runs: NVML asked from a thread, and the energy it took.
+"""Power, energy, utilisation and memory of a GPU, sampled through NVML in a background thread.
 
 with Sampler(nvml_query(nvml)) as sampler:
     train()
@@ -12,19 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import pynvml
 
 from benchmarks.measure.harness import Reading
 from benchmarks.measure.resources import NvmlDevice
 
-PERIOD_S = 0.1  # NVML renews power every 20 to 100 ms and utilisation every 1/6 to 1 s
+PERIOD_S = 0.1  # NVML updates power every 20 to 100 ms and utilisation every 1/6 to 1 s
 
 
 class Sample(NamedTuple):
-    """A GPU at one moment; None where it does not answer, as virtual ones do.
+    """State of a GPU at one time; None for what NVML does not report, as on virtual GPUs.
 
     energy_j             since the driver was loaded
-    utilisation_percent  of the last moments, in which any kernel at all was running: 100 is busy, not efficient
+    utilisation_percent  share of the driver's last period in which any kernel ran: 100 means busy, not efficient
     """
 
     at_s: float
@@ -35,18 +37,12 @@ class Sample(NamedTuple):
 
 
 def nvml_query(nvml: NvmlDevice) -> Callable[[], Sample]:
-    """Asks the driver, in some milliseconds and without the interpreter lock."""
-    import pynvml
-
-    def ask(query: Callable[[Any], Any]) -> Any:
-        try:
-            return query(nvml.handle)
-        except pynvml.NVMLError:
-            return None
+    """A function that takes a sample, which needs a few milliseconds and releases the interpreter lock."""
 
     def sample() -> Sample:
-        power_mw, energy_mj = ask(pynvml.nvmlDeviceGetPowerUsage), ask(pynvml.nvmlDeviceGetTotalEnergyConsumption)
-        rates, memory = ask(pynvml.nvmlDeviceGetUtilizationRates), ask(pynvml.nvmlDeviceGetMemoryInfo)
+        power_mw = nvml.query(pynvml.nvmlDeviceGetPowerUsage)
+        energy_mj = nvml.query(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+        rates, memory = nvml.query(pynvml.nvmlDeviceGetUtilizationRates), nvml.query(pynvml.nvmlDeviceGetMemoryInfo)
         return Sample(
             time.perf_counter(),
             None if power_mw is None else power_mw / 1e3,
@@ -59,28 +55,28 @@ def nvml_query(nvml: NvmlDevice) -> Callable[[], Sample]:
 
 
 class Sampler:
-    """Samples on entering, every period, and on leaving; an error of the query is raised on leaving."""
+    """Takes a sample on entry, in every period, and on exit, where an error of the query is raised."""
 
     def __init__(self, query: Callable[[], Sample], period_s: float = PERIOD_S) -> None:
         self.samples: list[Sample] = []
         self._query, self._period_s = query, period_s
-        self._over, self._error = threading.Event(), None
-        self._thread = threading.Thread(target=self._watch, name="gpu-sampler", daemon=True)
+        self._stop, self._error = threading.Event(), None
+        self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
 
     def __enter__(self) -> Sampler:
         self.samples.append(self._query())
         self._thread.start()
         return self
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         try:
-            while not self._over.wait(self._period_s):
+            while not self._stop.wait(self._period_s):
                 self.samples.append(self._query())
         except Exception as error:
             self._error = error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
         if self._error is not None and error is None:
             raise self._error
@@ -91,25 +87,25 @@ class Sampler:
 
 
 def read_samples(samples: Sequence[Sample]) -> Reading:
-    """Of the time from the first sample to the last, without what the GPU did not answer.
+    """Summary from the first sample to the last, without what NVML did not report.
 
-    joules                   by the driver's own counter, or the integral of power where it keeps none
+    joules                   from the driver's energy counter, or else the integral of power
     power_w                  mean: joules over seconds
     gpu_utilisation_percent  mean of the samples
-    nvml_used_bytes          most that any sample saw
+    nvml_used_bytes          maximum of the samples
     """
-    found: Reading = {}
+    reading: Reading = {}
     elapsed_s = samples[-1].at_s - samples[0].at_s
     joules = _joules(samples)
     if joules is not None and elapsed_s > 0:
-        found |= {"joules": joules, "power_w": joules / elapsed_s}
+        reading |= {"joules": joules, "power_w": joules / elapsed_s}
     utilisation = [s.utilisation_percent for s in samples if s.utilisation_percent is not None]
     if utilisation:
-        found["gpu_utilisation_percent"] = sum(utilisation) / len(utilisation)
+        reading["gpu_utilisation_percent"] = sum(utilisation) / len(utilisation)
     used = [s.used_bytes for s in samples if s.used_bytes is not None]
     if used:
-        found["nvml_used_bytes"] = max(used)
-    return found
+        reading["nvml_used_bytes"] = max(used)
+    return reading
 
 
 def _joules(samples: Sequence[Sample]) -> float | None:

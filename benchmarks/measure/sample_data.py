@@ -1,44 +1,48 @@
-"""Images to feed a loader with: the user's, or JPEGs drawn here so that a benchmark needs nothing but this checkout."""
+"""Images for the benchmarks: the user's, or generated JPEGs, so that a benchmark needs no data set."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
+from benchmarks.measure.archives import CACHE
+from fastmoco.errors import ConfigError
 from pipelines.data.beton import read_index
 from pipelines.data.dataset import load_dataset
 from pipelines.data.index import ImageIndex
 from tools.make_ffcv import Settings as ConverterSettings
 from tools.make_ffcv import convert
 
-SMALL = 64  # crops of up to this many pixels are fed from images of 32×32, as CIFAR's
-DRAWN, BETON = "generated", "images.beton"  # in the folder of a benchmark
-PHOTO_SIZE = (375, 500)  # height and width of most of ImageNet
+SMALL = 64  # views of up to this many pixels are cropped from generated images of 32×32, the size of CIFAR's
+GENERATED, BETON = "generated", "images.beton"  # in a benchmark's temporary folder
+PHOTO_SIZE = (375, 500)  # height and width of most ImageNet images
 
 
-def open_index(data: str | None, side: int, limit: int | None, scratch: Path) -> ImageIndex:
-    """The training images of a folder, a list, a `.beton` file or a named set; without any, drawn JPEGs in `scratch`.
+def open_index(data: str | None, side: int, limit: int | None, scratch: Path, batch_size: int = 0) -> ImageIndex:
+    """The training images of a folder, a list, a `.beton` file or a named set, or JPEGs generated in `scratch`.
 
-    Raises DataError.
+    Raises DataError, and ConfigError for fewer images than a batch.
     """
     if data is None:
-        folder = scratch / DRAWN
-        draw_jpegs(folder, *((1_024, (32, 32)) if side <= SMALL else (256, PHOTO_SIZE)))
+        folder = scratch / GENERATED
+        generate_jpegs(folder, *((1_024, (32, 32)) if side <= SMALL else (256, PHOTO_SIZE)))
         data = str(folder)
-    if data.endswith(".beton"):
-        return read_index(data)
-    return load_dataset(data, data_root="~/.cache/fastmoco", limit=limit).train
+    index = read_index(data) if data.endswith(".beton") else load_dataset(data, data_root=CACHE, limit=limit).train
+    if len(index) < batch_size:
+        raise ConfigError(f"--batch-size {batch_size} is more than the {len(index)} images: use fewer")
+    return index
 
 
-def draw_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """`count` colour JPEGs of quality 90 and 4:2:0, 100 KB each at 500×375 and 1.1 KB at 32×32: as photographs are.
+def generate_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """`count` colour JPEGs of quality 90 and 4:2:0, with the size of photographs: 100 KB at 500×375, 1.1 KB at 32×32.
 
-    Noise whose amplitude halves with every octave, a little more at the finest: with it, the Huffman decoder has as
-    many bits to read as in a photograph.
+    The pixels are noise whose amplitude halves with every octave, plus some at the finest scale, so that the Huffman
+    decoder reads as many bits as for a photograph.
     """
     folder.mkdir(parents=True)
     height, width = size
@@ -58,7 +62,7 @@ def draw_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def as_beton(index: ImageIndex, scratch: Path, workers: int) -> ImageIndex:
-    """The same images in a `.beton` file, JPEGs copied byte for byte: what FFCV reads."""
+    """The same images in a `.beton` file for FFCV, with JPEGs copied unchanged."""
     if index.records is not None:
         return index
     path = str(scratch / BETON)
@@ -68,8 +72,13 @@ def as_beton(index: ImageIndex, scratch: Path, workers: int) -> ImageIndex:
     return read_index(path)
 
 
+def describe_data(index: ImageIndex) -> dict[str, Any]:
+    """The `data` entry of a result."""
+    return {"images": len(index), "stored_bytes": stored_bytes(index), "description": index.describe()}
+
+
 def stored_bytes(index: ImageIndex) -> int:
-    """Bytes of the files, records or pixels of an index."""
+    """Size of the files, records or pixels of an index."""
     if index.pixels is not None:
         return index.pixels.nbytes
     if index.records is not None:

@@ -1,7 +1,7 @@
-"""What the suites consist of: scripts with their arguments, and how long each may take.
+"""The suites: scripts with their arguments and time limits.
 
-A part is given some time beyond what it takes on an idle machine. The limits of the cpu suite add up to 20 minutes on
-two cores; those of a numbered part of the gpu suite to less than nine minutes on one H200.
+Limits are somewhat longer than the time on an idle machine. Those of the cpu suite add up to 20 minutes on two cores,
+those of a numbered part of the gpu suite to less than nine minutes on one H200.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 Suite = Literal["cpu", "gpu"]
-DATA, OUT, WHOLE = "{data}", "{out}", "{whole}"
+DATA, OUT, SUITE_OUT = "{data}", "{out}", "{whole}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A script to run: its folder is `name`.
+    """A script to run; `name` is its folder.
 
-    number     of the group that runs in one go
-    arguments  where {data} is the folder that `needs` names, {out} the part's own folder and {whole} the suite's
-    after      left out unless a result of this benchmark is there: what it reads
-    again      run also where it is done: what it reads may have changed
-    quick      arguments that make it quick; they come last and overrule others
+    number     number of the group that runs in one session
+    arguments  {data} is the folder of the images `needs`, {out} the part's folder and {whole} the suite's
+    after      benchmark whose result it reads; the part is skipped if there is none
+    again      run it even if it is done, because its input may have changed
+    quick      arguments for --quick; they come last and override others
     """
 
     number: int
@@ -36,17 +36,17 @@ class Part:
 
 
 def _part(number: int, name: str, line: str, limit_s: float, **more: str | tuple[str, ...]) -> Part:
-    """From a command line; every script but the report writes to its own folder."""
+    """A part from a command line; the script writes to the part's folder."""
     script, *arguments = line.split()
     return Part(number, name, script, (*arguments, "--out", OUT), limit_s, **more)  # type: ignore[arg-type]
 
 
 def _report(number: int) -> Part:
-    return Part(number, "report", "report.py", (WHOLE,), 20, again=True, quick=())
+    return Part(number, "report", "report.py", (SUITE_OUT,), 20, again=True, quick=())
 
 
 def _accuracy(number: int, recipe: str, seed: int) -> Part:
-    """One run of the authors' 200 epochs; a run that was stopped goes on where it was."""
+    """One run of the authors' 200 epochs, which resumes after an interruption."""
     line = f"accuracy.py --data {DATA} --runs {OUT}/runs --recipes {recipe} --seeds {seed}"
     return _part(number, f"accuracy-{recipe}-seed{seed}", line, 530, needs=CIFAR)
 
@@ -57,14 +57,14 @@ CPU = (
     _part(
         1,
         "pipelines-cifar10",
-        "pipelines.py --data {data} --limit 5000 --crop-size 32 --batch-size 512 --seconds 1 --repetitions 3",
+        "loaders.py --data {data} --limit 5000 --crop-size 32 --batch-size 512 --seconds 1 --repetitions 3",
         95,
         needs=CIFAR,
     ),
     _part(
         2,
         "pipelines-imagenette",
-        "pipelines.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 1.5"
+        "loaders.py --data {data} --limit 1500 --crop-size 224 --batch-size 64 --no-colour --seconds 1.5"
         " --repetitions 3",
         75,
         needs=IMAGENETTE,
@@ -72,7 +72,7 @@ CPU = (
     _part(
         3,
         "pipelines-imagenette-views",
-        "pipelines.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
+        "loaders.py --data {data} --limit 1000 --crop-size 224 --batch-size 64 --seconds 1.5 --repetitions 3",
         115,
         needs=IMAGENETTE,
     ),
@@ -87,7 +87,7 @@ CPU = (
     _part(
         6,
         "peers",
-        "peers.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
+        "compare_peers.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
         160,
         needs=CIFAR,
     ),
@@ -116,14 +116,14 @@ GPU = (
     _part(
         2,
         "pipelines-cifar10",
-        "pipelines.py --data {data} --crop-size 32 --batch-size 512 --seconds 3",
+        "loaders.py --data {data} --crop-size 32 --batch-size 512 --seconds 3",
         260,
         needs=CIFAR,
     ),
     _part(
         2,
         "pipelines-imagenette",
-        "pipelines.py --data {data} --crop-size 224 --batch-size 256 --seconds 3",
+        "loaders.py --data {data} --crop-size 224 --batch-size 256 --seconds 3",
         260,
         needs=IMAGENETTE,
     ),
@@ -131,9 +131,19 @@ GPU = (
     _part(
         3, "train-imagenette", "train.py --config r50 --data {data} --seconds 3 --repetitions 3", 270, needs=IMAGENETTE
     ),
-    _part(4, "peers-cifar10", "peers.py --config cifar --data {data} --seconds 3 --repetitions 3", 260, needs=CIFAR),
     _part(
-        4, "peers-imagenette", "peers.py --config r50 --data {data} --seconds 3 --repetitions 3", 270, needs=IMAGENETTE
+        4,
+        "peers-cifar10",
+        "compare_peers.py --config cifar --data {data} --seconds 3 --repetitions 3",
+        260,
+        needs=CIFAR,
+    ),
+    _part(
+        4,
+        "peers-imagenette",
+        "compare_peers.py --config r50 --data {data} --seconds 3 --repetitions 3",
+        270,
+        needs=IMAGENETTE,
     ),
     _part(5, "scaling-cifar10", "scaling.py --config cifar --data {data} --seconds 0.5", 260, needs=CIFAR),
     _part(5, "scaling-imagenette", "scaling.py --config r50 --data {data} --seconds 0.5", 270, needs=IMAGENETTE),

@@ -1,1 +1,1 @@
-"""Other trainers that fastmoco is compared with, and their data loaders."""
+"""The trainers that fastmoco is compared with, and their data loaders."""

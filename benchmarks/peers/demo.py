@@ -1,8 +1,8 @@
-"""A peer: the authors' CIFAR-10 demo (the notebook in facebookresearch/moco), its algorithm and defaults in our words.
+"""A peer: the authors' CIFAR-10 demo (the notebook in facebookresearch/moco), a reimplementation with its defaults.
 
 ResNet-18 with a 3×3 stem, batch norm in 8 splits, keys shuffled on one GPU, a queue of 4,096, SGD with a cosine
-schedule, an EMA parameter by parameter, float32; decoded images in memory, two torchvision transforms in 16 workers.
-At 224 px the same step stands for their ImageNet script: encoded images from files, 32 workers.
+schedule, an EMA per parameter, float32; decoded images in memory, two torchvision transforms in 16 workers.
+At 224 px the same step represents their ImageNet script: encoded images from files, 32 workers.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EPOCHS = 200
 
 
 def default_loading(side: int) -> Loading:
-    """As in the notebook, or in the ImageNet script."""
+    """The loader's settings in the notebook, or in the ImageNet script."""
     return Loading(workers=16 if side <= SMALL else 32, pinned=True)
 
 
 class DemoStep(PlainStep):
     """`PlainStep` with the demo's symmetric loss and its learning rate.
 
-    steps_per_epoch  of the data set; the rate of epoch e is lr · (1 + cos(π e / 200)) / 2
-    symmetric        exchange the views too: the losses add up, the keys of both enter the queue, 2N a step
-    channels_last, dtype  as of `PlainStep`; in channels-last the batch norm is ours, because theirs has no such layout
+    steps_per_epoch  the learning rate of epoch e is lr · (1 + cos(π e / 200)) / 2
+    symmetric        also swap the views: the losses are added, and the keys of both enter the queue, 2N per step
+    channels_last, dtype  as in `PlainStep`; channels-last uses our batch norm, because theirs does not support it
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class DemoStep(PlainStep):
         self._steps, self._losses = 0, list[float]()
 
     def __call__(self, views: Views) -> float:
-        epoch, place = divmod(self._steps, self._steps_per_epoch)
-        if place == 0:
+        epoch, step_in_epoch = divmod(self._steps, self._steps_per_epoch)
+        if step_in_epoch == 0:
             rate = self.task.lr * (1 + math.cos(math.pi * min(epoch, EPOCHS) / EPOCHS)) / 2
             self.optimiser.param_groups[0]["lr"] = rate
         self._steps += 1
@@ -67,25 +67,25 @@ class DemoStep(PlainStep):
         loss, k = super().loss(Views(query, key, views.key_order, views.index))
         if not self._symmetric:
             return loss, k
-        exchanged, k_of_query = super().loss(Views(key, query, views.key_order, views.index))
-        return loss + exchanged, torch.cat([k_of_query, k])
+        swapped_loss, k_of_query = super().loss(Views(key, query, views.key_order, views.index))
+        return loss + swapped_loss, torch.cat([k_of_query, k])
 
     def read_loss(self) -> float:
-        """Mean since it was last called."""
+        """Mean since the last call."""
         mean = sum(self._losses) / max(1, len(self._losses))
         self._losses.clear()
         return mean
 
 
 def demo_dataset(index: ImageIndex, augmentation: Augmentation, side: int) -> LabelledImages:
-    """The same transform twice on every image; small ones are decoded here, since torchvision's CIFAR10 is an array."""
+    """The same transform twice on every image; small images are decoded first, as torchvision's CIFAR10 is an array."""
     if side <= SMALL and index.uniform_size is not None:
         index = decoded(index)
     return LabelledImages(index, _Pair(augmentation, side))
 
 
 class _Pair:
-    """An image to [query, key]."""
+    """Maps an image to [query, key]."""
 
     def __init__(self, augmentation: Augmentation, side: int) -> None:
         self._transform = torchvision_transform(augmentation, side)

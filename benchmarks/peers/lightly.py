@@ -1,6 +1,6 @@
-"""A peer: MoCo with the building blocks of lightly, put together as its documentation does.
+"""A peer: MoCo from the building blocks of lightly, assembled as in its documentation.
 
-Its example normalises whole batches (no splits) and shuffles no keys, which is less work than the authors' and ours.
+Its example uses plain batch norm and does not shuffle keys, which is less work than in the authors' code and ours.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DEFAULT = Loading(workers=8)  # as in its example
 
 
 def require_lightly() -> None:
-    """Raises BackendMissingError with how to install it."""
+    """Raises BackendMissingError with the command that installs it."""
     try:
-        import lightly.transforms  # noqa: F401 - whether it can be
+        import lightly.transforms  # noqa: F401
     except ImportError as error:
         raise BackendMissingError(f"lightly cannot be imported ({error}): uv sync --group bench") from error
 
@@ -35,8 +35,8 @@ class LightlyStep:
     """`step(views)`: EMA, forward, NTXentLoss with its memory bank, backward, SGD; the loss stays on the device.
 
     channels_last  weights and images in channels-last layout
-    dtype          autocast to bfloat16
-    symmetric      exchange the views too; the loss is the mean of both
+    dtype          autocast dtype: bfloat16, or float32 for none
+    symmetric      also swap the views; the loss is the mean of both
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LightlyStep:
         return self._criterion(q, k)
 
     def read_loss(self) -> float:
-        """Mean since it was last called."""
+        """Mean since the last call."""
         mean = self._loss_sum.item() / max(1, self._steps)
         self._loss_sum.zero_()
         self._steps = 0
@@ -98,7 +98,7 @@ class LightlyStep:
 
 
 def lightly_dataset(index: ImageIndex, augmentation: Augmentation, side: int) -> Dataset:
-    """Its dataset with its two-view transform, which has this augmentation's numbers."""
+    """lightly's dataset with its two-view transform, set to the parameters of an augmentation."""
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
 
@@ -118,4 +118,4 @@ def lightly_dataset(index: ImageIndex, augmentation: Augmentation, side: int) ->
         normalize={"mean": list(a.mean), "std": list(a.std)},
     )
     dataset = LightlyDataset.from_torch_dataset(LabelledImages(index), transform)
-    return dataset  # type: ignore[return-value] - a torch dataset in all but name
+    return dataset  # type: ignore[return-value] - not a subclass of torch's Dataset

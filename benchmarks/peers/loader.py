@@ -1,7 +1,6 @@
-"""How images reach a peer's step: a torch DataLoader that decodes and augments with Pillow and torchvision.
+"""The loader of the peers: a torch DataLoader that decodes and augments with Pillow and torchvision.
 
-What a new epoch costs, when a DataLoader starts its workers again, is left out in the peers' favour: batches come
-without end.
+In the peers' favour batches are endless: a DataLoader that restarts its workers in every epoch would cost more.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pipelines.workers import PREFETCHED, checked, worker_options
 
 @dataclass(frozen=True)
 class Loading:
-    """Arguments of a DataLoader; all but the number of workers at torch's default."""
+    """Arguments of a DataLoader, with torch's defaults except for the number of workers."""
 
     workers: int
     prefetched: int = 2
@@ -33,14 +32,14 @@ class Loading:
 
 
 def tuned(workers: int) -> Loading:
-    """What people set who tune a DataLoader."""
+    """The usual settings of a tuned DataLoader."""
     return Loading(workers, prefetched=PREFETCHED, pinned=True)
 
 
 class LabelledImages(Dataset):
-    """(transform(image), label), from files as torchvision's ImageFolder or from memory as its CIFAR10.
+    """(transform(image), label), from files like torchvision's ImageFolder or from memory like its CIFAR10.
 
-    Pixels lie in shared memory, once for all workers, as they do where workers are forked.
+    Pixels are in shared memory, one copy for all workers, as with forked workers.
     """
 
     def __init__(self, index: ImageIndex, transform: Callable[[Image.Image], Any] | None = None) -> None:
@@ -67,39 +66,39 @@ class LabelledImages(Dataset):
 
 
 def decoded(index: ImageIndex) -> ImageIndex:
-    """The same images as pixels in memory. They must all be of one size."""
+    """The same images as pixels in memory; all must have the same size."""
     if index.pixels is not None:
         return index
     return replace(index, paths=None, records=None, pixels=np.stack([index.read(i) for i in range(len(index))]))
 
 
 def endless_views(dataset: Dataset, batch_size: int, device: torch.device, loading: Loading) -> Iterator[Views]:
-    """Batches of a dataset whose samples begin with [query, key], in shuffled order, on the device.
+    """Shuffled batches on the device, from a dataset whose samples begin with [query, key].
 
-    Raises DataError for an image that cannot be read and for a worker that died.
+    Raises DataError for an unreadable image and for a worker that died.
     """
     options = worker_options(loading.workers, device) | {"pin_memory": loading.pinned and device.type == "cuda"}
     if loading.workers:
         options["prefetch_factor"] = loading.prefetched
-    order = torch.arange(batch_size, device=device)  # the peers shuffle keys themselves, or not at all
+    order = torch.arange(batch_size, device=device)  # the peers shuffle keys in the step, or not at all
     with warnings.catch_warnings():
-        # More workers than cores, as the peers' defaults may be, are what is measured here.
+        # The peers' defaults may be more workers than cores, which is part of what is measured.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(dataset, batch_sampler=_shuffled(len(dataset), batch_size), **options)  # type: ignore[arg-type]
         batches = checked(loader)
         first = next(batches)
-    yield _on(device, first, order)
+    yield _to_views(first, order, device)
     for batch in batches:
-        yield _on(device, batch, order)
+        yield _to_views(batch, order, device)
 
 
-def _on(device: torch.device, batch: Any, order: Tensor) -> Views:
+def _to_views(batch: Any, order: Tensor, device: torch.device) -> Views:
     query, key = (view.to(device, non_blocking=True) for view in batch[0])
     return Views(query, key, order, order)
 
 
 def _shuffled(count: int, batch_size: int) -> Iterator[list[int]]:
-    """Epoch after epoch in a new order, the last images of each dropped where they fill no batch."""
+    """Endless batches of indices, in a new order in every epoch, without its last incomplete batch."""
     while True:
         order = torch.randperm(count)
         for start in range(0, count - batch_size + 1, batch_size):

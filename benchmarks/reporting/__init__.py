@@ -1,1 +1,1 @@
-"""Reports, tables and plots of what was measured."""
+"""Reports, tables and plots of results."""

@@ -1,7 +1,7 @@
-"""The results of a suite: a folder of them while they are made, one JSON file once they are kept.
+"""The results of a suite: a folder while it runs, one JSON file once they are committed.
 
-DIR/PART/*.json, DIR/PART/part.json                     what the scripts wrote, and how the part went
-benchmarks/results/HARDWARE/DATE-COMMIT.json            the same in one file, without a name of the machine in it
+DIR/PART/*.json, DIR/PART/part.json                     results of the scripts, and the state of each part
+benchmarks/results/HARDWARE/DATE-COMMIT.json            the same in one file, without paths or names of the machine
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ _KERNEL = re.compile(r"(Linux-\d+\.\d+)[^ ]*?-(?=x86_64|aarch64)")
 
 @dataclass(frozen=True)
 class Collection:
-    """Results by name, `PART/FILE` or `FILE`; how each part went; and where it all is from."""
+    """Results by name, `PART/FILE` or `FILE`, and the records of the parts."""
 
     results: dict[str, dict[str, Any]]
     parts: list[dict[str, Any]] = field(default_factory=list)
-    source: str = ""
 
     def of(self, benchmark: str) -> dict[str, dict[str, Any]]:
-        """Those of one script: `step` finds step-cifar and step-r50."""
-        return {
-            name: result
-            for name, result in self.results.items()
-            if re.fullmatch(rf"{benchmark}(-.*)?", result["benchmark"])
-        }
+        """The results of one script: `step` matches step-cifar and step-r50."""
+        return {name: result for name, result in self.results.items() if is_of(result, benchmark)}
 
     @property
     def newest(self) -> dict[str, Any]:
-        """The environment of the result that was measured last."""
+        """The environment of the latest result."""
         return max((result["environment"] for result in self.results.values()), key=lambda e: e["date"])
 
     @property
     def quick(self) -> bool:
-        """Whether any of it was measured with --quick, which says nothing about speed."""
+        """Whether any result was measured with --quick, which is not a measurement of speed."""
         return any(result.get("settings", {}).get("quick") for result in self.results.values())
 
 
+def is_of(result: Mapping[str, Any], benchmark: str) -> bool:
+    """Whether a script's name is `benchmark`, with or without a suffix for the configuration."""
+    return re.fullmatch(rf"{benchmark}(-.*)?", result["benchmark"]) is not None
+
+
 def read(path: Path) -> Collection:
-    """A folder of results or one file of them. Raises ConfigError where there are none, DataError for damaged ones."""
+    """Read a folder of results or a committed file. Raises ConfigError if there are none, DataError if damaged."""
     if path.is_file():
         kept = _load(path)
         if not isinstance(kept.get("results"), dict):
             raise DataError(f"{path} holds no results: expected a file that report.py --commit wrote")
-        return Collection(kept["results"], kept.get("parts", []), str(path))
+        return Collection(kept["results"], kept.get("parts", []))
     results, parts = {}, []
     for file in sorted([*path.glob("*.json"), *path.glob("*/*.json")]):
         content = _load(file)
@@ -68,7 +68,7 @@ def read(path: Path) -> Collection:
             results[file.relative_to(path).with_suffix("").as_posix()] = content
     if not results and not parts:
         raise ConfigError(f"{path} holds no results: expected the --out of run_all.py or of a benchmark")
-    return Collection(results, sorted(parts, key=lambda part: part.get("number", 0)), str(path))
+    return Collection(results, sorted(parts, key=lambda part: part.get("number", 0)))
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -80,17 +80,20 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def keep(folder: Path, hardware: str, results: Path = RESULTS) -> Path:
-    """Write a folder of results as one file named by its newest date and commit, and return where. Raises ConfigError.
+    """Write a folder of results to one file, named by the latest date and commit, and return its path.
 
-    What names the machine goes: folders become DATA and OUT, any other absolute path its last part.
+    Paths that identify the machine are removed: folders become DATA and OUT, other absolute paths their last component.
+    Raises ConfigError.
     """
     if not _NAME.fullmatch(hardware):
-        raise ConfigError(f"--commit {hardware}: name the hardware in small letters, digits and dashes, as in h200")
+        raise ConfigError(
+            f"--commit {hardware}: name the hardware in lower-case letters, digits and dashes, as in h200"
+        )
     collection = read(folder)
     if not collection.results:
         raise ConfigError(f"{folder} holds no finished part: nothing to keep")
     if collection.quick:
-        raise ConfigError(f"{folder} was measured with --quick, which says nothing about speed: it is not kept")
+        raise ConfigError(f"{folder} was measured with --quick, which is not a measurement of speed: it is not kept")
     newest = collection.newest
     roots = {str(folder): "OUT", str(folder.resolve()): "OUT"}
     if (suite := folder / SUITE).is_file():
@@ -102,7 +105,7 @@ def keep(folder: Path, hardware: str, results: Path = RESULTS) -> Path:
 
 
 def _short(commit: str | None) -> str:
-    """Seven digits, and the `+` of a changed checkout."""
+    """Seven digits, and the `+` of a modified checkout."""
     return "unknown" if commit is None else commit[:7] + ("+" if commit.endswith("+") else "")
 
 
@@ -119,11 +122,11 @@ def _without_paths(value: Any, roots: Mapping[str, str]) -> Any:
 
 
 def newest_by_hardware(results: Path = RESULTS) -> Iterator[tuple[str, Collection]]:
-    """Of every hardware with kept results, the newest of each name: a later file replaces what it measured again."""
+    """For each hardware, the latest committed result of each name: a later file replaces results that it repeats."""
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         merged: dict[str, dict[str, Any]] = {}
         files = [read(file) for file in folder.glob("*.json")]
         for collection in sorted(files, key=lambda c: c.newest["date"]):
             merged |= collection.results
         if merged:
-            yield folder.name, Collection(merged, source=folder.name)
+            yield folder.name, Collection(merged)

@@ -1,7 +1,4 @@
-"""What the results say in one line each: how fast, how much faster than what, and what limits it.
-
-Written into reports and into the README; every number comes from a result file.
-"""
+"""One line per result: its rate, a comparison, and the bottleneck. Used in reports and in the README."""
 
 from __future__ import annotations
 
@@ -13,46 +10,46 @@ from typing import Any
 from benchmarks.measure.harness import short
 from benchmarks.reporting.collected import Collection
 
-CONTROL, PLAIN = "dataloader", "plain"  # as the scripts write them, whose imports take seconds
-_NEAR = 0.6  # of the roofline: from here on it says what limits
+BASELINE, PLAIN = "dataloader", "plain"  # the names in results; importing the scripts takes seconds
+_NEAR_ROOFLINE = 0.6  # share from which the roofline explains the rate
 
 
 @dataclass(frozen=True)
 class Headline:
-    """`what` was measured, its value, and that value beside another."""
+    """What was measured, its value, and a comparison."""
 
-    what: str
+    subject: str
     value: str
-    beside: str
+    comparison: str
 
     def __str__(self) -> str:
-        return f"{self.what}: **{self.value}**" + (f", {self.beside}" if self.beside else "")
+        return f"{self.subject}: **{self.value}**" + (f", {self.comparison}" if self.comparison else "")
 
 
 def headlines(collection: Collection) -> list[Headline]:
-    """The best of every script, in the order of the report."""
+    """The best result of every script, in the order of the report."""
     return [
         *_pipelines(collection),
         *_steps(collection),
-        *_trained(collection),
+        *_end_to_end(collection),
         *_peers(collection),
         *_neighbours(collection),
         *_accuracy(collection),
     ]
 
 
-def task_words(task: Mapping[str, Any]) -> str:
+def describe_task(task: Mapping[str, Any]) -> str:
     width = f" of width {task['width']:g}" if task.get("width", 1) != 1 else ""
     return f"{task['arch']}{width} at {task['side']} px, batch {task['batch_size']}"
 
 
-def data_words(result: Mapping[str, Any]) -> str:
-    """`cifar10/train` of its description: what the images are called."""
+def data_name(result: Mapping[str, Any]) -> str:
+    """Name of the data set, such as `cifar10/train`, from its description."""
     data = result.get("data") or {}
     return data.get("description", "").split(":")[0]
 
 
-def times(ratio: Mapping[str, Any] | None) -> str:
+def format_ratio(ratio: Mapping[str, Any] | None) -> str:
     return "–" if ratio is None else f"{ratio['median']:.2f}×"
 
 
@@ -62,13 +59,13 @@ def _fastest(cases: Mapping[str, Any]) -> str:
 
 def _pipelines(collection: Collection) -> Iterator[Headline]:
     for result in collection.of("pipelines").values():
-        ours = {name: case for name, case in result["cases"].items() if name != CONTROL}
-        if not ours or "images_per_s" not in result["cases"][CONTROL]:
+        ours = {name: case for name, case in result["cases"].items() if name != BASELINE}
+        if not ours or "images_per_s" not in result["cases"][BASELINE]:
             continue
         best, settings = _fastest(ours), result["settings"]
-        what = "views" if settings["colour"] else "crops without colour"
+        output = "views" if settings["colour"] else "crops without colour"
         yield Headline(
-            f"data loading only, {settings['crop_size']} px {what}, {data_words(result)}, `{best}`",
+            f"data loading only, {settings['crop_size']} px {output}, {data_name(result)}, `{best}`",
             f"{short(ours[best]['images_per_s']['median'])} images/s",
             f"{ours[best]['ratio_to_control']['median']:.1f} times a plain DataLoader",
         )
@@ -76,30 +73,30 @@ def _pipelines(collection: Collection) -> Iterator[Headline]:
 
 def _steps(collection: Collection) -> Iterator[Headline]:
     for result in collection.of("step").values():
-        ours = {name: rung for name, rung in result["rungs"].items() if name != PLAIN}
+        ours = {name: variant for name, variant in result["rungs"].items() if name != PLAIN}
         if not ours:
             continue
         best = _fastest(ours)
         ratio = ours[best]["ratio_to_plain"]
         yield Headline(
-            f"training step alone, {task_words(result['task'])}, `{best}`",
+            f"training step alone, {describe_task(result['task'])}, `{best}`",
             f"{short(ours[best]['images_per_s']['median'])} images/s",
             "" if ratio is None else f"{ratio['median']:.1f} times the plain step",
         )
 
 
-def _trained(collection: Collection) -> Iterator[Headline]:
+def _end_to_end(collection: Collection) -> Iterator[Headline]:
     for result in collection.of("train").values():
-        ours = {name: case for name, case in result["cases"].items() if name not in (PLAIN, CONTROL)}
+        ours = {name: case for name, case in result["cases"].items() if name not in (PLAIN, BASELINE)}
         if not ours:
             continue
         best = _fastest(ours)
         share, ratio = ours[best]["share_of_step_only"]["median"], ours[best].get("ratio_to_plain")
-        beside = [f"{ratio['median']:.1f} times a plain DataLoader with a plain step"] if ratio else []
+        comparison = [f"{ratio['median']:.1f} times a plain DataLoader with a plain step"] if ratio else []
         yield Headline(
-            f"end to end from files, {task_words(result['task'])}, {data_words(result)}, `{best}`",
+            f"end to end from files, {describe_task(result['task'])}, {data_name(result)}, `{best}`",
             f"{short(ours[best]['images_per_s']['median'])} images/s",
-            ", ".join([*beside, f"{share:.0%} of the step alone"]),
+            ", ".join([*comparison, f"{share:.0%} of the step alone"]),
         )
 
 
@@ -109,33 +106,33 @@ def _peers(collection: Collection) -> Iterator[Headline]:
         if not ours:
             continue
         best = _fastest(ours)
-        beside = [f"{ratio['median']:.1f} times {peer_words(peer)}" for peer, ratio in result["ratios"][best].items()]
+        factors = [f"{ratio['median']:.1f} times {peer_label(peer)}" for peer, ratio in result["ratios"][best].items()]
         yield Headline(
-            f"beside the peers, {task_words(result['task'])}, {data_words(result)}, `{best}`",
+            f"compared with other trainers, {describe_task(result['task'])}, {data_name(result)}, `{best}`",
             f"{short(ours[best]['images_per_s']['median'])} images/s",
-            ", ".join(beside),
+            ", ".join(factors),
         )
 
 
 def _neighbours(collection: Collection) -> Iterator[Headline]:
-    """Of every pipeline, what is left of the rate beside the fewest neighbours."""
+    """Share of the idle rate that each pipeline keeps beside the smallest number of busy processes."""
     for result in collection.of("neighbours").values():
         rows = {(row["pipeline"], row["threads"], row["neighbours"]): row for row in result["rows"]}
-        few = min((count for _, _, count in rows if count), default=None)
-        beside = f"{few} busy process{'es' * (few != 1)}"
+        fewest = min((count for _, _, count in rows if count), default=None)
+        busy = f"{fewest} busy process{'es' * (fewest != 1)}"
         for (pipeline, threads, count), row in rows.items():
             fixed = rows.get((pipeline, "fixed", count))
-            if threads != "tuned" or count != few or fixed is None:
+            if threads != "tuned" or count != fewest or fixed is None:
                 continue
             yield Headline(
-                f"training beside {beside}, {task_words(result['task'])}, `{pipeline}`",
+                f"training beside {busy}, {describe_task(result['task'])}, `{pipeline}`",
                 f"{row['to_idle_fixed']['median']:.0%} of the idle rate",
                 f"{fixed['kept']['median']:.0%} with as many threads as cores",
             )
 
 
 def _accuracy(collection: Collection) -> Iterator[Headline]:
-    """Of whole runs of a recipe; its seeds count together, in whatever number of files they are."""
+    """Complete runs of a recipe, with the seeds of all files together."""
     seeds: dict[str, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {}
     for result in collection.of("accuracy").values():
         for name, recipe in result["recipes"].items():
@@ -144,46 +141,46 @@ def _accuracy(collection: Collection) -> Iterator[Headline]:
                     targets = [
                         {"percent": t["percent"], "minutes": t["training_minutes"][seed]} for t in recipe["targets"]
                     ]
-                    seeds.setdefault(run_words(name, run["config"]), []).append((run, targets))
-    for words, runs in seeds.items():
+                    seeds.setdefault(describe_run(name, run["config"]), []).append((run, targets))
+    for run_name, runs in seeds.items():
         at_end = f"{statistics.median(run['final_percent'] for run, _ in runs):.1f} % at the end"
-        of = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
-        for place, target in enumerate(runs[0][1]):
-            minutes = [targets[place]["minutes"] for _, targets in runs if targets[place]["minutes"] is not None]
-            reached = f"to {target['percent']:g} % kNN, {words}"
+        count = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
+        for i, target in enumerate(runs[0][1]):
+            minutes = [targets[i]["minutes"] for _, targets in runs if targets[i]["minutes"] is not None]
+            subject = f"to {target['percent']:g} % kNN, {run_name}"
             if len(minutes) == len(runs):
-                yield Headline(reached, f"{short(statistics.median(minutes))} min", f"{at_end}, {of}")
+                yield Headline(subject, f"{short(statistics.median(minutes))} min", f"{at_end}, {count}")
             else:
-                yield Headline(reached, f"reached by {len(minutes)} of {len(runs)}", at_end)
+                yield Headline(subject, f"reached by {len(minutes)} of {len(runs)}", at_end)
 
 
-def run_words(name: str, config: Mapping[str, Any]) -> str:
-    """`cifar10-demo, 200 epochs`, and what differs from the recipe."""
+def describe_run(name: str, config: Mapping[str, Any]) -> str:
+    """`cifar10-demo, 200 epochs`, and the differences from the recipe."""
     width = f" of width {config['width']:g}" if config["width"] != 1 else ""
     limit = f", {config['limit']:,} images" if config["limit"] else ""
     return f"{name}{width}, {config['epochs']} epochs{limit}"
 
 
-def peer_words(name: str) -> str:
+def peer_label(name: str) -> str:
     base, _, best = name.partition("-best")
     return {"authors": "the authors' code"}.get(base, base) + (" at its best" if name.endswith("-best") else best)
 
 
 def bottlenecks(collection: Collection) -> list[str]:
-    """What limits, in words: the input or the step, and within the step arithmetic, memory or neither."""
+    """The bottleneck: input or step, and within the step arithmetic, memory or neither."""
     return [*_input_or_step(collection), *_within_step(collection)]
 
 
 def _input_or_step(collection: Collection) -> Iterator[str]:
     for result in collection.of("train").values():
         ours = {name: case for name, case in result["cases"].items() if name != PLAIN}
-        words = []
+        limits = []
         for name, case in ours.items():
             share, wait = case["share_of_step_only"]["median"], case["data_wait_percent"]["median"]
             limit = f"the {case['bottleneck']}"
-            words.append(f"`{name}` **{limit}** ({share:.0%} of the step's own rate, waits {wait:.0f} % of the time)")
-        if words:
-            yield f"End to end, {task_words(result['task'])}, what limits is with {'; '.join(words)}."
+            limits.append(f"`{name}` **{limit}** ({share:.0%} of the step's own rate, waits {wait:.0f} % of the time)")
+        if limits:
+            yield f"End to end, {describe_task(result['task'])}, bottleneck of each pipeline: {'; '.join(limits)}."
 
 
 def _within_step(collection: Collection) -> Iterator[str]:
@@ -195,19 +192,19 @@ def _within_step(collection: Collection) -> Iterator[str]:
                 continue
             best = max(points, key=lambda point: point["images_per_s"])
             slowest = sorted(form["groups"], key=lambda name: form["groups"][name]["seconds"], reverse=True)[:3]
-            most = ", ".join(
+            longest = ", ".join(
                 f"{name} ({form['groups'][name]['seconds'] / form['seconds']:.0%}, {form['groups'][name]['bound']})"
                 for name in slowest
             )
             share = best["share_of_roof"]
             verdict = (
                 f"it is bound by **{form['bound']}**"
-                if share > _NEAR
-                else f"most of the least time is {form['bound']}'s, but **neither ceiling is near**: kernels are "
-                "small, move more than they must, or run below what a product gives"
+                if share > _NEAR_ROOFLINE
+                else f"{form['bound']} takes most of the minimum time, but **neither ceiling is near**: kernels are "
+                "small, move more than necessary, or run slower than a matrix product"
             )
             yield (
-                f"Within the step of {task_words(step['task'])}, {form['compute_share']:.0%} of the least time goes to "
-                f"kernels that arithmetic limits; the longest are {most}. `{best['name']}` runs at "
+                f"Within the step of {describe_task(step['task'])}, {form['compute_share']:.0%} of the minimum time is "
+                f"in kernels limited by arithmetic; the longest are {longest}. `{best['name']}` runs at "
                 f"**{share:.0%} of the roofline**: {verdict}."
             )

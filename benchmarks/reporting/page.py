@@ -1,26 +1,21 @@
-"""A page of headings, tables and pictures, as Markdown with its pictures beside it or as one HTML file.
+"""A page of headings, tables and pictures, written as Markdown, as one HTML file, or to a terminal.
 
-Text may hold `code` and **weight**; all else is shown as it stands.
+Text may contain `code` and **bold**; everything else is literal.
 """
 
 from __future__ import annotations
 
-import html
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 60em; margin: 2em auto; padding: 0 1em }
-h1, h2, h3 { line-height: 1.25; margin: 1.6em 0 .5em }
-table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .8em; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left }
-th { border-bottom-color: #999; font-weight: 600 }
-code, pre { font: 13px/1.45 ui-monospace, monospace; background: #f5f5f5; border-radius: 3px }
-code { padding: .1em .25em } pre { padding: .7em 1em; overflow-x: auto }
-figure { margin: 1em 0 } figure svg { max-width: 100%; height: auto } figcaption { color: #777 }
-"""
+import jinja2
+from markupsafe import Markup, escape
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """`name` is that of its file, without ending."""
+    """`name` is the file name without its suffix."""
 
     name: str
     svg: str
@@ -67,7 +62,7 @@ def pictures(blocks: Sequence[Block]) -> list[Picture]:
 
 
 def as_markdown(blocks: Sequence[Block], picture_file: Callable[[str], str]) -> str:
-    """`picture_file` gives the path of a picture, seen from the page, by its name."""
+    """`picture_file` returns the path of a picture, relative to the page, from its name."""
     return "\n\n".join(_markdown(block, picture_file) for block in blocks) + "\n"
 
 
@@ -89,36 +84,52 @@ def _markdown(block: Block, picture_file: Callable[[str], str]) -> str:
 
 
 def as_html(title: str, blocks: Sequence[Block]) -> str:
-    """One file that needs nothing else: style and pictures are in it."""
-    body = "\n".join(_html(block) for block in blocks)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    """A self-contained HTML file: style and pictures are embedded."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"inline": _inline, "embedded_svg": _embedded_svg}
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, blocks=[(type(block).__name__, block) for block in blocks])
 
 
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{_inline(text)}</h{level}>"
-        case Text(text):
-            return f"<p>{_inline(text)}</p>"
-        case Bullets(items):
-            return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
-        case Code(lines):
-            return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
-        case Picture(name, svg, caption):
-            return f"<figure>{_own_names(svg, name)}<figcaption>{_inline(caption)}</figcaption></figure>"
-        case Table(columns, rows):
-            head = "".join(f"<th>{_inline(cell)}</th>" for cell in columns)
-            lines = ("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+def _inline(text: str) -> Markup:
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))
 
 
-def _inline(text: str) -> str:
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
+def _embedded_svg(picture: Picture) -> Markup:
+    """The SVG with its ids prefixed: ids are global in an HTML page, and two pictures may use the same."""
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{picture.name}-\1"', picture.svg)
+    return Markup(re.sub(r"(url\(#|href=\"#)", rf"\1{picture.name}-", svg))
 
 
-def _own_names(svg: str, name: str) -> str:
-    """Names inside an SVG are those of the whole HTML page: two pictures must not share them."""
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    return re.sub(r"(url\(#|href=\"#)", rf"\1{name}-", svg)
+def make_console() -> Console:
+    """Standard output, wide enough for the tables where it is not a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def print_blocks(console: Console, blocks: Sequence[Block]) -> None:
+    """Print headings, text and tables; pictures are left out."""
+    for block in blocks:
+        match block:
+            case Heading(title):
+                console.print(RichText(title, "bold"), soft_wrap=True)
+            case Text(line):
+                console.print(RichText(line, "dim"), soft_wrap=True)
+            case Table(columns, rows):
+                console.print(_rich_table(columns, rows))
+
+
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+    """Names left-aligned, numbers right-aligned."""
+    table = RichTable()
+    for i, column in enumerate(columns):
+        table.add_column(RichText(column), justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*(RichText(cell) for cell in row))
+    return table

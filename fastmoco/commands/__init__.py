@@ -1,1 +1,1 @@
-"""The commands of the command line, one file each. They may import everything but `fastmoco.cli`."""
+"""Commands of the command line, one module each. They may import everything except `fastmoco.cli`."""

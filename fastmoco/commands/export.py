@@ -1,4 +1,4 @@
-"""fastmoco export: the backbone of a run as a file of another library."""
+"""`fastmoco export`: the backbone of a run in the format of another library."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from fastmoco.export.write import IMAGES, export
 
 
 def export_command(options: ExportOptions) -> None:
-    """Writes, and says what was written. Raises what `read_backbone` and `export` raise."""
+    """Export a backbone and print a summary. Raises what `read_backbone` and `export` raise."""
     path = options.path
     backbone = read_backbone(options.run)
-    done = export(backbone, options.to, path, overwrite=options.overwrite)
+    exported = export(backbone, options.to, path, overwrite=options.overwrite)
     facts = [
         Fact("from", backbone.origin),
         Fact("backbone", describe(backbone), f"views of {backbone.side} pixels"),
-        Fact("normalisation", f"mean {_words(backbone.mean)}, std {_words(backbone.std)}"),
-        Fact("checked", f"the features of {IMAGES} images agree to {max(done.apart, 1e-7):.0e}", done.checked_with),
-        Fact("written", str(path), f"{done.size_bytes / 2**20:.1f} MiB"),
+        Fact("normalisation", f"mean {_format(backbone.mean)}, std {_format(backbone.std)}"),
+        Fact(
+            "checked",
+            f"the features of {IMAGES} images agree to {max(exported.apart, 1e-7):.0e}",
+            exported.checked_with,
+        ),
+        Fact("written", str(path), f"{exported.size_bytes / 2**20:.1f} MiB"),
         Fact("load it", load_lines(backbone, options.to, os.path.relpath(path))),
     ]
     show_facts(make_console(), "fastmoco export", facts)
@@ -36,15 +40,15 @@ def describe(backbone: LoadedBackbone) -> str:
 
 
 def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
-    """The Python, the command or the settings that load the file; those of detectron2 as its train_net.py takes them.
+    """Code that loads the file: Python, a shell command, or for detectron2 the options of its train_net.py.
 
-    What is Python runs as it is, but that the images of ONNX, `batch`, have to be there.
+    Python code runs as it is, except that `batch`, the images for ONNX, must be defined.
     """
     if target in ("torchvision", "timm"):
         return _load_state(backbone, target, name)
     if target == "detectron2":
         settings = {"MODEL.WEIGHTS": name, **detectron2_settings(backbone)}
-        return shlex.join(str(word) for setting in settings.items() for word in setting)
+        return shlex.join(str(text) for setting in settings.items() for text in setting)
     return {
         "lincls": f"python main_lincls.py -a {backbone.arch} --pretrained {shlex.quote(name)} DATA",
         "safetensors": f"import fastmoco; backbone, preprocess = fastmoco.load_backbone({name!r})",
@@ -55,11 +59,11 @@ def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
 
 def _load_state(backbone: LoadedBackbone, library: str, name: str) -> str:
     model, options = call_in(library, backbone.arch)
-    words = [f"{key}={value}" for key, value in options.items()]
+    arguments = [f"{key}={value}" for key, value in options.items()]
     if library == "torchvision":
-        build = f"torchvision.models.{model}({', '.join(words)})"
+        build = f"torchvision.models.{model}({', '.join(arguments)})"
     else:
-        build = f"timm.create_model({', '.join([repr(model), *words])})"
+        build = f"timm.create_model({', '.join([repr(model), *arguments])})"
     reader = ("safetensors.torch", "load_file") if name.lower().endswith(".safetensors") else ("torch", "load")
     lines = [
         f"import {', '.join(dict.fromkeys(['torch', reader[0], library]))}",
@@ -74,5 +78,5 @@ def _load_state(backbone: LoadedBackbone, library: str, name: str) -> str:
     return "; ".join(lines)
 
 
-def _words(colour: tuple[float, float, float]) -> str:
+def _format(colour: tuple[float, float, float]) -> str:
     return ", ".join(f"{value:.6g}" for value in colour)

@@ -1,4 +1,4 @@
-"""What `fastmoco scan` can be asked for, checked before anything is read."""
+"""Options of `fastmoco scan`, validated before any file is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from fastmoco.config.arguments import parse
 from fastmoco.config.checks import check_types, require
 
 DESCRIPTION = (
-    "Read and decode every image once: sizes, formats, mean and std, duplicates, and what is wrong with each bad file. "
-    "What was found is saved beside the images, or below --data-root where nothing can be written there; training then "
-    "starts without opening them, and leaves out the bad ones with --bad-images quarantine."
+    "Decode every image once: sizes, formats, mean and std, duplicates, and the reason why each bad file is bad. "
+    "Results are saved beside the images, or below --data-root if that folder is read-only. Training then starts "
+    "without opening the images, and with --bad-images quarantine skips the bad ones."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions:
-    """What to scan, and where to."""
+    """Data set to scan, and output file."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of images, a text file of paths, or imagenette."""
+    """Folder of images, text file of paths, or imagenette."""
     workers: int | None = None
-    """Processes that decode, 0 for this one alone (None: one for every core, if there are many files)."""
+    """Worker processes that decode, 0 for the main process (None: one per core if there are many files)."""
     bad_images: Literal["error", "quarantine"] = "error"
-    """Whether bad images are a failure (exit code 3), or left out by a training that is told to do so too."""
+    """Bad images are an error (exit code 3), or will be skipped by training with the same flag."""
     out: str | None = None
-    """File to save to in place of the usual one; training does not look for it there."""
+    """Output file (.npz) instead of the default one; training will not use it."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are downloaded to."""
+    """Folder for downloaded data sets and caches."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "data", lambda v: v != "" and "\0" not in v, "a folder, a list file or imagenette")
+        require(self, "data", lambda v: v != "" and "\0" not in v, "a folder, a text file of paths or imagenette")
         require(self, "workers", lambda v: v >= 0, "0 or more")
-        require(self, "out", lambda v: v.endswith(".npz") and "\0" not in v, "the name of a file that ends in .npz")
+        require(self, "out", lambda v: v.endswith(".npz") and "\0" not in v, "the name of an .npz file")
 
 
 def parse_scan(argv: list[str]) -> ScanOptions:
-    """The arguments of `fastmoco scan`. Raises ConfigError; exits for --help."""
+    """Parse the arguments of `fastmoco scan`. Raises ConfigError; exits for --help."""
     flags = ["--" + name.replace("_", "-") for name in ScanOptions.__dataclass_fields__ if name != "data"]
     return parse(ScanOptions, argv, command="scan", description=DESCRIPTION, flags=flags)

@@ -1,4 +1,4 @@
-"""fastmoco views: a picture of the views that a seed, an epoch and a pipeline make, or of how two pipelines differ.
+"""`fastmoco views`: draw the augmented views of a seed, epoch and pipeline, or the differences of two pipelines.
 
 B images · S side of a view in pixels
 """
@@ -32,7 +32,7 @@ COUNT, COLUMNS, COUNT_COMPARED = 16, 4, 8
 
 
 def views_command(options: ViewsOptions) -> None:
-    """Draws, and says what was drawn. Raises ConfigError, DataError, BackendMissingError and DeviceError."""
+    """Draw the views and print a summary. Raises ConfigError, DataError, BackendMissingError and DeviceError."""
     names = options.pipelines
     dataset = load_dataset(options.data, data_root=options.data_root, bad_images="quarantine")
     device = pick_device(options.device)
@@ -72,15 +72,17 @@ def _draw(
     side = config.augment.crop_size
     assert side
     count = min(len(index), options.count or (COUNT if options.compare is None else COUNT_COMPARED))
-    reads_all = name == "dataloader"  # it has no crop source; what it does not draw, it does not read
-    kind = Planner if reads_all else _ChosenPlanner
-    planner = kind(index.sizes, seed=options.seed, batch_size=count, augmentation=augmentation, shuffle_keys=False)
+    whole_index = name == "dataloader"  # has no crop source, and reads only the images of the batch
+    planner_class = Planner if whole_index else _SelectedPlanner
+    planner = planner_class(
+        index.sizes, seed=options.seed, batch_size=count, augmentation=augmentation, shuffle_keys=False
+    )
     step = options.epoch * planner.steps_per_epoch
-    images = index if reads_all else index.select(planner.indices(step))
-    workers = 0 if name in ("torch", "dataloader") else 1  # processes take longer to start than this takes
+    images = index if whole_index else index.select(planner.indices(step))
+    workers = 0 if name in ("torch", "dataloader") else 1  # starting worker processes would take longer
     source = open_source(name, images, side, device, workers)
     pipeline = open_pipeline(name, images, planner, source, side, device, torch.float32, workers)
-    random.seed(options.seed)  # the baseline draws its own numbers, of both kinds
+    random.seed(options.seed)  # the baseline uses Python's and torch's global generators
     torch.manual_seed(options.seed)
     try:
         views = next(iter(pipeline.views(step, step + 1)))
@@ -89,18 +91,18 @@ def _draw(
         pipeline.close()
 
 
-class _ChosenPlanner(Planner):
-    """Plans for the chosen images alone, cropped and coloured as in the whole data set, which need not be decoded."""
+class _SelectedPlanner(Planner):
+    """Plans for the selected images only, with the crops and colours they have in the whole data set."""
 
     def plan(self, step: int) -> BatchPlan:
         return replace(super().plan(step), indices=np.arange(self.batch_size))
 
 
 def _differences(drawn: list[tuple[Tensor, Tensor]], augmentation: Augmentation) -> list[Fact]:
-    """Of pixel values from 0 to 255, before normalisation."""
+    """Mean and maximum difference of pixel values from 0 to 255, before normalisation."""
     std = torch.tensor(augmentation.std).view(3, 1, 1) * 255
     facts = []
     for view, a, b in zip(("query", "key"), *drawn, strict=True):
-        apart = (a - b).abs() * std
-        facts.append(Fact(f"{view} apart", f"{apart.mean():.3f} on average, {apart.max():.1f} at most", "of 255"))
+        difference = (a - b).abs() * std
+        facts.append(Fact(f"{view} difference", f"mean {difference.mean():.3f}, max {difference.max():.1f}", "of 255"))
     return facts

@@ -1,4 +1,4 @@
-"""What `fastmoco views` can be asked for, checked before anything is read."""
+"""Options of `fastmoco views`, validated before any file is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from fastmoco.config.choices import Aug, Pipeline
 from fastmoco.errors import ConfigError
 
 DESCRIPTION = (
-    "Draw the query and the key views of the first images of an epoch, as a run with the same seed sees them. With "
-    "--compare, what two pipelines make of the same images, and how far they are apart."
+    "Draw the query and key views of the first images of an epoch, identical to those of a run with the same seed. "
+    "With --compare, draw the views of two pipelines and their differences."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsOptions:
-    """Which views to draw."""
+    """Views to draw."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of images, a text file of paths, or a name: shapes, cifar10, ..."""
+    """Folder of images, text file of paths, or a name: shapes, cifar10, ..."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "views.png"
-    """The picture to write."""
+    """Output file (.png)."""
     seed: int = 0
     """Seed of the run."""
     epoch: int = 0
     """Epoch of the run, from 0."""
     pipeline: Pipeline = "torch"
-    """What crops and augments; dataloader draws its own random numbers."""
+    """Data pipeline; dataloader uses random numbers of its own."""
     compare: str | None = None
-    """Two pipelines to compare, as in torch,resident, in place of --pipeline."""
+    """Two pipelines to compare instead of --pipeline, e.g. torch,resident."""
     aug: Aug | None = None
     """Augmentation of MoCo v1, of v2, of the authors' CIFAR demo, or of BYOL (None: from the data)."""
     crop_size: int | None = None
     """Side of a view in pixels (None: from the data)."""
     crop_scale_min: float | None = None
-    """Smallest area of a random crop, as a fraction of the image (None: of the augmentation)."""
+    """Minimum area of a random crop, as a fraction of the image (None: that of the augmentation)."""
     count: int | None = None
-    """Images to draw (None: 16, or 8 to compare)."""
+    """Number of images (None: 16, or 8 with --compare)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to augment."""
+    """Device."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are downloaded to."""
+    """Folder for downloaded data sets and caches."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -62,7 +62,7 @@ class ViewsOptions:
             return [self.pipeline]
         names = [name.strip() for name in self.compare.split(",")]
         if len(names) != 2:
-            raise ConfigError(f"--compare is {self.compare!r}, expected two pipelines, as in --compare torch,resident")
+            raise ConfigError(f"--compare is {self.compare!r}, expected two pipelines, e.g. --compare torch,resident")
         for name in names:
             try:
                 replace(self, compare=None, pipeline=name)  # type: ignore[arg-type]
@@ -72,12 +72,12 @@ class ViewsOptions:
 
     @property
     def config(self) -> RunConfig:
-        """That of a run that sees these views."""
+        """Configuration of a run with these views."""
         names = ("data", "data_root", "seed", "aug", "crop_size", "crop_scale_min")
         return RunConfig().replace(**{name: getattr(self, name) for name in names})
 
 
 def parse_views(argv: list[str]) -> ViewsOptions:
-    """The arguments of `fastmoco views`. Raises ConfigError; exits for --help."""
+    """Parse the arguments of `fastmoco views`. Raises ConfigError; exits for --help."""
     flags = ["--" + name.replace("_", "-") for name in ViewsOptions.__dataclass_fields__ if name != "data"]
     return parse(ViewsOptions, argv, command="views", description=DESCRIPTION, flags=flags)

@@ -1,1 +1,1 @@
-"""Probes of frozen features, and evaluation while training. Imports export, run and below."""
+"""Probes of a pretrained backbone, and evaluation during training. Imports export, run and below."""

@@ -1,8 +1,8 @@
-"""Features that were extracted once, kept on disk under a name that says everything they depend on.
+"""Cache of extracted features on disk, content-addressed.
 
-A file is a safetensors of one tensor, `features` (N, D) float32, in `features/` below the data root. Its name is a hash
-of the backbone's weights, of the images and of the preprocessing, so that a file is right or not there: nothing has to
-be compared or declared out of date. The least recently used ones go when all together exceed `MOST_BYTES`.
+Each entry is a safetensors file with one tensor, `features` (N, D) float32, in `features/` below the data root. Its
+name is a hash of the backbone's weights, the images and the preprocessing, so an entry never becomes stale. The least
+recently used entries are deleted when all together exceed `MAX_BYTES`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmoco.files import sync
 from fastmoco.run.fingerprint import fingerprint
 from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
+from pipelines.files import replacing
 
-FORMAT = 1  # to be raised when the same backbone, images and preprocessing give other features
-MOST_BYTES = 32 * 2**30
-_FREE_SHARE = 0.5  # of the free space a file may take
+FORMAT = 1  # increment when the same backbone, images and preprocessing give different features
+MAX_BYTES = 32 * 2**30
+_MAX_SHARE_OF_FREE = 0.5  # of the free disk space, for one entry
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of all parameters and buffers, on whatever device they are."""
+    """SHA-256 of the names, dtypes, shapes and values of all parameters and buffers, on any device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -41,7 +40,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def images_hash(index: ImageIndex) -> str:
-    """SHA-256 that changes with any image: files by path, bytes and time of modification, arrays by their content."""
+    """SHA-256 that changes with any image: files by path, size and modification time, arrays by content."""
     digest = hashlib.sha256(fingerprint(index).encode())
     if index.paths is not None:
         digest.update(file_stats(index.paths).tobytes())
@@ -54,61 +53,57 @@ def images_hash(index: ImageIndex) -> str:
 
 
 def key(weights: str, images: str, preprocessing: Mapping[str, Any]) -> str:
-    """The name of a file: 32 hexadecimal digits of all three. `preprocessing` holds what JSON can."""
-    parts = [FORMAT, weights, images, dict(sorted(preprocessing.items()))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    """Name of an entry: 32 hexadecimal digits, a hash of all three. `preprocessing` must be JSON serialisable."""
+    content = [FORMAT, weights, images, dict(sorted(preprocessing.items()))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
-    """The files in a folder, which is made when something is stored."""
+    """Feature entries in a folder, which is created by the first `store`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, name: str, rows: int, columns: int) -> Tensor | None:
-        """(rows, columns) float32 on the CPU, or None where there is no such file or it is damaged."""
+        """(rows, columns) float32 on the CPU; None if the entry is missing or damaged."""
         path = self._path(name)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                found = file.get_slice("features")
-                if (list(found.get_shape()), found.get_dtype()) != ([rows, columns], "F32"):
+                stored = file.get_slice("features")
+                if (list(stored.get_shape()), stored.get_dtype()) != ([rows, columns], "F32"):
                     return None
-                features = file.get_tensor("features").clone()  # own memory, not the mapped file
-            os.utime(path)  # used now
+                features = file.get_tensor("features").clone()  # a copy, not the memory-mapped file
+            os.utime(path)  # time of last use
         except (OSError, SafetensorError):
             return None
         return features
 
     def store(self, name: str, features: Tensor) -> str | None:
-        """Keeps them for later, whole or not at all; returns a line in words where the disk does not allow it."""
+        """Store an entry atomically; returns a warning if the disk does not allow it."""
         path, needed = self._path(name), features.numel() * 4
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two evaluations may store the same features
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # concurrent evaluations may store the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-            if needed > _FREE_SHARE * free:
-                return f"the features are not kept: they take {needed:,} bytes and {self.folder} has {free:,} free"
-            save_file({"features": features.detach().cpu().float().contiguous()}, part)
-            sync(part)
-            os.replace(part, path)
+            if needed > _MAX_SHARE_OF_FREE * free:
+                return f"the features are not cached: they take {needed:,} bytes and {self.folder} has {free:,} free"
+            with replacing(path, temporary):
+                save_file({"features": features.detach().cpu().float().contiguous()}, temporary)
             self._prune(path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            return f"the features cannot be kept in {self.folder} ({reason}): they are extracted again next time"
-        finally:
-            with suppress(OSError):
-                part.unlink()
+            return f"the features cannot be cached in {self.folder} ({reason}): they will be extracted again next time"
         return None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
     def _prune(self, newest: Path) -> None:
-        """Deletes the least recently used files while all together are too large; never the one just written."""
+        """Delete the least recently used entries until the rest fits in MAX_BYTES; never the newest."""
         files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         total = sum(path.stat().st_size for path in files)
         for path in files:
-            if total <= MOST_BYTES or path == newest:
+            if total <= MAX_BYTES or path == newest:
                 break
             total -= path.stat().st_size
             path.unlink(missing_ok=True)

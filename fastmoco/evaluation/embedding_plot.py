@@ -1,4 +1,4 @@
-"""A map of the features: every image a point in the plane, near the images whose features are like its own.
+"""Embedding plot: a 2-D projection of the features by t-SNE or UMAP, one point per image.
 
 N images · D features
 """
@@ -16,21 +16,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastmoco.evaluation.confusion import save, shown
 from fastmoco.evaluation.options import Method, check_method
+from fastmoco.evaluation.plots import display_name, save
 
-MAX_POINTS = 2_000  # t-SNE of so many takes ten seconds of one core
-LEAST_POINTS = 5
+MIN_POINTS, MAX_POINTS = 5, 2_000  # t-SNE of 2,000 points takes ten seconds on one core
 _PERPLEXITY = 30.0
-_COMPONENTS = 50  # principal components that are kept first, as van der Maaten and Hinton do (2008, section 4)
-_LISTED = 20  # classes with a colour and a name of their own
+_COMPONENTS = 50  # of a PCA before the projection, as in van der Maaten and Hinton 2008, section 4
+_MAX_NAMED = 20  # classes in the legend
 
 
 def project(features: Tensor, method: Method = "tsne", seed: int = 0) -> np.ndarray:
-    """(N, 2) float32 coordinates of features (N, D) of unit length, N of 5 or more.
+    """Project the L2-normalised features (N, D) of 5 or more images to (N, 2) float32 coordinates.
 
-    t-SNE (van der Maaten and Hinton 2008) from scikit-learn, of perplexity 30 or a third of the points; or UMAP with
-    its defaults. Distances between far points mean little in either. Raises ConfigError where UMAP is not installed.
+    t-SNE (van der Maaten and Hinton 2008) from scikit-learn, with perplexity 30 or a third of the points; or UMAP with
+    its defaults. Large distances mean little in either. Raises ConfigError if UMAP is not installed.
     """
     check_method(method)
     unit = F.normalize(features.detach().float().cpu(), dim=1)
@@ -42,21 +41,24 @@ def project(features: Tensor, method: Method = "tsne", seed: int = 0) -> np.ndar
         from umap import UMAP  # type: ignore[import-not-found] - an optional package
 
         return np.asarray(UMAP(random_state=seed).fit_transform(points), dtype=np.float32)
-    from sklearn.manifold import TSNE  # takes a second to import
+    from sklearn.manifold import TSNE  # slow to import: a second
 
     perplexity = min(_PERPLEXITY, (len(points) - 1) / 3)
-    spread = bool(np.ptp(points) > 0)  # its scale divides by the spread of the first direction
-    start = "pca" if spread else "random"
-    return TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(points).astype(np.float32)
+    varies = bool(np.ptp(points) > 0)  # the PCA initialisation divides by the spread of the first component
+    return (
+        TSNE(perplexity=perplexity, init="pca" if varies else "random", random_state=seed)
+        .fit_transform(points)
+        .astype(np.float32)
+    )
 
 
 def draw(points: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], title: str, path: Path) -> None:
-    """A PNG of the points (N, 2), coloured by class where labels (N,) are known; up to 20 classes are named.
+    """Write a PNG of points (N, 2), coloured by class if labels (N,) are given; up to 20 classes get a legend.
 
-    Raises OSError on writing.
+    Raises OSError if writing fails.
     """
-    listed = labels is not None and len(names) <= _LISTED
-    figure = Figure(figsize=(8.4 if listed else 6.8, 6.6), dpi=110)
+    named = labels is not None and len(names) <= _MAX_NAMED
+    figure = Figure(figsize=(8.4 if named else 6.8, 6.6), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -64,14 +66,16 @@ def draw(points: np.ndarray, labels: np.ndarray | None, names: tuple[str, ...], 
     style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.8}
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], color="#2f5d9b", **style)
-    elif not listed:
+    elif not named:
         axes.scatter(points[:, 0], points[:, 1], c=labels / max(1, len(names) - 1), cmap="hsv", **style)
     else:
         colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-        order = np.random.default_rng(0).permutation(len(points))  # so that no class lies on top of all others
+        order = np.random.default_rng(0).permutation(len(points))  # so that no class hides all others
         axes.scatter(points[order, 0], points[order, 1], color=[colours[i] for i in labels[order]], **style)
         for name, colour in zip(names, colours, strict=False):
-            axes.scatter([], [], color=colour, s=40, label=" " + shown(name))  # a bare leading underscore would hide it
+            axes.scatter(
+                [], [], color=colour, s=40, label=" " + display_name(name)
+            )  # a bare leading underscore would hide it
         legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
         for text in legend.get_texts():
             text.set_color("#444444")

@@ -1,4 +1,4 @@
-"""Images → features: every image of an index exactly once, through one centred view.
+"""Feature extraction: each image once, from its centre crop.
 
 N images · D features · S side of a view
 """
@@ -19,7 +19,7 @@ BATCH = 256
 
 
 class TunedSource:
-    """A crop source whose batches are worked on with as many CPU threads as `tuned` finds to be fastest."""
+    """A crop source whose consumer runs with the number of CPU threads that `tuned` finds to be fastest."""
 
     def __init__(self, source: CropSource, tuned: Callable[[Iterator[Crops]], Iterator[Crops]]) -> None:
         self._source, self._tuned = source, tuned
@@ -32,13 +32,13 @@ class TunedSource:
 
 
 def normalised(crops: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(B, S, S, 3) uint8 to (B, 3, S, S) float32, channels-last in memory."""
+    """(B, S, S, 3) uint8 → (B, 3, S, S) float32, normalised, channels-last in memory."""
     scale = torch.tensor(std, device=crops.device).mul_(255)
     shift = torch.tensor(mean, device=crops.device).div_(torch.tensor(std, device=crops.device))
     return (crops.float() / scale - shift).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()  # not in inference mode: a linear probe differentiates what comes back
+@torch.no_grad()  # not inference_mode: the linear probe is trained on the result
 def extract(
     function: Callable[[Tensor], Tensor],
     source: CropSource,
@@ -49,18 +49,18 @@ def extract(
     std: tuple[float, ...],
     batch: int | None = None,
 ) -> Tensor:
-    """`function` of (B, 3, S, S) normalised images, for the images of an index at these positions (N,).
+    """Apply `function` to normalised centre crops (B, 3, S, S) of the images at positions (N,) of an index.
 
-    Returns (N, D) float32 on the device of the source. A last, smaller batch is padded by repeating its last image, so
-    that a compiled function sees one shape, and the padding is cut off again. A batch has at most 256 images.
+    Returns (N, D) float32 on the device of the source. The last batch is padded by repeating its last image, so that a
+    compiled function sees one shape; the padding is removed from the result. B is `batch`, or min(256, N) without.
     """
     batch = batch or min(BATCH, len(positions))
     padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
-    found = None
+    features = None
     for number, crops in enumerate(source.crops(eval_plans(index.sizes, padded, batch, side))):
-        part = function(normalised(crops.images[0], mean, std)).float()
-        if found is None:  # in one piece, since a list and its concatenation would be held twice
-            found = part.new_empty((len(padded), *part.shape[1:]))
-        found[number * batch : (number + 1) * batch] = part
-    assert found is not None, "no images"
-    return found[: len(positions)]
+        rows = function(normalised(crops.images[0], mean, std)).float()
+        if features is None:  # allocated once: concatenating a list of batches would take twice the memory
+            features = rows.new_empty((len(padded), *rows.shape[1:]))
+        features[number * batch : (number + 1) * batch] = rows
+    assert features is not None, "no images"
+    return features[: len(positions)]

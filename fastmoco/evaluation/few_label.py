@@ -1,4 +1,4 @@
-"""The few-label probe: a classifier from a few labels of every class, drawn again and again.
+"""Few-label probe: logistic regression on a few labels per class, repeated over several random draws.
 
 N images · D features · C classes
 """
@@ -18,20 +18,20 @@ from pipelines.data.decode import printable
 from pipelines.errors import DataError
 from pipelines.randomness import Domain, permutation
 
-C = 1.0  # strength of the labels against the decay of the weights, see `logistic.fit_logistic`
+C = 1.0  # inverse regularisation strength, see `logistic.fit_logistic`
 
 
 def draw_labelled(labels: np.ndarray, amount: Amount, class_names: tuple[str, ...], seed: int) -> np.ndarray:
-    """Rows of the images whose labels are used, in order: of every class its amount, a function of the seed alone.
+    """Stratified draw of labelled images: sorted rows, a pure function of (labels, amount, seed).
 
-    labels (N,) int64. Raises DataError for a class with fewer images than asked, or of which a share leaves none.
+    labels (N,) int64. Raises DataError for a class with too few images, or for which the percentage rounds to 0.
     """
     order, rows = permutation(seed, Domain.SUBSET, len(labels)), []
     for label, name in enumerate(class_names):
         members = order[labels[order] == label]
         wanted = amount.of(len(members))
         if wanted > len(members) or wanted == 0:
-            problem = "fewer than asked for" if wanted else "of which the share leaves none"
+            problem = "fewer than requested" if wanted else "and the percentage rounds to 0"
             instead = f"use {len(members) if wanted else 1}-per-class" if len(members) else "add some"
             raise DataError(
                 f"--labels {amount.text}: the class '{printable(name)}' has {len(members):,} labelled images, "
@@ -42,8 +42,8 @@ def draw_labelled(labels: np.ndarray, amount: Amount, class_names: tuple[str, ..
 
 
 @dataclass(frozen=True)
-class FewLabels:
-    """Top-1 over several draws: their mean and sample standard deviation (None for a single one), and each."""
+class FewLabelAccuracy:
+    """Top-1 over several draws: mean, sample standard deviation (None for a single draw) and each value."""
 
     amount: str
     labels: int
@@ -61,15 +61,15 @@ def few_label(
     amount: Amount,
     num_classes: int,
     c: float = C,
-) -> FewLabels:
-    """Logistic regression from the rows of every draw, asked for all queries. Its optimum is unique: only labels vary.
+) -> FewLabelAccuracy:
+    """Fit logistic regression on the rows of each draw and measure it on all queries.
 
-    features (N, D), labels (N,), queries (M, D), query_labels (M,).
+    features (N, D), labels (N,), queries (M, D), query_labels (M,). The optimum is unique: only the draw varies.
     """
     each = []
-    for drawn in draws:
-        rows = torch.from_numpy(drawn).to(features.device)
+    for draw in draws:
+        rows = torch.from_numpy(draw).to(features.device)
         fitted = fit_logistic(features[rows], labels[rows], num_classes, c)
         each.append(measure(fitted.scores(queries), query_labels.cpu()).top1_percent)
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return FewLabels(amount.text, len(draws[0]), float(np.mean(each)), spread, tuple(each))
+    return FewLabelAccuracy(amount.text, len(draws[0]), float(np.mean(each)), spread, tuple(each))

@@ -1,6 +1,6 @@
-"""Fine-tuning: the whole backbone and a classifier trained on labelled images, from the pretrained weights.
+"""Fine-tuning: backbone and classifier trained end to end on labelled images, from the pretrained weights.
 
-B images a step · S side of a view · D features · C classes
+B images per step · S side of a view · D features · C classes
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from fastmoco.evaluation.labelled_views import LabelledViews
 from fastmoco.evaluation.linear import new_classifier
 from fastmoco.evaluation.settings import Sgd
 
-# Ours: a new classifier has further to go than weights that are good already.
-CLASSIFIER_LR_FACTOR = 10.0
+CLASSIFIER_LR_FACTOR = 10.0  # our choice: the classifier starts from random weights, the backbone does not
 
 
 class Classifier(nn.Module):
-    """A copy of a backbone with a linear layer on its features: (B, 3, S, S) → (B, C)."""
+    """A copy of a backbone with a linear classifier on its features: (B, 3, S, S) → (B, C)."""
 
     def __init__(self, backbone: nn.Module, fc: nn.Linear) -> None:
         super().__init__()
@@ -41,20 +40,20 @@ def fine_tune(
     device: torch.device,
     seed: int = 0,
 ) -> Classifier:
-    """The classifier after `sgd.epochs` of SGD on mean cross-entropy, ready for evaluation; `backbone` stays as it is.
+    """Train a copy of `backbone` with SGD on mean cross-entropy; returns it in eval mode.
 
-    The learning rate of the new layer is ten times `sgd.lr`. Weights of convolutions and of the layer decay; biases and
-    batch norm do not. Batch norm uses and updates its statistics as in training. `dtype` is that of autocast.
-    Raises ConfigError where the loss stops being finite, DataError.
+    The classifier's learning rate is ten times `sgd.lr`. Weight decay applies to convolutions and to the classifier's
+    weights, not to biases and batch norm. Batch norm is in training mode. `dtype` is that of autocast. Raises
+    ConfigError if the loss stops being finite, DataError for an image that cannot be read.
     """
-    assert views.drop_last, "batch norm has no statistics of a batch of one"
+    assert views.drop_last, "batch norm needs more than one image, and the last batch may have one"
     model = Classifier(backbone, new_classifier(feature_dim, num_classes, device, seed)).to(device)
     model.requires_grad_(True).train()
-    decays = [p for p in model.backbone.parameters() if p.ndim > 1]
-    others = [p for p in model.backbone.parameters() if p.ndim <= 1]
+    decayed = [p for p in model.backbone.parameters() if p.ndim > 1]
+    not_decayed = [p for p in model.backbone.parameters() if p.ndim <= 1]
     groups = [
-        {"params": decays, "factor": 1.0, "weight_decay": sgd.weight_decay},
-        {"params": others, "factor": 1.0},
+        {"params": decayed, "factor": 1.0, "weight_decay": sgd.weight_decay},
+        {"params": not_decayed, "factor": 1.0},
         {"params": [model.fc.weight], "factor": CLASSIFIER_LR_FACTOR, "weight_decay": sgd.weight_decay},
         {"params": [model.fc.bias], "factor": CLASSIFIER_LR_FACTOR},
     ]

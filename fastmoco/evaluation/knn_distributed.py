@@ -1,4 +1,4 @@
-"""kNN whose bank and queries lie on several ranks, a part on each, and whose result is that of one.
+"""Weighted kNN with the bank and the queries sharded over ranks; the result is that of a single rank.
 
 N images in the bank · M queries · R ranks · D length of a feature · k neighbours
 """
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from fastmoco.distributed.world import World
 from fastmoco.evaluation.features import BATCH
-from fastmoco.evaluation.knn import count_votes, knn_accuracy, nearest
+from fastmoco.evaluation.knn import count_votes, knn_accuracy, top_k_neighbours
 
-_CHUNK_BYTES = 256 * 2**20  # for what a chunk of queries meets in the bank of a rank, and what it hears of all ranks
+_CHUNK_BYTES = 256 * 2**20  # for a chunk's similarities to a rank's shard and its neighbours gathered from all ranks
 
 
-def shares(positions: np.ndarray, ranks: int) -> tuple[list[np.ndarray], int]:
-    """A run of positions for every rank, in whole batches of the size returned: so each feature is computed in the same
-    company as on one rank, and comes out with the same bits. Of a few images, some ranks get none."""
+def shard(positions: np.ndarray, ranks: int) -> tuple[list[np.ndarray], int]:
+    """Contiguous shards of the positions, one per rank, and the batch size. With few images, some shards are empty.
+
+    Shards end at batch boundaries: a feature is computed in the same batch as on a single rank, so its bits are equal.
+    """
     batch = min(BATCH, len(positions))
     batches = -(-len(positions) // batch)
     ends = [batches * (rank + 1) // ranks * batch for rank in range(ranks)]
@@ -29,18 +31,18 @@ def shares(positions: np.ndarray, ranks: int) -> tuple[list[np.ndarray], int]:
 
 
 def gather_rows(rows: Tensor, counts: list[int], world: World) -> Tensor:
-    """All ranks' rows, counts[r] of rank r, one rank behind another: (sum of counts, …)."""
+    """All-gather of tensors with different numbers of rows, counts[r] on rank r → (sum of counts, …) in rank order."""
     if world.size == 1:
         return rows
-    most = max(counts)
-    padded = rows.new_zeros((most, *rows.shape[1:]))
+    max_count = max(counts)
+    padded = rows.new_zeros((max_count, *rows.shape[1:]))
     padded[: len(rows)] = rows
-    parts = world.all_gather(padded).wait().split(most)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    gathered = world.all_gather(padded).wait().split(max_count)
+    return torch.cat([block[:count] for block, count in zip(gathered, counts, strict=True)])
 
 
 @torch.no_grad()
-def knn_accuracy_of_ranks(
+def distributed_knn_accuracy(
     extract: Callable[[int, np.ndarray, int], Tensor],
     positions: tuple[np.ndarray, np.ndarray],
     labels: tuple[Tensor, Tensor],
@@ -50,54 +52,53 @@ def knn_accuracy_of_ranks(
     temperature: float,
     num_classes: int,
 ) -> float:
-    """`knn_accuracy` of the features of a bank and of queries.
+    """`knn_accuracy` of a bank and queries whose features are extracted by all ranks.
 
-    extract    (0 for the bank or 1 for the queries, positions, batch) → (n, D) float32 on the device, which each rank
-               calls for its share alone, and not at all where that is empty
-    positions  of the N and the M images, the same on all ranks; and their labels (N,), (M,) int64 on the device
+    extract    (0 for the bank or 1 for the queries, positions, batch size) → (n, D) float32 on the device; a rank calls
+               it for its own shard only, and not at all if that is empty
+    positions  of the N bank images and the M queries, the same on all ranks; labels (N,), (M,) int64 on the device
 
-    A rank keeps its share of the bank. Queries are gathered; of each a rank finds the k nearest in its own share, and
-    all then choose among what all have found. The similarities are those of one rank but for what the shape of a
-    product does to their last bit, and so is the choice. Traffic: 4·M·D bytes, and 12·R·k for every query.
+    Each rank keeps its shard of the bank and gathers all queries. The k nearest neighbours of each query in every shard
+    are gathered, and the k nearest of those vote. Similarities, and so the neighbours, equal those of a single rank up
+    to the last bit, which depends on the shape of the matrix product. Traffic: 4·M·D bytes, and 12·R·k per query.
     """
-    bank, queries = (_features(extract, side, positions[side], world) for side in (0, 1))
+    bank, queries = (_extract_shard(extract, side, positions[side], world) for side in (0, 1))
     if world.size == 1:
-        settings = {"k": k, "temperature": temperature, "num_classes": num_classes}
-        return knn_accuracy(bank, labels[0], queries, labels[1], **settings)
-    of_bank, of_queries = ([len(share) for share in shares(p, world.size)[0]] for p in positions)
-    queries = gather_rows(queries, of_queries, world)
-    own = labels[0].split(of_bank)[world.rank]
+        return knn_accuracy(bank, labels[0], queries, labels[1], k=k, temperature=temperature, num_classes=num_classes)
+    bank_counts, query_counts = ([len(s) for s in shard(p, world.size)[0]] for p in positions)
+    queries = gather_rows(queries, query_counts, world)
+    bank_labels = labels[0].split(bank_counts)[world.rank]
     bank, k = F.normalize(bank, dim=1), min(k, len(positions[0]))
     chunk = max(1, _CHUNK_BYTES // (4 * max(1, len(bank)) + 12 * world.size * k))
     correct = 0
-    for part, asked in zip(queries.split(chunk), labels[1].split(chunk), strict=True):
-        values, classes = _found(bank, own, part, k, world)
-        correct += int((count_votes(values, classes, temperature, num_classes).argmax(1) == asked).sum())
+    for chunk_queries, chunk_labels in zip(queries.split(chunk), labels[1].split(chunk), strict=True):
+        values, classes = _neighbours(bank, bank_labels, chunk_queries, k, world)
+        correct += int((count_votes(values, classes, temperature, num_classes).argmax(1) == chunk_labels).sum())
     return 100 * correct / len(queries)
 
 
-def _features(
+def _extract_shard(
     extract: Callable[[int, np.ndarray, int], Tensor], side: int, positions: np.ndarray, world: World
 ) -> Tensor:
-    """Of this rank's share; where it has none, (0, D) all the same."""
-    parts, batch = shares(positions, world.size)
-    share = parts[world.rank]
-    found = extract(side, share, batch) if len(share) else None
+    """Features of this rank's shard; (0, D) if it is empty."""
+    shards, batch = shard(positions, world.size)
+    own = shards[world.rank]
+    features = extract(side, own, batch) if len(own) else None
     if world.size == 1:
-        assert found is not None
-        return found
-    widths = world.all_gather(torch.tensor([0 if found is None else found.shape[1]], device=world.device)).wait()
-    return torch.zeros((0, int(widths.max())), device=world.device) if found is None else found
+        assert features is not None
+        return features
+    dims = world.all_gather(torch.tensor([0 if features is None else features.shape[1]], device=world.device)).wait()
+    return torch.zeros((0, int(dims.max())), device=world.device) if features is None else features
 
 
-def _found(bank: Tensor, labels: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
-    """Similarities and classes of the k nearest in the shares of all ranks, (m, k) each."""
+def _neighbours(bank: Tensor, labels: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+    """Similarities and classes of the k nearest neighbours over the shards of all ranks, (m, k) each."""
     values = queries.new_full((len(queries), k), -torch.inf)
     classes = labels.new_zeros((len(queries), k))
     if len(bank):
-        near, which = nearest(bank, queries, k)
-        values[:, : near.shape[1]], classes[:, : near.shape[1]] = near, labels[which]
-    journeys = [world.all_gather(found) for found in (values, classes)]
-    values, classes = (torch.cat(journey.wait().split(len(queries)), dim=1) for journey in journeys)
-    values, which = values.topk(k, dim=1)
-    return values, classes.gather(1, which)
+        similarity, rows = top_k_neighbours(bank, queries, k)
+        values[:, : similarity.shape[1]], classes[:, : similarity.shape[1]] = similarity, labels[rows]
+    pending = [world.all_gather(local) for local in (values, classes)]
+    values, classes = (torch.cat(gathered.wait().split(len(queries)), dim=1) for gathered in pending)
+    values, columns = values.topk(k, dim=1)
+    return values, classes.gather(1, columns)

@@ -1,6 +1,6 @@
-"""One randomly cropped and flipped view of every labelled image and epoch, for probes that train on crops.
+"""Labelled, randomly cropped and flipped views, one per image and epoch, for probes that train on augmented images.
 
-B images a step · S side of a view · N images
+B images per step · S side of a view · N images
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, CropSource
 
 ViewKind = Literal["center", "padded", "resized"]
-SCALE = (0.08, 1.0)  # of the area of a resized crop, as in the authors' linear classification
-PAD = 1 / 8  # of the side: 4 of 32 pixels, as is usual on CIFAR (He et al. 2016, section 4.2)
+SCALE = (0.08, 1.0)  # area of a resized crop as a fraction of the image, as in the authors' `main_lincls.py`
+PAD = 1 / 8  # of the side: 4 of 32 pixels, the standard on CIFAR (He et al. 2016, section 4.2)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledViews:
     """Views of the images of an index at `positions` (N,), with their `labels` (N,) int64.
 
-    kind  "center": the view of the evaluation; "padded": that one, moved by up to an eighth of its side over a black
-          border, and flipped or not; "resized": a random part of the image, resized, and flipped or not
+    kind  "center": the centre crop; "padded": a random crop of the centre crop, zero-padded by an eighth of its side;
+          "resized": a random resized crop. The last two are also flipped horizontally at random
     Order, crops and flips are pure functions of (seed, epoch, image).
     """
 
@@ -51,20 +51,20 @@ class LabelledViews:
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(len(self.positions), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        full, remainder = divmod(len(self.positions), self.batch_size)
+        return full + (remainder > 0 and not self.drop_last)
 
     def batches(self, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(B, 3, S, S) float32 normalised and channels-last, and labels (B,) int64, of all epochs in turn.
+        """Batches of all epochs: (B, 3, S, S) float32, normalised and channels-last, and labels (B,) int64.
 
-        The last batch of an epoch may be smaller, or is left out with `drop_last`. Raises DataError.
+        The last batch of an epoch may be smaller; `drop_last` drops it. Raises DataError.
         """
         label_of = np.full(len(self.index), -1)
         label_of[self.positions] = self.labels
         for crops in self.source.crops(self._plans(epochs)):
             plan, images = crops.plan, crops.images[0]
             if self.kind == "padded":
-                images = self._moved(images, plan)
+                images = self._padded_crop(images, plan)
             images = normalised(images, self.mean, self.std)
             if self.kind != "center":
                 flips = uniform(philox(self.seed, Domain.COLOUR, sample=plan.indices, epoch=plan.epoch)[0]) < 0.5
@@ -83,11 +83,11 @@ class LabelledViews:
                 step = epoch * self.steps_per_epoch + plan.step
                 yield replace(plan, step=step, epoch=epoch, boxes=boxes)
 
-    def _moved(self, crops: Tensor, plan: BatchPlan) -> Tensor:
-        """(B, S, S, 3) uint8: each somewhere else in its place, black where it has left it."""
+    def _padded_crop(self, crops: Tensor, plan: BatchPlan) -> Tensor:
+        """Random crops (B, S, S, 3) of the zero-padded uint8 images, at an offset of their own each."""
         pad, side = max(1, round(PAD * self.side)), self.side
-        words = philox(self.seed, Domain.BOX, sample=plan.indices, epoch=plan.epoch)[2:]
-        offsets = np.floor(uniform(words) * (2 * pad + 1)).astype(np.int64)
+        random = uniform(philox(self.seed, Domain.BOX, sample=plan.indices, epoch=plan.epoch)[2:])
+        offsets = np.floor(random * (2 * pad + 1)).astype(np.int64)
         rows, columns = (
             to_device(offset[:, None] + np.arange(side), crops.device).view(len(crops), *shape)
             for offset, shape in zip(offsets, ((side, 1), (1, side)), strict=True)

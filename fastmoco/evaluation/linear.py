@@ -1,6 +1,6 @@
-"""The linear probe: one layer on frozen features, trained by SGD as in the authors' `main_lincls.py`.
+"""Linear probe: a linear classifier on frozen features, trained with SGD as in the authors' `main_lincls.py`.
 
-N images · D features · C classes · B images a step
+N images · D features · C classes · B images per step
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ INIT_STD = 0.01
 
 
 def new_classifier(feature_dim: int, num_classes: int, device: torch.device, seed: int) -> nn.Linear:
-    """A layer with weights drawn from N(0, 0.01²) and biases of 0, as in the authors' code."""
+    """A linear layer with weights from N(0, 0.01²) and zero biases, as in the authors' code."""
     layer = nn.Linear(feature_dim, num_classes)
     with torch.no_grad():
         layer.weight.normal_(0, INIT_STD, generator=torch.Generator().manual_seed(seed))
@@ -36,13 +36,12 @@ def fit_linear(
     device: torch.device,
     seed: int = 0,
 ) -> nn.Linear:
-    """A linear layer after SGD on mean cross-entropy + ½ · weight_decay · ‖W‖², in float32; biases do not decay.
+    """Train a linear layer with SGD on mean cross-entropy + ½ · weight_decay · ‖W‖², in float32; biases do not decay.
 
     batches  (features (B, D) float32, labels (B,) int64) of all epochs, on the device
 
-    Full batches and many steps bring it to the minimum that scikit-learn's LogisticRegression finds with
-    C = 1 / (N · weight_decay) (see `tests/evaluation/test_linear.py`). Raises ConfigError where the loss stops being
-    finite.
+    With full batches it converges to the optimum of scikit-learn's LogisticRegression with C = 1 / (N · weight_decay)
+    (see `tests/evaluation/test_linear.py`). Raises ConfigError if the loss stops being finite.
     """
     layer = new_classifier(feature_dim, num_classes, device, seed)
     groups = [{"params": [layer.weight], "weight_decay": sgd.weight_decay}, {"params": [layer.bias]}]
@@ -61,9 +60,9 @@ def fit_linear(
 
 
 def cached_batches(features: Tensor, labels: Tensor, sgd: Sgd, seed: int = 0) -> tuple[Iterator, int]:
-    """Batches of all epochs from features in memory, and how many there are in an epoch.
+    """Shuffled batches of all epochs from features in memory, and the number of batches per epoch.
 
-    Every epoch has an order of its own, a pure function of (seed, epoch), and its last batch may be smaller.
+    The order is a pure function of (seed, epoch); the last batch of an epoch may be smaller.
     """
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Regularised logistic regression from scikit-learn on frozen features: a linear probe without a learning rate.
+"""L2-regularised logistic regression (scikit-learn) on frozen features: a linear probe without a learning rate.
 
 N images · M queries · D features · C classes
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from fastmoco.evaluation.confusion import measure
 from pipelines.randomness import Domain, permutation
 
-STRENGTHS = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of C, which `choose_c` tries
-HELD_OUT = 10  # one image in ten chooses
-CHOOSING = 10_000  # images at most: five fits take a minute of one core at 512 features
+C_CANDIDATES = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # for `choose_c`
+VALIDATION = 10  # one image in ten validates the choice of C
+MAX_TUNING_IMAGES = 10_000  # to choose C: five fits take a minute on one core with 512 features
 MAX_ITERATIONS = 1_000
 
 
 class Logistic(NamedTuple):
-    """A fitted classifier: weight (C, D) and bias (C,) float64, for features less `shift` (D,), divided by `scale`."""
+    """A fitted classifier, float64: weight (C, D) and bias (C,) for inputs (features - shift) / scale, shift (D,)."""
 
     weight: Tensor
     bias: Tensor
@@ -33,17 +33,17 @@ class Logistic(NamedTuple):
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """(M, D) → (M, C) float64 on the CPU; -inf for a class that it was not fitted with."""
+        """(M, D) → logits (M, C), float64 on the CPU; -inf for classes absent from the training labels."""
         return (features.double().cpu() - self.shift) / self.scale @ self.weight.T + self.bias
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Logistic:
-    """The minimum over W and b of ½ ‖W‖² + c · Σ cross_entropy(x Wᵀ + b), in float64 on the CPU.
+    """Minimise ½ ‖W‖² + c · Σ cross_entropy(x Wᵀ + b) over W and b with L-BFGS, in float64 on the CPU.
 
         x = (features - features.mean(0)) / features.var(0).mean().sqrt()
 
-    One scale for all features keeps their proportions, and gives `c` the same meaning for every backbone. Minimised by
-    L-BFGS; `converged` says whether it got there. Biases do not decay.
+    A single scale preserves the ratios between features, and makes `c` comparable between backbones. `converged` is
+    False if L-BFGS reached MAX_ITERATIONS.
 
     features (N, D), labels (N,) int64 in [0, num_classes) of two classes or more. Raises ValueError on other labels.
     """
@@ -57,28 +57,27 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
     converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64)
     bias = torch.full((num_classes,), -torch.inf, dtype=torch.float64)
-    seen = torch.from_numpy(model.classes_.astype(np.int64))
+    present = torch.from_numpy(model.classes_.astype(np.int64))
     coefficients, intercepts = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
-    if len(seen) == 2:  # scikit-learn gives the difference alone
+    if len(present) == 2:  # for two classes, scikit-learn returns only the difference of their logits
         coefficients = torch.cat([torch.zeros_like(coefficients), coefficients])
         intercepts = torch.cat([torch.zeros_like(intercepts), intercepts])
-    weight[seen], bias[seen] = coefficients, intercepts
+    weight[present], bias[present] = coefficients, intercepts
     return Logistic(weight, bias, shift, scale, converged)
 
 
 def choose_c(features: Tensor, labels: Tensor, num_classes: int) -> float:
-    """The strength of `STRENGTHS` with the best top-1 on a held-out tenth of the images, the smallest of equals.
+    """The value of `C_CANDIDATES` with the best top-1 on a held-out tenth of the images; of equals, the smallest.
 
-    At most 10,000 images take part. 1 where those to fit on are of one class.
+    Uses at most 10,000 images. Returns 1 if the training images are of a single class.
     """
-    drawn = torch.from_numpy(permutation(0, Domain.SUBSET, len(features))[:CHOOSING]).to(features.device)
-    asks, answers = drawn.tensor_split([max(1, len(drawn) // HELD_OUT)])
-    if len(labels[answers].unique()) < 2:
+    drawn = torch.from_numpy(permutation(0, Domain.SUBSET, len(features))[:MAX_TUNING_IMAGES]).to(features.device)
+    validation, training = drawn.tensor_split([max(1, len(drawn) // VALIDATION)])
+    if len(labels[training].unique()) < 2:
         return 1.0
-    best, chosen = -1.0, STRENGTHS[0]
-    for c in STRENGTHS:
-        fitted = fit_logistic(features[answers], labels[answers], num_classes, c)
-        top1 = measure(fitted.scores(features[asks]), labels[asks].cpu()).top1_percent
-        if top1 > best:
-            best, chosen = top1, c
-    return chosen
+
+    def top1(c: float) -> float:
+        fitted = fit_logistic(features[training], labels[training], num_classes, c)
+        return measure(fitted.scores(features[validation]), labels[validation].cpu()).top1_percent
+
+    return max(C_CANDIDATES, key=top1)  # the first of equals

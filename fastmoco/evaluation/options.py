@@ -1,4 +1,4 @@
-"""What `fastmoco eval` can be asked for, checked before anything is read."""
+"""Options of `fastmoco eval`, validated before any file is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,87 +16,87 @@ from fastmoco.model.architectures import check_wanted
 from pipelines.suggest import closest
 
 PROBES = ("knn", "linear", "logistic", "few-label", "fine-tune")
-USUAL_PROBES = ("knn", "linear")
-USUAL_LABELS = "1%,10%"
+DEFAULT_PROBES = ("knn", "linear")
+DEFAULT_LABELS = "1%,10%"
 Method = Literal["tsne", "umap"]
 
 DESCRIPTION = (
-    "Evaluate frozen features: weighted kNN, linear probe, logistic regression, few labels, fine-tuning, "
-    "and, without labels, alignment, uniformity, effective rank and whether they have collapsed. Features are "
-    "extracted once and kept. Numbers go to eval.json, pictures beside it."
+    "Evaluate a backbone: weighted kNN, linear probe, logistic regression and few-label probe on frozen features, "
+    "fine-tuning, and, without labels, alignment, uniformity, effective rank and a collapse diagnosis. Features are "
+    "extracted once and cached. Metrics go to eval.json, pictures to the same folder."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Which backbone, on which images, by which probes."""
+    """Backbone, images, probes and their hyperparameters."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """The folder of a run, or a file: a checkpoint, a backbone, the authors' .pth.tar, torchvision's state dict."""
+    """Folder of a run, or a file: checkpoint, backbone, the authors' .pth.tar or a torchvision state dict."""
     data: str | None = None
-    """A folder of images, a list of paths, or a name such as cifar10 (None: what the run was trained on)."""
+    """Folder of images, text file of paths, or a name such as cifar10 (None: the training data of the run)."""
     probes: str | None = None
-    """Any of knn,linear,logistic,few-label,fine-tune (None: knn,linear; without labels none of them)."""
+    """Comma-separated: knn,linear,logistic,few-label,fine-tune (None: knn,linear; none for data without labels)."""
     labels: str | None = None
-    """Labels of the few-label probe, as in 1%,10%,5-per-class (None: 1%,10%)."""
+    """Label amounts of the few-label probe, e.g. 1%,10%,5-per-class (None: 1%,10%)."""
     label_seeds: int = 5
-    """Draws of the labelled images, for mean and spread."""
+    """Random draws of labels per amount, for mean and standard deviation."""
     knn_k: int | None = None
-    """Neighbours that vote (None: 200, or all images of a smaller bank)."""
+    """k of the weighted kNN classifier (None: 200, or the size of a smaller bank)."""
     knn_t: float = 0.1
-    """Temperature of the votes."""
+    """Temperature of the weighted kNN classifier."""
     linear_lr: float = 30.0
     """Learning rate of the linear probe."""
     linear_epochs: int = 100
-    """Passes of the linear probe."""
+    """Epochs of the linear probe."""
     linear_batch_size: int = 256
-    """Images a step of the linear probe."""
+    """Batch size of the linear probe."""
     linear_wd: float = 0.0
     """Weight decay of the linear probe."""
     linear_schedule: Schedule = "step"
-    """Learning rate of the linear probe: divided by 10 after 60 and 80 % of the passes, or along a half cosine."""
+    """Learning rate schedule of the linear probe; step divides by 10 after 60 and 80 % of the epochs."""
     linear_views: Literal["center", "padded", "resized"] = "center"
-    """Fit it on features of the centre, extracted once, or of new crops each pass: moved and flipped, or resized."""
+    """Views of the linear probe: centre crop (extracted once), or per epoch a padded or a resized random crop."""
     logistic_c: float | None = None
-    """Strength of the labels in logistic regression (None: chosen on a held-out tenth; 1 for few labels)."""
+    """Inverse regularisation strength C of logistic regression (None: tuned on a held-out tenth; few-label: 1)."""
     fine_tune_lr: float = FINE_TUNE.lr
-    """Learning rate of the backbone in fine-tuning; its classifier has ten times that."""
+    """Learning rate of the backbone in fine-tuning; ten times as large for the classifier."""
     fine_tune_epochs: int = FINE_TUNE.epochs
-    """Passes of fine-tuning."""
+    """Epochs of fine-tuning."""
     fine_tune_batch_size: int = FINE_TUNE.batch_size
-    """Images a step of fine-tuning."""
+    """Batch size of fine-tuning."""
     arch: str | None = None
-    """What the backbone has to be (None: whatever the file holds)."""
+    """Expected architecture; another one is an error (None: that of the file)."""
     stem: Literal["imagenet", "cifar"] | None = None
-    """The first layers it has to have (None: whatever the file holds)."""
+    """Expected stem; another one is an error (None: that of the file)."""
     crop_size: int | None = None
-    """Side of a view in pixels (None: that of the training)."""
+    """Side of a view in pixels (None: that of training)."""
     limit: int | None = None
-    """Use this many images of each part only."""
+    """Maximum number of images of each split."""
     bad_images: Literal["error", "quarantine"] = "error"
-    """What an image that cannot be read means: stop, or leave it out."""
+    """Stop at an unreadable image, or skip it."""
     map: Method = "tsne"
-    """How the map of the features is drawn; umap needs the package umap-learn."""
+    """Projection of the embedding plot feature_map.png; umap needs the package umap-learn."""
     pictures: bool = True
-    """Draw neighbours, the map of the features and confusion matrices."""
+    """Draw nearest neighbours, the embedding plot and confusion matrices."""
     feature_cache: bool = True
-    """Keep the features below --data-root, and look for them there."""
+    """Cache features below --data-root."""
     out: str | None = None
-    """Folder to write to (None: eval/ in the folder of the run, or runs/eval-NAME for a file)."""
+    """Output folder (None: eval/ in the folder of the run, or runs/eval-NAME for a file)."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are downloaded to."""
+    """Folder for downloaded data sets and caches."""
     seed: int = 0
-    """Seed of the probes: order, first weights, draws of labels."""
+    """Random seed of the probes: data order, initial weights, label draws."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device."""
     amp: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the backbone's arithmetic."""
+    """Precision of the backbone (autocast)."""
     pipeline: Literal["auto", "resident", "torch", "dali", "ffcv"] = "auto"
-    """How images are decoded and cropped."""
+    """Data pipeline that decodes and crops images."""
     workers: int | None = None
-    """Threads or processes that decode (None: from the number of cores and images)."""
+    """Data loading workers, threads or processes (None: from the number of cores and images)."""
     cpu_threads: int | None = None
-    """Threads that compute on a CPU (None: as many as are fastest at the time)."""
+    """torch threads on a CPU (None: tuned to the fastest number while running)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -105,9 +105,7 @@ class EvalOptions:
         positive = ("knn_k", "label_seeds", "limit", "linear_epochs", "linear_batch_size", "fine_tune_epochs")
         for name in positive:
             require(self, name, lambda v: v > 0, "1 or more")
-        require(
-            self, "fine_tune_batch_size", lambda v: v >= 2, "2 or more", "batch norm has no statistics of one image"
-        )
+        require(self, "fine_tune_batch_size", lambda v: v >= 2, "2 or more", "batch norm needs more than one image")
         for name in ("linear_lr", "fine_tune_lr", "knn_t", "logistic_c"):
             require(self, name, lambda v: v > 0, "a number above 0")
         require(self, "linear_wd", lambda v: v >= 0, "0 or more")
@@ -115,27 +113,27 @@ class EvalOptions:
         require(self, "workers", lambda v: v >= 0, "0 or more")
         require(self, "cpu_threads", lambda v: 1 <= v <= 1024, "1 to 1024 threads")
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
-        if self.labels is not None and self.probes is not None and "few-label" not in self.asked_probes:
-            raise ConfigError("--labels is for the few-label probe: add few-label to --probes, or drop --labels")
-        _ = self.asked_probes, self.amounts
+        if self.labels is not None and self.probes is not None and "few-label" not in self.selected_probes:
+            raise ConfigError("--labels is for the few-label probe: add few-label to --probes, or remove --labels")
+        _ = self.selected_probes, self.amounts
 
     @property
-    def asked_probes(self) -> tuple[str, ...]:
-        """The probes in their usual order; those of a data set with labels where none were named."""
+    def selected_probes(self) -> tuple[str, ...]:
+        """The selected probes in canonical order; without --probes, those for a data set with labels."""
         if self.probes is None:
-            return (*USUAL_PROBES, "few-label") if self.labels is not None else USUAL_PROBES
-        words = [word.strip() for word in self.probes.split(",")]
-        for word in words:
-            if word not in PROBES:
+            return (*DEFAULT_PROBES, "few-label") if self.labels is not None else DEFAULT_PROBES
+        names = [name.strip() for name in self.probes.split(",")]
+        for name in names:
+            if name not in PROBES:
                 raise ConfigError(
-                    f"--probes has {word!a}; did you mean {closest(word, PROBES)}? (known: {', '.join(PROBES)})"
+                    f"--probes has {name!a}; did you mean {closest(name, PROBES)}? (known: {', '.join(PROBES)})"
                 )
-        return tuple(probe for probe in PROBES if probe in words)
+        return tuple(probe for probe in PROBES if probe in names)
 
     @property
     def amounts(self) -> list[Amount]:
-        """How many labels the few-label probe uses, in turn."""
-        return [Amount.parse(word) for word in (self.labels or USUAL_LABELS).split(",")]
+        """Label amounts of the few-label probe."""
+        return [Amount.parse(text) for text in (self.labels or DEFAULT_LABELS).split(",")]
 
     @property
     def linear_sgd(self) -> Sgd:
@@ -159,7 +157,7 @@ class EvalOptions:
 
 
 def parse_eval(argv: list[str]) -> EvalOptions:
-    """The arguments of `fastmoco eval`. Raises ConfigError; exits for --help."""
+    """Parse the arguments of `fastmoco eval`. Raises ConfigError; exits for --help."""
     flags = ["--" + name.replace("_", "-") for name in EvalOptions.__dataclass_fields__ if name != "run"]
     options = parse(EvalOptions, argv, command="eval", description=DESCRIPTION, flags=flags)
     if options.pictures:
@@ -169,6 +167,6 @@ def parse_eval(argv: list[str]) -> EvalOptions:
 
 
 def check_method(method: Method) -> None:
-    """Raises ConfigError where a package is missing."""
+    """Raise ConfigError if the package of a projection method is missing."""
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise ConfigError("--map umap needs a package that is not installed: pip install umap-learn, or --map tsne")

@@ -1,4 +1,4 @@
-"""What an evaluation says: tables for people, eval.json for programs."""
+"""Report of an evaluation: tables on the terminal, and eval.json."""
 
 from __future__ import annotations
 
@@ -16,71 +16,74 @@ from rich.text import Text
 from fastmoco.console import Fact, say, show_facts
 from fastmoco.evaluation.collapse import LabelFree
 from fastmoco.evaluation.confusion import Accuracy
-from fastmoco.evaluation.few_label import FewLabels
+from fastmoco.evaluation.few_label import FewLabelAccuracy
 from fastmoco.evaluation.suite import Result
-from fastmoco.files import write_atomically
 from pipelines.data.decode import printable
+from pipelines.files import write_atomically
 
-_ALL_CLASSES = 20  # up to so many, every class has a row; of more, the worst and the best
+_MAX_CLASSES = 20  # with more, only the worst and the best classes are listed
 _EXTREMES = 5
 
 
-def show_table(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: int) -> None:
-    """A table, or aligned lines off a terminal. The columns from `numbers` on are aligned to the right."""
+def show_table(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], first_number: int
+) -> None:
+    """Print a table, or aligned lines off a terminal. Columns from `first_number` on are right-aligned."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if console.is_terminal:
-        say(console, title, "bold")  # as the table's own title it would be wrapped to its width
+        say(console, title, "bold")  # a title of the Table would be wrapped to its width
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for place, head in enumerate(heads):
-            table.add_column(head, justify="right" if place >= numbers else "left", overflow="fold")
+        for column, name in enumerate(header):
+            table.add_column(name, justify="right" if column >= first_number else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
         return
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     say(console, title)
-    for row in (heads, *rows):
+    for row in (header, *rows):
         cells = [
-            cell.rjust(width) if place >= numbers else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column >= first_number else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         say(console, "  " + "  ".join(cells).rstrip())
 
 
 def show_results(console: Console, results: Sequence[Result]) -> None:
-    """A row for every probe."""
+    """Print the accuracy of every probe."""
     if results:
-        rows = [[_name(r), r.words, *_numbers(r.found), f"{r.seconds:.1f} s"] for r in results]
-        show_table(console, "accuracy", ("probe", "how", "top-1 %", "top-5 %", "time"), rows, numbers=2)
+        rows = [[_name(r), r.description, *_numbers(r.accuracy), f"{r.seconds:.1f} s"] for r in results]
+        show_table(console, "accuracy", ("probe", "settings", "top-1 %", "top-5 %", "time"), rows, first_number=2)
 
 
 def show_classes(console: Console, results: Sequence[Result], names: Sequence[str]) -> None:
-    """Top-1 of every class; of many, those of the extremes as the first probe has them."""
-    judged = [(result.probe, result.found) for result in results if isinstance(result.found, Accuracy)]
-    if not judged:
+    """Print top-1 per class, sorted by the first probe; of many classes, only the worst and the best."""
+    columns = {r.probe: r.accuracy.per_class_percent for r in results if isinstance(r.accuracy, Accuracy)}
+    if not columns:
         return
-    first = judged[0][1].per_class_percent
-    asked = [i for i, value in enumerate(first) if value is not None]
-    asked.sort(key=lambda i: first[i] or 0.0)
-    if len(asked) > _ALL_CLASSES:
-        asked = asked[:_EXTREMES] + asked[-_EXTREMES:]
+    first = next(iter(columns.values()))
+    listed = [i for i, value in enumerate(first) if value is not None]
+    listed.sort(key=lambda i: first[i] or 0.0)
+    if len(listed) > _MAX_CLASSES:
+        listed = listed[:_EXTREMES] + listed[-_EXTREMES:]
         title = f"top-1 % of the {_EXTREMES} worst and the {_EXTREMES} best of {len(names):,} classes"
     else:
-        title = "top-1 % of every class, the worst first"
-    columns = [found.per_class_percent for _, found in judged]
-    rows = [[names[i], *(_percent(column[i]) for column in columns)] for i in asked]
-    show_table(console, title, ("class", *(probe for probe, _ in judged)), rows, numbers=1)
+        title = "top-1 % per class, the worst first"
+    rows = [[names[i], *(_percent(column[i]) for column in columns.values())] for i in listed]
+    show_table(console, title, ("class", *columns), rows, first_number=1)
 
 
-def show_label_free(console: Console, found: LabelFree) -> None:
+def show_label_free(console: Console, measured: LabelFree) -> None:
+    """Print the measures without labels and the collapse diagnosis."""
+    rank = f"{measured.effective_rank:.1f} of {measured.most_directions:,}"
     facts = [
-        Fact("alignment", f"{found.alignment:.3f}", "squared distance of two views of an image; 0 is best"),
-        Fact("uniformity", f"{found.uniformity:.3f}", "0: all features alike; -4: spread over the whole sphere"),
-        Fact("effective rank", f"{found.effective_rank:.1f} of {found.most_directions:,}", "directions that are used"),
-        Fact("separation", f"{found.separation:.3f}", "alignment, over the same of views of two images"),
+        Fact("alignment", f"{measured.alignment:.3f}", "squared distance between two views of an image; 0 is best"),
+        Fact("uniformity", f"{measured.uniformity:.3f}", "0: all features equal; -4: spread over the whole sphere"),
+        Fact("effective rank", rank, "directions in which the features vary"),
+        Fact("separation", f"{measured.separation:.3f}", "alignment, divided by that of views of two images"),
     ]
     show_facts(console, "without labels", facts)
-    say(console, f"verdict: {found.verdict}", "bold")
+    say(console, f"verdict: {measured.verdict}", "bold")
 
 
 def write_json(
@@ -94,7 +97,7 @@ def write_json(
     versions: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Everything that was measured, numbers that are not finite as null. Raises OSError."""
+    """Write all metrics as JSON; NaN and infinities become null. Raises OSError."""
     content = {
         "backbone": backbone,
         "data": data,
@@ -108,12 +111,12 @@ def write_json(
 
 
 def _as_json(result: Result) -> dict[str, Any]:
-    about = {"probe": result.probe, "settings": result.settings, "seconds": result.seconds}
-    if isinstance(result.found, FewLabels):
-        return about | vars(result.found)
-    found = result.found
-    accuracy = {"top1_percent": found.top1_percent, "top5_percent": found.top5_percent}
-    return about | accuracy | {"per_class_percent": found.per_class_percent}
+    record = {"probe": result.probe, "settings": result.settings, "seconds": result.seconds}
+    accuracy = result.accuracy
+    if isinstance(accuracy, FewLabelAccuracy):
+        return record | vars(accuracy)
+    record |= {"top1_percent": accuracy.top1_percent, "top5_percent": accuracy.top5_percent}
+    return record | {"per_class_percent": accuracy.per_class_percent}
 
 
 def _finite(value: Any) -> Any:
@@ -125,15 +128,16 @@ def _finite(value: Any) -> Any:
 
 
 def _name(result: Result) -> str:
-    return f"{result.probe} {result.found.amount}" if isinstance(result.found, FewLabels) else result.probe
+    accuracy = result.accuracy
+    return f"{result.probe} {accuracy.amount}" if isinstance(accuracy, FewLabelAccuracy) else result.probe
 
 
-def _numbers(found: Accuracy | FewLabels) -> tuple[str, str]:
-    """Top-1 and top-5 as they are shown."""
-    if isinstance(found, Accuracy):
-        return _percent(found.top1_percent), _percent(found.top5_percent)
-    spread = "" if found.spread_percent is None else f" ± {found.spread_percent:.1f}"
-    return f"{found.top1_percent:.1f}{spread}", ""
+def _numbers(accuracy: Accuracy | FewLabelAccuracy) -> tuple[str, str]:
+    """Top-1 and top-5 as text."""
+    if isinstance(accuracy, Accuracy):
+        return _percent(accuracy.top1_percent), _percent(accuracy.top5_percent)
+    spread = "" if accuracy.spread_percent is None else f" ± {accuracy.spread_percent:.1f}"
+    return f"{accuracy.top1_percent:.1f}{spread}", ""
 
 
 def _percent(value: float | None) -> str:

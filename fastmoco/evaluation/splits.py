@@ -1,7 +1,4 @@
-"""Who asks and who answers in an evaluation.
-
-N images of the bank · M queries · C classes
-"""
+"""Bank and query split of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,68 +8,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.evaluation.online import HELD_OUT
 from pipelines.data.index import Dataset, ImageIndex
 from pipelines.randomness import Domain, permutation
 
+HELD_OUT = 10  # without a labelled test split, one image in ten is a query
+
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Images of an index at `positions`."""
+class Subset:
+    """The images of an index at `positions`."""
 
     index: ImageIndex
     positions: np.ndarray
+
+    @classmethod
+    def all_of(cls, index: ImageIndex) -> Subset:
+        """All images of an index."""
+        return cls(index, np.arange(len(index)))
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def labels(self) -> np.ndarray:
-        """(len(self),) int64, where there are any."""
+        """(len(self),) int64; the index must have labels."""
         assert self.index.labels is not None
         return self.index.labels[self.positions]
 
     def labels_on(self, device: torch.device) -> Tensor:
+        """The labels as a tensor on a device."""
         return torch.from_numpy(self.labels()).to(device)
 
 
 @dataclass(frozen=True, eq=False)
-class Sets:
-    """The bank answers and is fitted on, the queries ask. Without labels both are the same images.
+class EvaluationSplit:
+    """Probes are fitted on the bank and measured on the queries. Without labels, both are the same images.
 
-    class_names  of the labels, empty without
-    words        which images, for people
-    unlabelled   why there are no labels to go by; empty where there are
+    class_names  of the labels; empty without labels
+    description  text that names the images
+    unlabelled   reason why there are no usable labels; empty if there are
     """
 
-    bank: Part
-    queries: Part
+    bank: Subset
+    queries: Subset
     class_names: tuple[str, ...]
-    words: str
+    description: str
     unlabelled: str = ""
 
 
-def split(dataset: Dataset) -> Sets:
-    """The labelled test part asks the labelled training part; without it, a tenth of the latter asks the others.
+def bank_and_queries(dataset: Dataset) -> tuple[Subset, Subset] | None:
+    """Labelled training split and labelled test split; without the latter, a random tenth of the former is held out.
 
-    The tenth is the one that is held out while training, see `monitor`.
+    None without labels, or with fewer than 10 images to split.
     """
     bank, test = dataset.bank, dataset.test
-    if bank is None or bank.labels is None or len(bank.class_names) < 2 or len(bank) < HELD_OUT:
-        return _unlabelled(bank, dataset.train if test is None else test)
+    if bank is None or bank.labels is None:
+        return None
     if test is not None and test.labels is not None:
-        words = f"{len(test):,} images of {test.name}, against {len(bank):,} of {bank.name}"
-        return Sets(Part(bank, np.arange(len(bank))), Part(test, np.arange(len(test))), bank.class_names, words)
-    asks, answers = np.split(permutation(0, Domain.SUBSET, len(bank)), [len(bank) // HELD_OUT])
-    words = f"{len(asks):,} images held out of {bank.name}, against the other {len(answers):,}"
-    return Sets(Part(bank, np.sort(answers)), Part(bank, np.sort(asks)), bank.class_names, words)
+        return Subset.all_of(bank), Subset.all_of(test)
+    if len(bank) < HELD_OUT:
+        return None
+    # At random, since labels may be periodic: every tenth image could be of one class.
+    held_out, remaining = np.split(permutation(0, Domain.SUBSET, len(bank)), [len(bank) // HELD_OUT])
+    return Subset(bank, np.sort(remaining)), Subset(bank, np.sort(held_out))
 
 
-def _unlabelled(bank: ImageIndex | None, images: ImageIndex) -> Sets:
-    everything = Part(images, np.arange(len(images)))
+def split_dataset(dataset: Dataset) -> EvaluationSplit:
+    """The split of `bank_and_queries` if it has two classes and 10 images in the bank; otherwise one without labels."""
+    pair = bank_and_queries(dataset)
+    if pair is None or len(pair[0].index.class_names) < 2 or len(pair[0].index) < HELD_OUT:
+        return _unlabelled(dataset.bank, dataset.train if dataset.test is None else dataset.test)
+    bank, queries = pair
+    if queries.index is dataset.test:
+        description = f"{len(queries):,} images of {queries.index.name}, against {len(bank):,} of {bank.index.name}"
+    else:
+        description = f"{len(queries):,} images held out of {bank.index.name}, against the other {len(bank):,}"
+    return EvaluationSplit(bank, queries, bank.index.class_names, description)
+
+
+def _unlabelled(bank: ImageIndex | None, images: ImageIndex) -> EvaluationSplit:
     if bank is None or bank.labels is None:
         reason = f"{images.name} has no labels"
     elif len(bank.class_names) < 2:
         reason = f"all images of {bank.name} are of one class"
     else:
-        reason = f"{bank.name} has {len(bank):,} images, too few to learn from and to ask"
-    return Sets(everything, everything, (), f"{len(images):,} images of {images.name}, without labels", reason)
+        reason = f"{bank.name} has {len(bank):,} images, too few to split"
+    everything = Subset.all_of(images)
+    return EvaluationSplit(
+        everything, everything, (), f"{len(images):,} images of {images.name}, without labels", reason
+    )

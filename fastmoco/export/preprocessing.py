@@ -1,4 +1,4 @@
-"""One image → the view that evaluation sees, as a torchvision transform.
+"""Preprocessing of evaluation as a torchvision transform.
 
 H, W height and width of an image · S side of the view in pixels
 """
@@ -18,17 +18,16 @@ Colour = tuple[float, float, float]
 
 
 class Preprocessing(nn.Module):
-    """An image of any size → (3, S, S) float32: centred square, antialiased resize, normalisation.
+    """An image of any size → (3, S, S) float32: centre crop, antialiased resize, normalisation.
 
-        crop = image[centred square of rint(f · min(H, W)) pixels]          f = 1 up to S = 64, else 224/256
+        crop = image[centre square of rint(f · min(H, W)) pixels]           f = 1 up to S = 64, else 224/256
         y = (resize(crop, S×S, bilinear, antialiased, rounded to uint8) / 255 − mean) / std
 
-    The crop comes before the resize, as in `pipelines.plan.planner.eval_plans`, so that no pixel outside of it is mixed
-    in. On the same pixels the view is that of every evaluation here, but for one grey level where a sum was rounded the
-    other way.
+    The image is cropped before it is resized, as in `pipelines.plan.planner.eval_plans`, so that pixels outside of the
+    crop have no influence. The view equals that of every evaluation in this project up to rounding by one grey level.
 
     Takes a PIL image of any mode (colours and EXIF orientation as in `pipelines.data.decode`), or uint8 RGB tensors
-    (…, 3, H, W), on any device, to (…, 3, S, S). Raises ValueError for anything else.
+    (…, 3, H, W) → (…, 3, S, S), on any device. Raises ValueError for anything else.
     """
 
     def __init__(self, side: int, mean: Colour, std: Colour) -> None:
@@ -37,11 +36,13 @@ class Preprocessing(nn.Module):
 
     def forward(self, image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Image.Image):
-            pixels = np.array(upright(rgb(image), exif_orientation(image)))  # a copy: Pillow's memory is read-only
+            pixels = np.array(
+                upright(rgb(image), exif_orientation(image))
+            )  # copied, since Pillow's memory is read-only
             image = torch.from_numpy(pixels).permute(2, 0, 1)
         if image.dtype != torch.uint8 or image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape:
-            found = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
-            raise ValueError(f"the image is {found}, expected a PIL image or uint8 RGB of shape (..., 3, H, W)")
+            actual = f"{str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+            raise ValueError(f"the image is {actual}, expected a PIL image or uint8 RGB of shape (..., 3, H, W)")
         top, left, height, width = self._box(*image.shape[-2:])
         crop = functional.resized_crop(image, top, left, height, width, [self.side, self.side], antialias=True)
         values = functional.to_dtype(crop, torch.float32, scale=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmoco.errors import CheckpointError
-from fastmoco.files import record_digests, recorded_digests, sha256, sidecar, sync, temporary
+from pipelines.files import record_digests, recorded_digests, replacing, sha256, sidecar
 
 FORMAT = 1
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -58,21 +57,17 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mappin
     primitives, lists and dicts. Raises CheckpointError if it cannot be written; existing checkpoints stay.
     """
     path = directory / f"step-{step:09d}.safetensors"
-    part = temporary(path)
     metadata = {"format": str(FORMAT), "meta": json.dumps(meta, allow_nan=False)}
     host = _on_host(tensors)
-    with _writing(path, part):
+    with _writing(path):
         directory.mkdir(parents=True, exist_ok=True)
         _check_free_space(directory, host, metadata)
-        part.unlink(missing_ok=True)
-        save_file(host, part, metadata)
-        digest = sha256(part)
-        sync(part)
         # While a checkpoint is being replaced, the sidecar has both hashes, so that either file verifies.
         replaced = recorded_digests(path) if path.exists() else []
-        record_digests(path, [digest, *replaced])
-        os.replace(part, path)
-        sync(directory)
+        with replacing(path) as part:
+            save_file(host, part, metadata)
+            digest = sha256(part)
+            record_digests(path, [digest, *replaced])
         if replaced:
             record_digests(path, [digest])
     return path
@@ -185,15 +180,12 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _writing(path: Path, part: Path) -> Iterator[None]:
-    """Delete the partial file whatever happens, and say in one line why a checkpoint could not be written."""
+def _writing(path: Path) -> Iterator[None]:
+    """Turn errors of writing into a CheckpointError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path} ({_reason(error)}): free space or choose another disk") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _check_free_space(directory: Path, host: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

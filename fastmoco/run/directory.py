@@ -22,9 +22,9 @@ from typing import Any
 
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
-from fastmoco.files import write_atomically
 from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
+from pipelines.files import write_atomically
 
 _LOCK = ".lock"
 

@@ -15,7 +15,6 @@ from torch import nn
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
-from fastmoco.files import temporary
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
@@ -25,6 +24,7 @@ from fastmoco.run.state import TrainState
 from pipelines.augment.presets import Augmentation
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
 from pipelines.data.quarantine import REPLACED, Ledger
+from pipelines.files import replacing
 from pipelines.views import Views
 
 SAVE_ATTEMPTS = 3  # consecutive failures to save a checkpoint that end the run
@@ -124,9 +124,8 @@ class RunRecorder:
         self, backbone: nn.Module, step: int, epoch: int, seconds: float, images_per_s: float | None, chance_loss: float
     ) -> None:
         """Write the backbone with torchvision's names and the curves, and print the summary."""
-        part = temporary(self.directory.backbone)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
-        os.replace(part, self.directory.backbone)
+        with replacing(self.directory.backbone) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
         records = read_metrics(self.metrics.path)
         curves(records, self.directory.curves_png, chance_loss)
         self.status(step, epoch, ExitCode.DONE)

@@ -85,9 +85,7 @@ class TrainState:
         try:
             saved, meta = checkpoint.load(path, own)
         except CheckpointError:
-            self._check(
-                path, checkpoint.verify(path)
-            )  # settings that differ explain tensors that do
+            self._check(path, checkpoint.verify(path))  # settings that differ explain tensors that do
             raise
         self._check(path, meta)
         with torch.no_grad():

@@ -1,1 +1,1 @@
-"""The same run for every combination of some settings, and a plot of the results. Imports run and below."""
+"""Grids of runs over settings, and a plot of their results. Imports run and below."""

@@ -1,4 +1,4 @@
-"""The picture of a sweep: what each value was worth here, beside what the paper found for it."""
+"""Plot of a sweep: accuracy by setting, beside the results of the paper."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from fastmoco.sweep.runs import Axis, Cell, paper_percent
 
 _COLOURS = ("#2b6ca3", "#b5522b", "#3f7d4e", "#6d4c8d", "#8a5a2b", "#555555")
 _PAPER = "#999999"
-_HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a figure legible on the line it stands on
+_HALO = [withStroke(linewidth=3, foreground="white")]  # keeps labels legible on top of lines
 
 
 def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
-    """A PNG: kNN accuracy (without labels: the effective rank) by the first setting, a line for each combination of the
-    others; dashed, the encoders before training. Where the paper tried these values, its figures in a second panel.
+    """Write a PNG of kNN accuracy (effective rank without labels) by the first setting, one line per combination of the
+    others; dashed: the untrained encoder. If the paper has results for these values, they are in a second panel.
 
-    Values stand at equal distances: they may be words, or powers of ten. Raises OSError on writing.
+    Values are equally spaced, since they may be names or powers of ten. Raises OSError if writing fails.
     """
-    tried = [(cell, percent) for cell in cells for known, percent in [paper_percent(cell)] if known]
-    figure = Figure(figsize=(9.5 if tried else 5.6, 3.9), dpi=110)
+    paper = [(cell, percent) for cell in cells for in_paper, percent in [paper_percent(cell)] if in_paper]
+    figure = Figure(figsize=(9.5 if paper else 5.6, 3.9), dpi=110)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 if tried else 1, squeeze=False)[0]
+    panels = figure.subplots(1, 2 if paper else 1, squeeze=False)[0]
     _draw_ours(panels[0], cells, axes)
-    if tried:
+    if paper:
         published = PUBLISHED[axes[0].field]
-        places = [axes[0].values.index(cell.values[axes[0].field]) for cell, _ in tried]
-        _points(panels[1], places, [percent for _, percent in tried], _PAPER, "", _is_numeric(axes[0]))
-        _finish(panels[1], axes[0], "the paper's", f"top-1, %, {published.what}", published.source)
+        positions = [axes[0].values.index(cell.values[axes[0].field]) for cell, _ in paper]
+        _points(panels[1], positions, [percent for _, percent in paper], _PAPER, "", _is_numeric(axes[0]))
+        _finish(panels[1], axes[0], "paper", f"top-1, %, {published.what}", published.source)
     figure.savefig(path, format="png")
 
 
 def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
     first, others = axes[0], axes[1:]
-    labelled = any(cell.learned_percent is not None for cell in cells)
+    labelled = any(cell.knn_percent is not None for cell in cells)
     name = "knn_percent" if labelled else "effective_rank"
     lines: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -51,9 +51,9 @@ def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None
         lines.setdefault(label, []).append(cell)
     for number, (label, members) in enumerate(lines.items()):
         ended = [cell for cell in members if cell.outcome != "not run"]
-        places = [first.values.index(cell.values[first.field]) for cell in ended]
+        positions = [first.values.index(cell.values[first.field]) for cell in ended]
         values = [cell.results.get(name) if cell.outcome == "done" else None for cell in ended]
-        _points(panel, places, values, _COLOURS[number % len(_COLOURS)], label, _is_numeric(first))
+        _points(panel, positions, values, _COLOURS[number % len(_COLOURS)], label, _is_numeric(first))
     before = [cell.results["knn_before_percent"] for cell in cells if "knn_before_percent" in cell.results]
     if labelled and before:
         level = sum(before) / len(before)
@@ -69,11 +69,11 @@ def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None
         )
     if len(lines) > 1:
         panel.legend(fontsize=8, frameon=False)
-    _finish(panel, first, "ours", "kNN top-1, %" if labelled else "effective rank", "")
+    _finish(panel, first, "this sweep", "kNN top-1, %" if labelled else "effective rank", "")
 
 
 def _is_numeric(axis: Axis) -> bool:
-    """Whether values have an order, so that points may be joined."""
+    """Whether all values are numbers, so that a line may join the points."""
     try:
         return all(math.isfinite(float(value)) for value in axis.values)
     except ValueError:
@@ -81,23 +81,23 @@ def _is_numeric(axis: Axis) -> bool:
 
 
 def _points(
-    panel: Axes, places: list[int], values: Sequence[float | None], colour: str, label: str, joined: bool
+    panel: Axes, positions: list[int], values: Sequence[float | None], colour: str, label: str, joined: bool
 ) -> None:
-    """Points with their values; a run that failed is a cross at the bottom."""
-    reached = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    """Plot points labelled with their values; a failed run is a cross at the bottom."""
+    measured = [(position, value) for position, value in zip(positions, values, strict=True) if value is not None]
     panel.plot(
-        [place for place, _ in reached],
-        [value for _, value in reached],
+        [position for position, _ in measured],
+        [value for _, value in measured],
         color=colour,
         marker="o",
         markersize=5,
         linewidth=1.6 if joined else 0,
         label=label or None,
     )
-    for place, value in reached:
+    for position, value in measured:
         panel.annotate(
             f"{value:.1f}",
-            (place, value),
+            (position, value),
             xytext=(0, 7),
             textcoords="offset points",
             ha="center",
@@ -106,12 +106,12 @@ def _points(
             fontweight="bold",
             path_effects=_HALO,
         )
-    for place, value in zip(places, values, strict=True):
+    for position, value in zip(positions, values, strict=True):
         if value is None:
-            panel.plot([place], [0.04], "x", color=colour, markersize=8, transform=panel.get_xaxis_transform())
+            panel.plot([position], [0.04], "x", color=colour, markersize=8, transform=panel.get_xaxis_transform())
             panel.annotate(
                 "fails",
-                (place, 0.04),
+                (position, 0.04),
                 xycoords=panel.get_xaxis_transform(),
                 xytext=(0, 8),
                 textcoords="offset points",
@@ -121,13 +121,13 @@ def _points(
             )
 
 
-def _finish(panel: Axes, axis: Axis, title: str, what: str, source: str) -> None:
+def _finish(panel: Axes, axis: Axis, title: str, metric: str, source: str) -> None:
     panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
     panel.set_title("\n".join(textwrap.wrap(source, 40)), loc="right", fontsize=8, color="#777777")
     panel.set_xticks(range(len(axis.values)), axis.values)
     panel.set_xlim(-0.5, len(axis.values) - 0.5)
     panel.set_xlabel(flag(axis.field).lstrip("-"), fontsize=9, color="#555555")
-    panel.set_ylabel("\n".join(textwrap.wrap(what, 40)), fontsize=9, color="#555555")
+    panel.set_ylabel("\n".join(textwrap.wrap(metric, 40)), fontsize=9, color="#555555")
     panel.tick_params(labelsize=9, colors="#555555")
     panel.margins(y=0.18)
     panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)

@@ -1,6 +1,6 @@
-"""The random parameters of an augmentation: sampled on the host, one row of numbers a view.
+"""The random parameters of an augmentation: sampled on the host, one row of numbers per view.
 
-Sampling makes numbers (`sample_params`), applying them is deterministic: plain torch (`augment.torch_ops`) and the
+`sample_params` draws all random numbers; applying them is deterministic. Plain torch (`augment.torch_ops`) and the
 fused kernels (`augment.triton_ops`) are compared on the same parameters, and every backend shares them.
 
 V views · S side · P columns of a parameter row
@@ -18,7 +18,7 @@ from pipelines.randomness import Domain, philox, uniform
 
 
 class Column(IntEnum):
-    """One view's row of numbers. A factor of 1 (hue: 0), or a sigma of 0, leaves the image as it is."""
+    """Columns of a view's parameter row. A factor of 1 (hue: 0) or a sigma of 0 leaves the image unchanged."""
 
     FLIP = 0
     ORDER = 1  # four operations of two bits each, the first in the lowest bits: see Op
@@ -40,17 +40,17 @@ class Op(IntEnum):
     HUE = 3
 
 
-# every order of the four operations, packed as Column.ORDER holds it
-ORDERS = np.array([sum(op << (2 * place) for place, op in enumerate(p)) for p in itertools.permutations(range(4))])
+# every order of the four operations, packed as in Column.ORDER
+ORDERS = np.array([sum(op << (2 * i) for i, op in enumerate(p)) for p in itertools.permutations(range(4))])
 
 
 def blur_taps(augmentation: Augmentation, side: int) -> int:
-    """Odd width of the blur kernel in pixels: 3.5 sigma a side, as far as reflection at the border allows."""
+    """Odd width of the blur kernel in pixels: 3.5 sigma to either side, as far as reflection at the border allows."""
     return 2 * min(int(np.ceil(3.5 * augmentation.blur_sigma[1])), side - 1) + 1
 
 
 def sample_params(seed: int, epoch: int, samples: np.ndarray, augmentation: Augmentation) -> np.ndarray:
-    """Parameter rows of both views of B images.
+    """Draws the parameter rows of both views of B images.
 
     Philox slot 0 gives (flip, order, jitter or not, grey), slot 1 the four jitter factors in the order of `Op`, and
     slot 2 (sigma, solarise, blur or not, unused).

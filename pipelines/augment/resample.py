@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tensor:
-    """Weights that resize the stretch [start, start + length) of an axis to `side` pixels.
+    """Weights that resize the interval [start, start + length) of an axis to `side` pixels.
 
-    Output o looks at c = start + (o + 1/2) · s with s = length / side through a triangle of half-width max(s, 1),
-    sampled at pixel centres, cut off at the ends of the stretch and normalised.
+    Output o has a triangle filter of half-width max(s, 1) around c = start + (o + 1/2) · s, where s = length / side.
+    The filter is sampled at pixel centres, truncated at the ends of the interval and normalised.
 
     start, length  (V,) whole numbers of pixels inside 0 to `source`.
     Returns (V, side, source) float32, rows summing to 1.
@@ -21,11 +21,11 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tens
     start, length = start.to(torch.float32)[:, None], length.to(torch.float32)[:, None]
     scale = length / side
     reach = scale.clamp_min(1.0)
-    places = torch.arange(side, device=start.device, dtype=torch.float32) + 0.5
+    outputs = torch.arange(side, device=start.device, dtype=torch.float32) + 0.5
     pixels = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
-    centre = (start + places * scale) / reach
+    centre = (start + outputs * scale) / reach
     inside = (pixels > start) & (pixels < start + length)
-    pixels = torch.where(inside, pixels / reach, torch.inf)  # out of every triangle's reach
+    pixels = torch.where(inside, pixels / reach, torch.inf)  # outside the support of every triangle
     weights = (pixels[:, None, :] - centre[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
     return weights.div_(weights.sum(-1, keepdim=True))
 
@@ -33,15 +33,16 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int) -> Tens
 def crop_resize(images: Tensor, boxes: Tensor, out: Tensor) -> None:
     """Crops of equally sized images, in two batched matrix products for all views, rounded to nearest.
 
-    images  (B, H, C, W) uint8: with the channels between rows and columns, either product is one matrix an image
+    images  (B, H, C, W) uint8: with channels between rows and columns, each product is one matrix per image
     boxes   (V, B, 4) top, left, height, width in pixels
     out     (V, B, S, C, S) uint8, written
     """
     count, height, channels, width = images.shape
     views, side = len(boxes), out.shape[-1]
-    top, left, box_h, box_w = boxes.transpose(0, 1).reshape(-1, 4).unbind(-1)  # (B·V,), the views of an image together
+    top, left, box_h, box_w = boxes.transpose(0, 1).reshape(-1, 4).unbind(-1)  # (B·V,), views of an image adjacent
     rows, columns = filter_matrix(top, box_h, height, side), filter_matrix(left, box_w, width, side)
-    # Weights are not negative and sum to 1: a half stays a half, nothing leaves 0 to 255, and uint8 cuts off.
+    # Weights are non-negative and sum to 1: the 0.5 added here arrives unchanged, values stay in 0 to 255.5, and the
+    # conversion to uint8 truncates, which together rounds to nearest.
     source = images.to(torch.float32).add_(0.5).view(count, height, channels * width)
     tall = torch.bmm(rows.view(count, views * side, height), source).view(count * views, side * channels, width)
     crops = torch.bmm(tall, columns.mT).view(count, views, side, channels, side)

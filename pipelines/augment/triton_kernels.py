@@ -2,11 +2,11 @@
 
 V views · S side of a crop in pixels
 
-A program of the colour kernel owns a view, because contrast needs the mean of the whole image; those of the other
-kernels own a tile of pixels of a view. Pixels are float32 triples (r, g, b) in registers.
+A program of the colour kernel processes one view, because contrast needs the mean of the whole image; programs of the
+other kernels process a tile of a view. Pixels are float32 triples (r, g, b) in registers.
 """
 
-# Compile-time constants stand in capitals, as everywhere in Triton; type checkers do not see what its compiler sees.
+# Compile-time constants are in capitals, as usual in Triton; type checkers do not understand its types.
 # ruff: noqa: N803
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
@@ -22,7 +22,7 @@ from pipelines.augment.torch_ops import LUMA
 _COLUMNS = tl.constexpr(len(Column))
 _FLIP = tl.constexpr(int(Column.FLIP))
 _ORDER = tl.constexpr(int(Column.ORDER))
-_FACTOR = tl.constexpr(int(Column.BRIGHTNESS))  # and three more, in the order of Op
+_FACTOR = tl.constexpr(int(Column.BRIGHTNESS))  # the first of four, in the order of Op
 _GREY = tl.constexpr(int(Column.GREY))
 _BLUR_SIGMA = tl.constexpr(int(Column.BLUR_SIGMA))
 _SOLARISE = tl.constexpr(int(Column.SOLARISE))
@@ -49,7 +49,7 @@ def _wave(chroma, smallest, ramp):
 
 @triton.jit
 def _rotate_hue(r, g, b, shift):
-    """As `augment_torch.adjust_hue`."""
+    """The hue rotation of `torch_ops.adjust_hue`, by sectors of HSV."""
     largest = tl.maximum(tl.maximum(r, g), b)
     smallest = tl.minimum(tl.minimum(r, g), b)
     chroma = largest - smallest
@@ -66,15 +66,15 @@ def _rotate_hue(r, g, b, shift):
 
 @triton.jit
 def _jitter(r, g, b, row_ptr, mean, BEFORE_CONTRAST: tl.constexpr):
-    """The four operations in the view's order, or only those before contrast. Branches are the same for all pixels."""
+    """The four operations in the view's order, or only those before contrast. All pixels take the same branches."""
     order = tl.load(row_ptr + _ORDER).to(tl.int32)
-    going = True
-    for place in tl.static_range(4):
-        op = (order >> (2 * place)) & 3
+    active = True
+    for position in tl.static_range(4):
+        op = (order >> (2 * position)) & 3
         factor = tl.load(row_ptr + _FACTOR + op)
         if BEFORE_CONTRAST:
-            going = going & (op != _CONTRAST)
-        if going:
+            active = active & (op != _CONTRAST)
+        if active:
             if op == _BRIGHTNESS:
                 r = tl.minimum(tl.maximum(r * factor, 0.0), 1.0)
                 g = tl.minimum(tl.maximum(g * factor, 0.0), 1.0)
@@ -91,8 +91,8 @@ def _jitter(r, g, b, row_ptr, mean, BEFORE_CONTRAST: tl.constexpr):
 
 
 @triton.jit
-def _to_grey_if(r, g, b, chosen):
-    if chosen:
+def _to_grey_if(r, g, b, grey):
+    if grey:
         r = _luma(r, g, b)
         g = r
         b = r
@@ -101,22 +101,24 @@ def _to_grey_if(r, g, b, chosen):
 
 @triton.jit
 def _finish(r, g, b, pixel, inside, view, row_ptr, out_ptr, mean, std, SIDE: tl.constexpr):
-    """Solarise, flip, normalise and write, channels-last."""
+    """Solarise, flip, normalise and store, channels-last."""
     if tl.load(row_ptr + _SOLARISE) != 0.0:
         r, g, b = tl.where(r >= 0.5, 1.0 - r, r), tl.where(g >= 0.5, 1.0 - g, g), tl.where(b >= 0.5, 1.0 - b, b)
     y, x = pixel // SIDE, pixel % SIDE
     if tl.load(row_ptr + _FLIP) != 0.0:
         x = SIDE - 1 - x
-    place = out_ptr + view.to(tl.int64) * (3 * SIDE * SIDE) + (y * SIDE + x) * 3
-    kind = out_ptr.dtype.element_ty
-    tl.store(place, ((r - mean[0]) / std[0]).to(kind), mask=inside)
-    tl.store(place + 1, ((g - mean[1]) / std[1]).to(kind), mask=inside)
-    tl.store(place + 2, ((b - mean[2]) / std[2]).to(kind), mask=inside)
+    pixel_ptr = out_ptr + view.to(tl.int64) * (3 * SIDE * SIDE) + (y * SIDE + x) * 3
+    dtype = out_ptr.dtype.element_ty
+    tl.store(pixel_ptr, ((r - mean[0]) / std[0]).to(dtype), mask=inside)
+    tl.store(pixel_ptr + 1, ((g - mean[1]) / std[1]).to(dtype), mask=inside)
+    tl.store(pixel_ptr + 2, ((b - mean[2]) / std[2]).to(dtype), mask=inside)
 
 
 @triton.jit
-def _read(source_ptr, strides, resident, view, pixel, inside, greyed, SIDE: tl.constexpr, CROP: tl.constexpr,
-          PLANAR: tl.constexpr, GREY_FIRST: tl.constexpr):  # fmt: skip
+def _read(
+    source_ptr, strides, resident, view, pixel, inside, grey,
+    SIDE: tl.constexpr, CROP: tl.constexpr, PLANAR: tl.constexpr, GREY_FIRST: tl.constexpr,
+):  # fmt: skip
     """One tile of a view's crop, in [0, 1]."""
     pixels_ptr, offsets_ptr, sizes_ptr, boxes_ptr = resident
     image = tl.load(source_ptr + view)
@@ -126,37 +128,38 @@ def _read(source_ptr, strides, resident, view, pixel, inside, greyed, SIDE: tl.c
         r, g, b = resample_tile(base, width, boxes_ptr + 4 * view, pixel, inside, SIDE, PLANAR)
     else:
         stride_n, stride_y, stride_x, stride_c = strides
-        place = pixels_ptr + image * stride_n + (pixel // SIDE) * stride_y + (pixel % SIDE) * stride_x
-        r = tl.load(place, mask=inside, other=0).to(tl.float32)
-        g = tl.load(place + stride_c, mask=inside, other=0).to(tl.float32)
-        b = tl.load(place + 2 * stride_c, mask=inside, other=0).to(tl.float32)
+        pixel_ptr = pixels_ptr + image * stride_n + (pixel // SIDE) * stride_y + (pixel % SIDE) * stride_x
+        r = tl.load(pixel_ptr, mask=inside, other=0).to(tl.float32)
+        g = tl.load(pixel_ptr + stride_c, mask=inside, other=0).to(tl.float32)
+        b = tl.load(pixel_ptr + 2 * stride_c, mask=inside, other=0).to(tl.float32)
     r, g, b = r / 255.0, g / 255.0, b / 255.0
     if GREY_FIRST:
-        r, g, b = _to_grey_if(r, g, b, greyed)
+        r, g, b = _to_grey_if(r, g, b, grey)
     return r, g, b
 
 
 @triton.jit
 def _luma_sum(r, g, b, inside, row_ptr):
-    """Of one tile as contrast meets it."""
+    """Sum over one tile of the luma that contrast sees: after the operations before it."""
     r, g, b = _jitter(r, g, b, row_ptr, 0.0, True)
     return tl.sum(tl.where(inside, _luma(r, g, b), 0.0), axis=0)
 
 
 @triton.jit
-def _jitter_and_store(r, g, b, pixel, inside, view, row_ptr, luma, greyed, out_ptr, blurred_ptr, mean, std, SIDE:
-tl.constexpr,
-           GREY_FIRST: tl.constexpr, BLUR: tl.constexpr):  # fmt: skip
-    """Jitter, grey, and the rest of the way, unless blur comes first: then the colours go to its planes."""
+def _jitter_and_store(
+    r, g, b, pixel, inside, view, row_ptr, luma, grey, out_ptr, blurred_ptr, mean, std,
+    SIDE: tl.constexpr, GREY_FIRST: tl.constexpr, BLUR: tl.constexpr,
+):  # fmt: skip
+    """Jitter and greyscale; then the final operations, or, for a blurred view, a store to the planes for blur."""
     r, g, b = _jitter(r, g, b, row_ptr, luma, False)
     if not GREY_FIRST:
-        r, g, b = _to_grey_if(r, g, b, greyed)
+        r, g, b = _to_grey_if(r, g, b, grey)
     if BLUR:
         if tl.load(row_ptr + _BLUR_SIGMA) > 0.0:
-            place = blurred_ptr + view.to(tl.int64) * (3 * SIDE * SIDE) + pixel
-            tl.store(place, r, mask=inside)
-            tl.store(place + SIDE * SIDE, g, mask=inside)
-            tl.store(place + 2 * SIDE * SIDE, b, mask=inside)
+            pixel_ptr = blurred_ptr + view.to(tl.int64) * (3 * SIDE * SIDE) + pixel
+            tl.store(pixel_ptr, r, mask=inside)
+            tl.store(pixel_ptr + SIDE * SIDE, g, mask=inside)
+            tl.store(pixel_ptr + 2 * SIDE * SIDE, b, mask=inside)
         else:
             _finish(r, g, b, pixel, inside, view, row_ptr, out_ptr, mean, std, SIDE)
     else:
@@ -165,28 +168,29 @@ tl.constexpr,
 
 @triton.jit
 def colour_kernel(
-    source_ptr, strides, resident, params_ptr, out_ptr, blurred_ptr, mean, std, SIDE: tl.constexpr, CROP: tl.constexpr,
-    PLANAR: tl.constexpr, GREY_FIRST: tl.constexpr, BLUR: tl.constexpr, BLOCK: tl.constexpr,
+    source_ptr, strides, resident, params_ptr, out_ptr, blurred_ptr, mean, std,
+    SIDE: tl.constexpr, CROP: tl.constexpr, PLANAR: tl.constexpr, GREY_FIRST: tl.constexpr, BLUR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everything up to blur of one view, and what follows where the view is not blurred.
+    """All operations up to blur of one view, and also those after it if the view is not blurred.
 
     resident is (pixels, offsets, sizes, boxes). With CROP, pixels are whole images; otherwise crops of these strides.
-    A crop of at most BLOCK pixels stays in registers; a larger one is read a second time, from a cache, where the view
-    has contrast, whose mean luma must be known first.
+    A crop of at most BLOCK pixels stays in registers. A larger one with contrast is read twice, the second time from a
+    cache, because contrast needs the mean luma first.
     """
     view = tl.program_id(0)
     row_ptr = params_ptr + view * _COLUMNS
-    greyed = tl.load(row_ptr + _GREY) != 0.0
+    grey = tl.load(row_ptr + _GREY) != 0.0
     contrast = tl.load(row_ptr + _FACTOR + _CONTRAST)
     total = 0.0
     pixel = tl.arange(0, BLOCK)
     if BLOCK >= SIDE * SIDE:
         inside = pixel < SIDE * SIDE
-        r, g, b = _read(source_ptr, strides, resident, view, pixel, inside, greyed, SIDE, CROP, PLANAR, GREY_FIRST)
+        r, g, b = _read(source_ptr, strides, resident, view, pixel, inside, grey, SIDE, CROP, PLANAR, GREY_FIRST)
         if contrast != 1.0:
             total = _luma_sum(r, g, b, inside, row_ptr)
         _jitter_and_store(
-            r, g, b, pixel, inside, view, row_ptr, total / (SIDE * SIDE), greyed, out_ptr, blurred_ptr, mean, std,
+            r, g, b, pixel, inside, view, row_ptr, total / (SIDE * SIDE), grey, out_ptr, blurred_ptr, mean, std,
             SIDE, GREY_FIRST, BLUR,
         )  # fmt: skip
     else:
@@ -194,25 +198,25 @@ def colour_kernel(
             for start in range(0, SIDE * SIDE, BLOCK):
                 inside = start + pixel < SIDE * SIDE
                 r, g, b = _read(
-                    source_ptr, strides, resident, view, start + pixel, inside, greyed, SIDE, CROP, PLANAR, GREY_FIRST
+                    source_ptr, strides, resident, view, start + pixel, inside, grey, SIDE, CROP, PLANAR, GREY_FIRST
                 )
                 total += _luma_sum(r, g, b, inside, row_ptr)
         for start in range(0, SIDE * SIDE, BLOCK):
             inside = start + pixel < SIDE * SIDE
             r, g, b = _read(
-                source_ptr, strides, resident, view, start + pixel, inside, greyed, SIDE, CROP, PLANAR, GREY_FIRST
+                source_ptr, strides, resident, view, start + pixel, inside, grey, SIDE, CROP, PLANAR, GREY_FIRST
             )
             _jitter_and_store(
-                r, g, b, start + pixel, inside, view, row_ptr, total / (SIDE * SIDE), greyed, out_ptr, blurred_ptr,
+                r, g, b, start + pixel, inside, view, row_ptr, total / (SIDE * SIDE), grey, out_ptr, blurred_ptr,
                 mean, std, SIDE, GREY_FIRST, BLUR,
             )  # fmt: skip
 
 
 @triton.jit
-def _reflect(place, SIDE: tl.constexpr):
-    """… 2 1 | 0 1 2 … S−1 | S−2 …: a tap is at most S − 1 outside."""
-    place = tl.abs(place)
-    return SIDE - 1 - tl.abs(SIDE - 1 - place)
+def _reflect(index, SIDE: tl.constexpr):
+    """… 2 1 | 0 1 2 … S−1 | S−2 …, for an index at most S − 1 outside."""
+    index = tl.abs(index)
+    return SIDE - 1 - tl.abs(SIDE - 1 - index)
 
 
 @triton.jit
@@ -223,22 +227,22 @@ def _gaussian(sigma, distance):
 
 @triton.jit
 def blur_rows_kernel(in_ptr, out_ptr, params_ptr, SIDE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
-    """Along the rows of the three planes of a view, float32 (V, 3, S, S) → the same; other views are left alone."""
+    """Blur along the rows, float32 (V, 3, S, S) → the same; views without blur are skipped."""
     view = tl.program_id(1)
     sigma = tl.load(params_ptr + view * _COLUMNS + _BLUR_SIGMA)
     if sigma > 0.0:
-        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < 3 * SIDE * SIDE
+        offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < 3 * SIDE * SIDE
         base = view.to(tl.int64) * (3 * SIDE * SIDE)
-        x = place % SIDE
-        whole = 0.0
+        x = offset % SIDE
+        norm = 0.0
         for tap in range(-RADIUS, RADIUS + 1):
-            whole += _gaussian(sigma, tap * 1.0)
+            norm += _gaussian(sigma, tap * 1.0)
         total = tl.zeros((BLOCK,), tl.float32)
         for tap in range(-RADIUS, RADIUS + 1):
-            near = tl.load(in_ptr + base + place - x + _reflect(x + tap, SIDE), mask=inside, other=0.0)
-            total += _gaussian(sigma, tap * 1.0) / whole * near
-        tl.store(out_ptr + base + place, total, mask=inside)
+            neighbour = tl.load(in_ptr + base + offset - x + _reflect(x + tap, SIDE), mask=inside, other=0.0)
+            total += _gaussian(sigma, tap * 1.0) / norm * neighbour
+        tl.store(out_ptr + base + offset, total, mask=inside)
 
 
 @triton.jit
@@ -246,7 +250,7 @@ def blur_columns_kernel(
     in_ptr, out_ptr, params_ptr, mean, std,
     SIDE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Along the columns, and then all that follows blur."""
+    """Blur along the columns, then the operations after blur."""
     view = tl.program_id(1)
     row_ptr = params_ptr + view * _COLUMNS
     sigma = tl.load(row_ptr + _BLUR_SIGMA)
@@ -255,18 +259,16 @@ def blur_columns_kernel(
         inside = pixel < SIDE * SIDE
         base = in_ptr + view.to(tl.int64) * (3 * SIDE * SIDE)
         y, x = pixel // SIDE, pixel % SIDE
-        whole = 0.0
+        norm = 0.0
         for tap in range(-RADIUS, RADIUS + 1):
-            whole += _gaussian(sigma, tap * 1.0)
+            norm += _gaussian(sigma, tap * 1.0)
         r = tl.zeros((BLOCK,), tl.float32)
         g = tl.zeros((BLOCK,), tl.float32)
         b = tl.zeros((BLOCK,), tl.float32)
         for tap in range(-RADIUS, RADIUS + 1):
-            weight = _gaussian(sigma, tap * 1.0) / whole
-            place = base + _reflect(y + tap, SIDE) * SIDE + x
-            r += weight * tl.load(place, mask=inside, other=0.0)
-            g += weight * tl.load(place + SIDE * SIDE, mask=inside, other=0.0)
-            b += weight * tl.load(place + 2 * SIDE * SIDE, mask=inside, other=0.0)
-        _finish(
-            r, g, b, pixel, inside, view, row_ptr, out_ptr, mean, std, SIDE
-        )  # fmt: skip
+            weight = _gaussian(sigma, tap * 1.0) / norm
+            pixel_ptr = base + _reflect(y + tap, SIDE) * SIDE + x
+            r += weight * tl.load(pixel_ptr, mask=inside, other=0.0)
+            g += weight * tl.load(pixel_ptr + SIDE * SIDE, mask=inside, other=0.0)
+            b += weight * tl.load(pixel_ptr + 2 * SIDE * SIDE, mask=inside, other=0.0)
+        _finish(r, g, b, pixel, inside, view, row_ptr, out_ptr, mean, std, SIDE)

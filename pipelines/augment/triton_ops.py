@@ -1,20 +1,21 @@
-"""Both views of a batch in one launch: the same numbers as `augment.torch_ops`, from parameters on the device.
+"""Colour augmentation of both views of a batch in one launch: the results of `augment.torch_ops`, computed by Triton.
 
 N images · V views · S side of a crop · H, W sides of an image, in pixels
 
-A view is read once and written once, whatever its order of operations. Views with blur take two more kernels, because a
-separable blur has to see its neighbours' colours. Nothing is read by the host, so all of it fits a CUDA graph.
+A view is read once and written once, whatever its order of operations. Views with blur take two more kernels, because
+separable blur needs the colours of neighbouring pixels. Parameters are on the device and the host reads nothing, so all
+of it can be captured in a CUDA graph.
 
-What one H200 should need, by 4.3 TB/s and 29 Tinstructions/s (132 multiprocessors of 128 lanes at 1.7 GHz), for both
-views of B images written in 16 bits:
+Estimate for one H200 with 4.3 TB/s and 29 Tinstructions/s (132 multiprocessors of 128 lanes at 1.7 GHz), for both views
+of B images written in 16 bits:
 
-    B = 512, S = 32    3 MB read, 6 MB written: 2 µs; about 300 instructions a pixel: 11 µs, the longer of the two
-    B = 256, S = 224   77 MB read (twice where there is contrast), 154 MB written: 0.07 ms; instructions: 0.27 ms
-    blur of half       308 MB through two float32 planes and back, 0.15 ms; 30 loads a pixel and channel: 0.2 ms
+    B = 512, S = 32    3 MB read, 6 MB written: 2 µs; about 300 instructions per pixel: 11 µs, which dominates
+    B = 256, S = 224   77 MB read (twice with contrast), 154 MB written: 0.07 ms; instructions: 0.27 ms
+    blur of half       308 MB through two float32 planes and back, 0.15 ms; 30 loads per pixel and channel: 0.2 ms
     crops              see `pipelines.augment.resample_triton`
 """
 
-# Compile-time constants are passed as plain values; launch options such as enable_fp_fusion are no kernel parameters.
+# Compile-time constants are passed as plain values; launch options such as enable_fp_fusion are not kernel parameters.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipelines.augment.triton_kernels import blur_columns_kernel, blur_rows_kern
 from pipelines.data.resident_pixels import ResidentPixels
 
 _SMALL = 4096  # pixels of a crop that one program holds in registers: S ≤ 64
-_CUT_SMALL = 2048  # likewise, of one that it also cuts out, S ≤ 45: beyond, the compiler spills registers
+_CROP_SMALL = 2048  # likewise for one that it also crops, S ≤ 45: above that the compiler spills registers
 _TILE = 1024  # pixels of a tile of larger crops
 
 
@@ -41,11 +42,11 @@ def apply(
     dtype: torch.dtype,
     source: Tensor | None = None,
 ) -> Tensor:
-    """`augment_torch.apply` with parameters and source rows on the device.
+    """`torch_ops.apply` with parameters and source rows on the device.
 
     crops   (N, S, S, 3) uint8, any strides
-    params  (V, P) float32, columns as in `Column`; a sigma counts only where the recipe has blur at all
-    source  (V,) int64, which crop each view comes from; by default the one in its place
+    params  (V, P) float32, columns as in `Column`; sigma is ignored if the recipe has no blur
+    source  (V,) int64, which crop each view comes from; by default crop v for view v
     Returns (V, 3, S, S) of `dtype`, channels-last in memory.
     """
     count, side = len(crops), crops.shape[1]
@@ -63,12 +64,12 @@ def crop_and_apply(
     dtype: torch.dtype,
     source: Tensor,
 ) -> Tensor:
-    """`crop`, then `apply`: one kernel where S ≤ 45, so that a crop never leaves the registers, else one after another.
+    """`crop`, then `apply`: one fused kernel for S ≤ 45, whose crops never leave the registers, otherwise two steps.
 
-    It equals the two steps bit for bit but for the order of sums, since crops are rounded to uint8 levels in between.
-    Arguments and result as theirs; row v of boxes, params and source is view v.
+    The fused kernel also rounds crops to uint8 levels, so it equals the two steps up to the order of sums. Arguments
+    and result are those of `crop` and `apply`; row v of boxes, params and source is view v.
     """
-    if side * side > _CUT_SMALL:
+    if side * side > _CROP_SMALL:
         return apply(crop(resident, boxes, side, source), params, augmentation, dtype)
     boxes = boxes.contiguous()
     check(resident, boxes, source)
@@ -84,7 +85,7 @@ def _colour(
     dtype: torch.dtype,
     source: Tensor | None,
 ) -> Tensor:
-    """From crops, or from whole images and boxes."""
+    """The common part of `apply` (images are crops) and `crop_and_apply` (whole images and boxes)."""
     views, device = len(params), params.device
     params = params.contiguous()
     assert params.shape == (views, len(Column)), params.shape
@@ -92,15 +93,15 @@ def _colour(
     source = torch.arange(views, device=device) if source is None else source.contiguous()
     assert source.shape == (views,), (source.shape, views)
     assert source.dtype == torch.int64, source.dtype
-    whole = isinstance(images, ResidentPixels)
-    if whole:
+    crops_too = isinstance(images, ResidentPixels)
+    if crops_too:
         resident, strides = (images.pixels, images.offsets, images.sizes, boxes), (0, 0, 0, 0)
     else:
-        resident, strides = (images, source, source, source), images.stride()  # three pointers that no one follows
+        resident, strides = (images, source, source, source), images.stride()  # three unused pointers
 
     out = torch.empty((views, side, side, 3), dtype=dtype, device=device)
     blur = augmentation.blur_p > 0
-    # what a blurred view needs in between, as float32 planes; of the other views it stays untouched
+    # intermediate float32 planes of blurred views; those of other views stay unwritten
     planes = torch.empty((2, views, 3, side, side), dtype=torch.float32, device=device) if blur else None
     colours, rows = (out, out) if planes is None else planes
     normalisation = augmentation.mean, augmentation.std
@@ -115,8 +116,8 @@ def _colour(
         colours,
         *normalisation,
         SIDE=side,
-        CROP=whole,
-        PLANAR=whole and images.planar,
+        CROP=crops_too,
+        PLANAR=crops_too and images.planar,
         GREY_FIRST=augmentation.grey_first,
         BLUR=blur,
         BLOCK=block,

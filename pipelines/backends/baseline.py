@@ -1,8 +1,8 @@
-"""The baseline: the input pipeline most people train with, tuned as well as it can be.
+"""The baseline: the input pipeline most people train with, well tuned.
 
-torchvision's transforms on PIL images in DataLoader workers, float views out. It draws its own random numbers, so its
-views have the same distribution as those of the other pipelines but not the same values, and a resumed run sees other
-views than an uninterrupted one.
+torchvision's transforms on PIL images in DataLoader workers, which return float views. It draws its own random numbers:
+its views have the same distribution as those of the other pipelines but not the same values, and a resumed run sees
+different views from an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from pipelines.workers import checked, worker_options
 
 
 class DataLoaderPipeline:
-    """Yields Views as TwoViewPipeline does, with nothing but the cast and the key shuffle on the device."""
+    """Yields Views like TwoViewPipeline; only the cast and the key shuffle run on the device."""
 
     def __init__(
         self, index: ImageIndex, planner: Planner, side: int, device: torch.device, dtype: torch.dtype, workers: int
     ) -> None:
         self.planner, self._device, self._dtype, self._workers = planner, device, dtype, workers
         transform = torchvision_transform(planner.augmentation, side)
-        # A rank's keys may be of other images than its queries: see `Planner.shares`.
-        self._apart = planner.world_size > 1 and planner.shuffle_keys
-        self._images = _Images(index, transform, views=1 if self._apart else 2)
+        # The keys of a rank may be of different images from its queries: see `Planner.shares`.
+        self._separate_keys = planner.world_size > 1 and planner.shuffle_keys
+        self._images = _Images(index, transform, views=1 if self._separate_keys else 2)
 
     def views(self, start: int, stop: int) -> Iterator[Views]:
         """The batches of steps `start` to `stop` - 1. Raises DataError for a bad image or a worker that died."""
         loader = DataLoader(
             self._images,
-            batch_sampler=(self._wanted(step) for step in range(start, stop)),
+            batch_sampler=(self._images_of(step) for step in range(start, stop)),
             collate_fn=_collate,
             **worker_options(self._workers, self._device),
         )
         for step, (*images, index) in enumerate(checked(loader), start):
             order = to_device(self.planner.key_order(step), self._device)
-            query, key = (self._move(half) for half in (images[0].chunk(2) if self._apart else images))
+            query, key = (self._move(half) for half in (images[0].chunk(2) if self._separate_keys else images))
             if self.planner.world_size == 1:
                 key = key[order]
             yield Views(query, key, order, index[: len(query)].to(self._device, non_blocking=True))
 
-    def _wanted(self, step: int) -> list[int]:
+    def _images_of(self, step: int) -> list[int]:
         queries, keys = self.planner.shares(step)
-        return [*queries.tolist(), *keys.tolist()] if self._apart else queries.tolist()
+        return [*queries.tolist(), *keys.tolist()] if self._separate_keys else queries.tolist()
 
     def _move(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True)
         return images.to(self._dtype, memory_format=torch.channels_last)
 
     def close(self) -> None:
-        """Nothing to give back: the workers belong to the iterators."""
+        """Nothing to release: the workers belong to the iterators."""
 
 
 def torchvision_transform(augmentation: Augmentation, side: int) -> Callable[[Image.Image], Tensor]:
@@ -81,7 +81,7 @@ def torchvision_transform(augmentation: Augmentation, side: int) -> Callable[[Im
 
 
 class _GaussianBlur:
-    """Pillow's blur, as the authors' code uses it; several times faster than torchvision's on a PIL image."""
+    """Pillow's blur, as in the authors' code; several times faster than torchvision's on a PIL image."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         self._sigma = sigma
@@ -91,7 +91,7 @@ class _GaussianBlur:
 
 
 class _Images(Dataset):
-    """(view, …, position) of an image, or the DataError that it met."""
+    """(view, …, position) of an image, or its DataError."""
 
     def __init__(self, index: ImageIndex, transform: Callable[[Image.Image], Tensor], views: int) -> None:
         self._index, self._transform, self._views = index, transform, views
@@ -105,14 +105,14 @@ class _Images(Dataset):
 
 
 def _open(index: ImageIndex, i: int) -> Image.Image:
-    """Pillow's own decoder for an everyday JPEG, as users have it; the common definition for all else."""
+    """Pillow's own decoder for a common JPEG, as in most people's code; `ImageIndex.read` for everything else."""
     if index.is_encoded(i):
         try:
             with Image.open(io.BytesIO(index.read_bytes(i))) as image:
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):
                     return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError):
-            pass  # the common definition says what is wrong with it, or puts another in its place
+            pass  # `read` reports what is wrong with it, or replaces it
     return Image.fromarray(index.read(i))
 
 

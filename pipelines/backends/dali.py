@@ -1,9 +1,9 @@
-"""NVIDIA DALI: encoded bytes in, one decode an image, one slice and resize a view, on the GPU where there is one.
+"""NVIDIA DALI: one decode per image, one slice and resize per view, on the GPU if there is one.
 
-On a CPU DALI decodes, and torch makes all but small crops of it: DALI's own resize takes five times as long there.
+On a CPU DALI decodes and torch resizes all but small crops: DALI's own resize takes five times as long there.
 
-DALI draws no numbers, finds no files and turns no images here: plans say what is cropped, and `decode.decode` what an
-image is. Bytes that DALI would decode differently are decoded on the host and handed over as uncompressed PPM.
+DALI draws no random numbers, lists no files and rotates no images here: plans define the crops, and `decode.decode` the
+pixels of an image. Bytes that DALI would decode differently are decoded on the host and passed as uncompressed PPM.
 
 B images · V views · S side of a crop in pixels · H, W height and width of the upright image
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.backends.resident import resize_boxes
+from pipelines.augment.resize import resize_boxes
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
 from pipelines.data.plain_jpeg import COLUMNS_REVERSED, ROWS_REVERSED, TRANSPOSED, plain_jpeg, stored_box
@@ -30,25 +30,24 @@ from pipelines.errors import BackendMissingError, DataError
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
 
-# Share of the baseline JPEGs that go to the GPU's JPEG engines where there are any (A100 and later data-centre GPUs);
-# CUDA cores, fed by `workers` host threads, decode the rest at the same time. DALI's default of 0.65 leaves the host
-# more to do.
+# Share of the baseline JPEGs decoded by the GPU's JPEG engines, if it has them (A100 and later data-centre GPUs). CUDA
+# cores, fed by `workers` host threads, decode the rest at the same time. DALI's default of 0.65 loads the host more.
 HARDWARE_SHARE = 0.9
-SMALL_SIDE = 48  # pixels: up to here what torch's resize costs for being called is more than DALI's own takes
-READERS = 8  # threads that read files: they wait for the disk, not for the processor
-FILES_A_TASK = 64  # handing a task to a thread costs as much as reading a small file
+SMALL_SIDE = 48  # pixels: up to this size the call overhead of torch's resize exceeds the time of DALI's
+READERS = 8  # threads that read files: they wait for the disk, not the CPU
+FILES_PER_TASK = 64  # submitting a task costs as much as reading a small file
 
 
 class DaliCrops:
     """A crop source on DALI. `workers` host threads decode (on the CPU) or feed the GPU's decoders (on CUDA).
 
-    Every iterator has a pipeline of its own, freed with it. DALI's resize is Pillow's and torchvision's but for the
-    outermost pixels of a crop that is made smaller: where the triangle reaches beyond the box, DALI repeats the box's
-    edge, and they leave that part of the triangle out (1/8 of the weight for each axis at most).
+    Every iterator has its own pipeline, freed with it. DALI's resize equals Pillow's and torchvision's except for the
+    outermost pixels of a reduced crop: where the triangle extends beyond the box, DALI repeats the box's edge, while
+    the others omit that part of the triangle (at most 1/8 of the weight per axis).
 
-    resize_by_dali  or by torch; by default on CUDA, for small crops, and of images in memory, which need no decoding
+    resize_by_dali  rather than by torch; by default on CUDA, for small crops, and for images in memory
 
-    Raises BackendMissingError where DALI is not installed.
+    Raises BackendMissingError if DALI is not installed.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class DaliCrops:
         self._resize_by_dali = default if resize_by_dali is None else resize_by_dali
 
     def crops(self, plans: Iterable[BatchPlan]) -> Generator[Crops, None, None]:
-        """The first plan is the largest. Raises DataError for an image that `decode.decode` or DALI refuses."""
+        """The first plan must be the largest. Raises DataError for an image that `decode.decode` or DALI rejects."""
         plans = iter(plans)
         first = next(plans, None)
         if first is None:
@@ -82,7 +81,7 @@ class DaliCrops:
         device_id = None
         if cuda:
             device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
-        # Two batches in DALI's queue: one is decoded while the one before it is handed over and trained on.
+        # Two batches in DALI's queue: one is decoded while the previous one is copied and trained on.
         pipeline = dali.Pipeline(
             batch_size=batch_size, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=2, seed=0
         )
@@ -103,10 +102,10 @@ class DaliCrops:
                     source,
                     device="mixed" if cuda else "cpu",
                     output_type=types.RGB,
-                    adjust_orientation=False,  # boxes are turned instead: see `stored_box`
-                    jpeg_fancy_upsampling=True,  # chroma as libjpeg-turbo interpolates it
+                    adjust_orientation=False,  # boxes are transformed instead: see `stored_box`
+                    jpeg_fancy_upsampling=True,  # interpolates chroma like libjpeg-turbo
                     hw_decoder_load=HARDWARE_SHARE,
-                    affine=False,  # else the threads of every pipeline and rank are tied to the same first cores
+                    affine=False,  # else the threads of every pipeline and rank are pinned to the same first cores
                 )
             crops = [
                 fn.resize(
@@ -120,7 +119,7 @@ class DaliCrops:
             pipeline.set_outputs(*(crops or [images]))
         try:
             pipeline.build()
-        except RuntimeError as error:  # a driver that is older than this DALI, or no device at all
+        except RuntimeError as error:  # a driver older than this DALI, or no device
             raise BackendMissingError(
                 f"--pipeline dali cannot start on {self._device} ({_one_line(error)}); install the DALI made for your "
                 f"driver (pip install 'fastmoco[dali]' for CUDA 13, 'fastmoco[dali-cu12]' for 12), or use "
@@ -136,19 +135,19 @@ class DaliCrops:
             return None
         except DataError:
             raise
-        except Exception as error:  # DALI's own type, after which the pipeline is of no more use
+        except Exception as error:  # DALI's own type; the pipeline is unusable after it
             strict = replace(self._index, ledger=None)
             for batch in batches.issued:
                 for image in batch.plan.indices.tolist():
-                    strict.read(image)  # raises for the image that is to blame
+                    strict.read(image)  # raises for the image at fault
             if "decode" not in str(error):
                 raise
             raise DataError(
-                f"DALI cannot decode an image that others can; use --pipeline torch ({_one_line(error)})"
+                f"DALI cannot decode an image that other decoders can; use --pipeline torch ({_one_line(error)})"
             ) from error
 
     def _take(self, outputs: Any, batch: _Batch) -> Tensor:
-        """The crops, (V, B, S, S, 3) uint8, upright, apart from DALI's buffers, which it fills again."""
+        """The crops, (V, B, S, S, 3) uint8, upright, copied from DALI's buffers, which it reuses."""
         images = torch.empty(
             (*batch.boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8, device=self._device
         )
@@ -157,7 +156,7 @@ class DaliCrops:
             for view, output in zip(images, outputs, strict=True):
                 _dali().feed_ndarray(output.as_tensor(), view, cuda_stream=stream)
             if stream is not None:
-                stream.synchronize()  # the copy is short, and DALI's own streams know nothing of ours
+                stream.synchronize()  # the copy is short, and DALI's streams are not ordered with ours
         else:
             (decoded,) = outputs
             pixels = [torch.from_dlpack(decoded[row]) for row in range(len(decoded))]
@@ -168,15 +167,15 @@ class DaliCrops:
         return images
 
     def close(self) -> None:
-        """Nothing to give back: pipelines and threads belong to the iterators."""
+        """Nothing to release: pipelines and threads belong to the iterators."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """A plan whose images DALI was given.
+    """A plan whose images were passed to DALI.
 
-    boxes         (V, B, 4) int32, as the images are stored
-    orientations  (B,) uint8: how their crops lie
+    boxes         (V, B, 4) int32, in the images as stored
+    orientations  (B,) uint8, EXIF orientation of the crops; 1 if upright
     """
 
     plan: BatchPlan
@@ -185,9 +184,9 @@ class _Batch:
 
 
 class _Batches:
-    """DALI's source: every batch as [images, then, with `corners`, one and an extent (B, 2) int32 for every view].
+    """DALI's external source: batches as [images, and with `corners` a corner and an extent (B, 2) int32 per view].
 
-    Images are B arrays of encoded bytes, or (B, H, W, 3) pixels. Files are read one batch ahead of DALI's asking.
+    Images are B arrays of encoded bytes, or (B, H, W, 3) pixels. Files are read one batch ahead of DALI's requests.
     """
 
     def __init__(
@@ -209,16 +208,16 @@ class _Batches:
     def __next__(self) -> list[Any]:
         if self._reading is None:
             raise StopIteration
-        (plan, boxes, orientations), parts = self._reading
+        (plan, boxes, orientations), chunks = self._reading
         self._reading = self._start(next(self._plans, None))
         if self._index.pixels is not None:
             images = self._index.pixels[plan.indices]
         else:
-            images = [image for part in parts for image in part.result()]
+            images = [image for chunk in chunks for image in chunk.result()]
         self.issued.append(_Batch(plan, boxes, orientations))
         if not self._corners:
             return [images]
-        corners = [np.ascontiguousarray(view[:, part]) for view in boxes for part in (slice(0, 2), slice(2, 4))]
+        corners = [np.ascontiguousarray(view[:, half]) for view in boxes for half in (slice(0, 2), slice(2, 4))]
         return [images, *corners]
 
     def _start(self, plan: BatchPlan | None) -> tuple[tuple[BatchPlan, np.ndarray, np.ndarray], list[Future]] | None:
@@ -228,21 +227,21 @@ class _Batches:
         assert views == self._shape[0], "plans of one iterator have the same views"
         assert count <= self._shape[1], "the first plan of an iterator is the largest"
         boxes, orientations = plan.boxes.copy(), np.ones(count, dtype=np.uint8)
-        starts = range(0, count, FILES_A_TASK) if self._index.pixels is None else ()
-        parts = [self._readers.submit(self._read, plan, boxes, orientations, start) for start in starts]
-        return (plan, boxes, orientations), parts
+        starts = range(0, count, FILES_PER_TASK) if self._index.pixels is None else ()
+        chunks = [self._readers.submit(self._read, plan, boxes, orientations, start) for start in starts]
+        return (plan, boxes, orientations), chunks
 
     def _read(self, plan: BatchPlan, boxes: np.ndarray, orientations: np.ndarray, start: int) -> list[np.ndarray]:
-        """Encoded bytes of `FILES_A_TASK` images, each an array; writes orientations, and the boxes that they turn."""
+        """Encoded bytes of `FILES_PER_TASK` images, one array each; writes `orientations` and the boxes they change."""
         images = []
-        for row in range(start, min(start + FILES_A_TASK, len(orientations))):
+        for row in range(start, min(start + FILES_PER_TASK, len(orientations))):
             image = int(plan.indices[row])
             try:
                 data = self._index.read_bytes(image)
             except DataError:
                 if not self._index.is_encoded(image):
                     raise
-                data = b""  # `read` says what is wrong with the file, or puts another image in its place
+                data = b""  # `read` reports what is wrong with the file, or replaces the image
             header = plain_jpeg(data)
             if header is None or header.upright_size != tuple(self._index.sizes[image].tolist()):
                 data = _ppm(self._index.read(image))
@@ -254,31 +253,31 @@ class _Batches:
 
 
 def _ppm(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 → a file without compression, which every decoder reads exactly."""
+    """(H, W, 3) uint8 → an uncompressed file, which every decoder reads exactly."""
     return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
 def _upright(crops: Tensor, orientation: int) -> Tensor:
-    """(..., S, S, 3) as stored → upright. A crop's resize commutes with turning it, as its filter is symmetric."""
+    """(..., S, S, 3) as stored → upright. The resize filter is symmetric, so resizing and rotating commute."""
     if orientation in TRANSPOSED:
         crops = crops.transpose(-3, -2)
-    axes = [axis for axis, those in ((-3, ROWS_REVERSED), (-2, COLUMNS_REVERSED)) if orientation in those]
+    axes = [axis for axis, reversed_ in ((-3, ROWS_REVERSED), (-2, COLUMNS_REVERSED)) if orientation in reversed_]
     return crops.flip(axes) if axes else crops
 
 
 def _dali() -> SimpleNamespace:
-    """The parts of DALI in use. Raises BackendMissingError with the install command where it cannot be imported."""
+    """The used names of DALI. Raises BackendMissingError with the install command if it cannot be imported."""
     try:
         from nvidia.dali import Pipeline, fn, types
         from nvidia.dali.plugin.pytorch import feed_ndarray
     except ImportError as error:
         raise BackendMissingError(
-            f"--pipeline dali needs NVIDIA DALI, and it cannot be imported ({_one_line(error)}): "
+            f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({_one_line(error)}): "
             f"pip install 'fastmoco[dali]', or use --pipeline torch"
         ) from error
     return SimpleNamespace(Pipeline=Pipeline, fn=fn, types=types, feed_ndarray=feed_ndarray)
 
 
 def _one_line(error: Exception) -> str:
-    """What a person needs of a message that may hold a stack trace."""
+    """The readable part of a message that may contain a stack trace."""
     return printable(textwrap.shorten(str(error), 200, placeholder=" …"))

@@ -1,12 +1,12 @@
 """Crops from a `.beton` file: each image is read and decoded once and cropped for every view, in compiled code.
 
-Of FFCV this takes the file format and, from its compiled library, libjpeg-turbo. Its Python package is not imported:
-that takes 5 s and sets the thread counts of torch and numba to 1. Its Loader is left out: it wants one batch size,
-compiles anew in every process, fixes the order before the first batch, and returns whatever pixels a damaged file
-gives. Here threads take a few images at a time through `backends.ffcv_kernel`, without the interpreter lock, and
-a JPEG that libjpeg-turbo remarks on is decoded again by `pipelines.data.decode`, which has the last word.
+This uses FFCV's file format and libjpeg-turbo from its compiled library. Its Python package is not imported: that takes
+5 s and sets the thread counts of torch and numba to 1. Its Loader is not used: it needs one batch size, compiles again
+in every process, fixes the order before the first batch, and returns wrong pixels for a damaged file. Here threads
+process a few images at a time in `backends.ffcv_kernel`, without the interpreter lock. A JPEG for which libjpeg-turbo
+warns is decoded again by `pipelines.data.decode`, whose result is used.
 
-V views · B images a batch · S side of a crop
+V views · B images per batch · S side of a crop
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
 from pipelines.views import BatchPlan, Crops
 
-AHEAD = 3  # batches in work: one that is waited for, and enough behind it for the threads never to stand idle
-TASK_IMAGES = 8  # a task of 224 px photographs takes 4 ms: long to hand over, short against a batch
+AHEAD = 3  # batches in progress: the one that is waited for, and enough after it to keep the threads busy
+TASK_IMAGES = 8  # 224 px photographs take 4 ms per task: long against its overhead, short against a batch
 INSTALL = (
     "install it with `apt-get install pkg-config libopencv-dev libturbojpeg0-dev` and `pip install 'fastmoco[ffcv]'`"
 )
 
 
 class FfcvCrops:
-    """A crop source over the records of an index that was read from a `.beton` file, with `workers` threads.
+    """A crop source over an index that was read from a `.beton` file, with `workers` threads.
 
     Raises BackendMissingError without FFCV, and DataError for an index that is not from a `.beton` file.
     """
@@ -56,7 +56,7 @@ class FfcvCrops:
         except OSError as error:
             raise DataError(f"cannot read {printable(index.records.paths[0])}: {error.strerror}") from error
         self._memory = _Memory(pinned=device.type == "cuda")
-        self._decoders: list[_Decoder] = []  # not in use
+        self._decoders: list[_Decoder] = []  # idle ones
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="crops")
 
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
@@ -102,7 +102,7 @@ class FfcvCrops:
         except IndexError:
             decoder = _Decoder(self._library)
         try:
-            decoder.hold(int(lengths[~raw].max(initial=1)), 3 * int(sizes.astype(np.int64).prod(axis=1).max()))
+            decoder.reserve(int(lengths[~raw].max(initial=1)), 3 * int(sizes.astype(np.int64).prod(axis=1).max()))
             calls = np.array([*self._library.addresses, decoder.handle, self._file], dtype=np.int64)
             offsets = self._records.offsets[chosen]
             crop_task(calls, raw, offsets, lengths, sizes, boxes, decoder.encoded, decoder.pixels, out, first, status)
@@ -115,7 +115,7 @@ class FfcvCrops:
                 crop(pixels.reshape(-1), height, width, boxes[view, row], out[view, first + row])
 
     def close(self) -> None:
-        """Ends the threads once their present tasks are done; iterators in use cannot be continued."""
+        """Stops the threads after their current tasks; open iterators cannot be continued."""
         self._pool.shutdown(cancel_futures=True)
         while self._decoders:
             self._decoders.pop().close()
@@ -126,7 +126,7 @@ class FfcvCrops:
 
 
 class _Batch:
-    """A plan, the crops it will have, and the tasks that fill them."""
+    """A plan, the memory for its crops, and the tasks that fill it."""
 
     def __init__(self, plan: BatchPlan, images: Tensor, tasks: list[Future[None]]) -> None:
         self.plan, self.images, self.tasks = plan, images, tasks
@@ -137,10 +137,10 @@ class _Batch:
 
 
 class _Memory:
-    """Host memory for batches, used again once nobody holds the batch that was in it.
+    """Host memory for batches, reused once the batch in it is no longer referenced.
 
-    Torch does so itself with pinned memory. Elsewhere the C library gives such large blocks back to the system, and
-    the pages of new ones, zeroed one by one, cost a third of the time of decoding and cropping at 224 px.
+    torch caches pinned memory itself. For other memory, the C library returns such large blocks to the system, and
+    zeroing the pages of new ones costs a third of the time of decoding and cropping at 224 px.
     """
 
     def __init__(self, *, pinned: bool) -> None:
@@ -153,7 +153,7 @@ class _Memory:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         free = self._free.setdefault(shape, [])
         block = free.pop() if free else np.empty(shape, dtype=np.uint8)
-        lease = block[:]  # lives as long as any tensor that looks into it
+        lease = block[:]  # lives as long as any tensor that refers to it
         weakref.finalize(lease, free.append, block).atexit = False
         return torch.from_numpy(lease)
 
@@ -162,25 +162,25 @@ class _Memory:
 
 
 class _Library:
-    """libjpeg-turbo as FFCV's compiled library links it, and pread: addresses for compiled code."""
+    """Addresses of libjpeg-turbo's functions, from FFCV's compiled library, and of pread."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("ffcv")
-        found = spec and PathFinder.find_spec("_libffcv", spec.submodule_search_locations)
-        if not found or not found.origin:
+        module = spec and PathFinder.find_spec("_libffcv", spec.submodule_search_locations)
+        if not module or not module.origin:
             raise BackendMissingError(f"--pipeline ffcv needs FFCV, which is not installed: {INSTALL}")
         try:
             import pipelines.backends.ffcv_kernel  # noqa: F401 - needs numba, which FFCV brings
-        except RuntimeError as error:  # that is how numba says it
+        except RuntimeError as error:  # numba's own error for this
             raise BackendMissingError(
-                "numba finds no folder to keep compiled code in; set NUMBA_CACHE_DIR to one that can be written to"
+                "numba has no writable folder for compiled code; set NUMBA_CACHE_DIR to one"
             ) from error
         except ImportError as error:
             raise BackendMissingError(
                 f"--pipeline ffcv needs numba ({error}), which comes with FFCV: {INSTALL}"
             ) from error
         try:
-            library = ctypes.CDLL(found.origin)
+            library = ctypes.CDLL(module.origin)
             self.start, self.end = library.tjInitDecompress, library.tjDestroy
             names = (ctypes.CDLL(None).pread, library.tjDecompressHeader3, library.tjDecompress2)
         except (OSError, AttributeError) as error:
@@ -197,11 +197,11 @@ class _Decoder:
         self._end = library.end
         self.handle = library.start()
         if not self.handle:
-            raise MemoryError("libjpeg-turbo has no memory for a decompressor")
+            raise MemoryError("libjpeg-turbo cannot allocate a decompressor")
         self.encoded = self.pixels = np.empty(0, dtype=np.uint8)
 
-    def hold(self, encoded_bytes: int, pixel_bytes: int) -> None:
-        """Make room. Memory that is not written to costs nothing, so it grows by more than is asked for."""
+    def reserve(self, encoded_bytes: int, pixel_bytes: int) -> None:
+        """Ensures the scratch memory is large enough. Unwritten memory costs nothing, so it grows by extra."""
         if len(self.encoded) < encoded_bytes:
             self.encoded = np.empty(2 * encoded_bytes, dtype=np.uint8)
         if len(self.pixels) < pixel_bytes:

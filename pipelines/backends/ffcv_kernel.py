@@ -1,10 +1,10 @@
-"""Encoded bytes → crops in compiled code without the interpreter lock: one decode of an image, V crops of it.
+"""Encoded bytes → crops in compiled code without the interpreter lock: one decode and V crops per image.
 
-V views · B images of a task · H, W sides of an image · S side of a crop, all in pixels
+V views · B images per task · H, W sides of an image · S side of a crop, all in pixels
 
-Crop and resize are the antialiased bilinear filter of `augment.resample`, rows first and then columns, in float32
-and rounded to nearest once: on the CPU within one level of `torch.nn.functional.interpolate`, which rounds twice.
-Needs numba; FFCV brings it.
+Crop and resize use the antialiased bilinear filter of `augment.resample`, vertically and then horizontally, in float32
+and rounded to nearest once: within one level of `torch.nn.functional.interpolate` on the CPU, which rounds twice. Needs
+numba, a dependency of FFCV.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
 JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
-intrinsic: Any = numba_intrinsic  # for type checkers: it drops the first parameter
+intrinsic: Any = numba_intrinsic  # for type checkers: it removes the first parameter
 DONE, UNREADABLE, OTHER_SIZE, NOT_DECODED = 0, 1, 2, 3
 _RGB = 0  # TJPF_RGB
 
 
 @intrinsic
 def call(typing_context, address, arguments):
-    """`((int64_t (*)(int64_t, ...))address)(*arguments)`: an address is cached by no one, the code around it is."""
+    """`((int64_t (*)(int64_t, ...))address)(*arguments)`: addresses are arguments, so that the code can be cached."""
 
     def generate(context, builder, signature, values):
-        words = cgutils.unpack_tuple(builder, values[1])
-        function = ir.FunctionType(ir.IntType(64), [word.type for word in words])
-        return builder.call(builder.inttoptr(values[0], function.as_pointer()), words)
+        parameters = cgutils.unpack_tuple(builder, values[1])
+        function = ir.FunctionType(ir.IntType(64), [parameter.type for parameter in parameters])
+        return builder.call(builder.inttoptr(values[0], function.as_pointer()), parameters)
 
     return types.int64(types.int64, arguments), generate
 
@@ -39,8 +39,8 @@ def call(typing_context, address, arguments):
 def weighted_pixel(typing_context, pixels, weights, taps):
     """Σ_k weights[k] · pixels[k] of float32 RGB, rounded to nearest: red | green << 8 | blue << 16.
 
-    `pixels` and `weights` are addresses. Four lanes at a time, the fourth of no use: one float behind the last pixel
-    is read too. LLVM makes no vectors of three channels by itself, and this halves the time of a crop.
+    `pixels` and `weights` are addresses. Uses vectors of four lanes, the fourth unused: one float after the last pixel
+    is read too. LLVM does not vectorise three channels by itself, and this halves the time of a crop.
     """
 
     def generate(context, builder, signature, values):
@@ -50,18 +50,18 @@ def weighted_pixel(typing_context, pixels, weights, taps):
         pixels = builder.inttoptr(values[0], scalar.as_pointer())
         weights = builder.inttoptr(values[1], scalar.as_pointer())
         empty = ir.Constant(lanes, ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
+        broadcast = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
         with cgutils.for_range(builder, values[2], intp=index) as loop:
-            place = builder.mul(loop.index, index(3))
-            pixel = builder.bitcast(builder.gep(pixels, [place], source_etype=scalar), lanes.as_pointer())
+            offset = builder.mul(loop.index, index(3))
+            pixel = builder.bitcast(builder.gep(pixels, [offset], source_etype=scalar), lanes.as_pointer())
             pixel = builder.load(pixel, typ=lanes, align=4)
             weight = builder.load(builder.gep(weights, [loop.index], source_etype=scalar), typ=scalar)
             weight = builder.insert_element(empty, weight, ir.IntType(32)(0))
-            weight = builder.shuffle_vector(weight, empty, everywhere)
+            weight = builder.shuffle_vector(weight, empty, broadcast)
             product = builder.fmul(pixel, weight, flags=("contract",))
             builder.store(builder.fadd(builder.load(total, typ=lanes), product, flags=("contract",)), total)
-        whole = builder.fptosi(builder.load(total, typ=lanes), ir.VectorType(ir.IntType(32), 4))
-        narrow = builder.trunc(whole, ir.VectorType(ir.IntType(8), 4))
+        levels = builder.fptosi(builder.load(total, typ=lanes), ir.VectorType(ir.IntType(32), 4))
+        narrow = builder.trunc(levels, ir.VectorType(ir.IntType(8), 4))
         return builder.zext(builder.bitcast(narrow, ir.IntType(32)), index)
 
     return types.int64(types.int64, types.int64, types.int64), generate
@@ -85,14 +85,14 @@ def crop_task(
 
     calls           (5,) int64: addresses of pread, tjDecompressHeader3 and tjDecompress2, a decompressor, the file
     raw             (B,) bool, pixels rather than a JPEG
-    offsets, lengths  (B,) int64, where the bytes lie
+    offsets, lengths  (B,) int64, position and number of the bytes in the file
     sizes           (B, 2) int32 height and width
     boxes           (V, B, 4) int32 top, left, height, width, inside the image
     encoded, pixels  scratch, uint8, for the longest JPEG and for the largest image
     out             (V, rows, S, 3·S) uint8, filled
-    status          (B,) uint8, filled: DONE, or why an image was left out
+    status          (B,) uint8, filled: DONE, or why an image was skipped
     """
-    found = np.empty(4, dtype=np.int32)  # width, height, subsampling, colour space
+    header = np.empty(4, dtype=np.int32)  # width, height, subsampling, colour space
     for i in range(len(raw)):
         height, width = sizes[i, 0], sizes[i, 1]
         if raw[i]:  # only the rows that a box covers
@@ -100,18 +100,18 @@ def crop_task(
             for view in range(len(boxes)):
                 top = min(top, np.int64(boxes[view, i, 0]))
                 bottom = max(bottom, np.int64(boxes[view, i, 0] + boxes[view, i, 2]))
-            skipped, wanted = 3 * width * top, 3 * width * (bottom - top)
-            got = call(calls[0], (calls[4], pixels[skipped:].ctypes.data, wanted, offsets[i] + skipped))
-            status[i] = DONE if got == wanted else UNREADABLE
+            skipped, length = 3 * width * top, 3 * width * (bottom - top)
+            read = call(calls[0], (calls[4], pixels[skipped:].ctypes.data, length, offsets[i] + skipped))
+            status[i] = DONE if read == length else UNREADABLE
         else:
             source, length = encoded.ctypes.data, lengths[i]
-            got = call(calls[0], (calls[4], source, length, offsets[i]))
-            if got != length:
+            read = call(calls[0], (calls[4], source, length, offsets[i]))
+            if read != length:
                 status[i] = UNREADABLE
                 continue
-            info = found.ctypes.data
+            info = header.ctypes.data
             bad = call(calls[1], (calls[3], source, length, info, info + 4, info + 8, info + 12))
-            if np.int32(bad) != 0 or found[0] != width or found[1] != height:
+            if np.int32(bad) != 0 or header[0] != width or header[1] != height:
                 status[i] = OTHER_SIZE
                 continue
             bad = call(calls[2], (calls[3], source, length, pixels.ctypes.data, width, 3 * width, height, _RGB, 0))
@@ -126,9 +126,9 @@ def crop(pixels: np.ndarray, height: int, width: int, box: np.ndarray, out: np.n
     """One crop: pixels (≥ H·W·3,) uint8 and box (4,) int32 → out (S, 3·S) uint8."""
     top, left, box_h, box_w = box
     side = len(out)
-    most = 2 * (max(box_h, box_w) // side + 1)
-    row_first, row_weights = np.empty(side, np.int64), np.empty((side, most), np.float32)
-    column_first, column_weights = np.empty(side, np.int64), np.empty((side, most), np.float32)
+    max_taps = 2 * (max(box_h, box_w) // side + 1)
+    row_first, row_weights = np.empty(side, np.int64), np.empty((side, max_taps), np.float32)
+    column_first, column_weights = np.empty(side, np.int64), np.empty((side, max_taps), np.float32)
     row_taps = triangle(box_h, side, row_first, row_weights)
     column_taps = triangle(box_w, side, column_first, column_weights)
     line = np.zeros(3 * box_w + 1, np.float32)
@@ -140,10 +140,10 @@ def crop(pixels: np.ndarray, height: int, width: int, box: np.ndarray, out: np.n
 
 @njit(**JIT)
 def triangle(length: int, side: int, first: np.ndarray, weights: np.ndarray) -> int:
-    """Weights that resize `length` pixels to `side`, as `resample.filter_matrix` without its zeros.
+    """Weights that resize `length` pixels to `side`: `resample.filter_matrix` without its zeros.
 
-    Output o is the sum over k of weights[o, k] · pixel[first[o] + k]. Returns how many k there are: the most that any
-    output needs, and at most `length`; weights are 0 and pixels inside for the others.
+    Output o is the sum over k of weights[o, k] · pixel[first[o] + k]. Returns the number of k: the maximum over all
+    outputs, at most `length`. Unused weights are 0, and their pixels are inside.
     """
     scale = length / side
     reach = max(scale, 1.0)
@@ -191,10 +191,10 @@ def _rows(pixels: np.ndarray, start: int, stride: int, weights: np.ndarray, taps
 
 @njit(**JIT)
 def _columns(line: np.ndarray, first: np.ndarray, weights: np.ndarray, taps: int, out: np.ndarray) -> None:
-    """Every output pixel of one row, rounded: weights sum to 1, so nothing leaves 0 to 255."""
+    """Every output pixel of one row, rounded. Weights sum to 1, so values stay in 0 to 255."""
     pixels, table, row = line.ctypes.data, weights.ctypes.data, 4 * weights.shape[1]
     for x in range(len(first)):
-        if taps == 2:  # when enlarging; a loop of constant length takes a third off the crop
+        if taps == 2:  # enlarged; a loop of constant length saves a third of the crop's time
             rgb = weighted_pixel(pixels + 12 * first[x], table + row * x, 2)
         else:
             rgb = weighted_pixel(pixels + 12 * first[x], table + row * x, taps)

@@ -1,11 +1,11 @@
-"""Crops from a data set that lives decoded in device memory: nothing is read or decoded after the start.
+"""Crops of a data set held decoded in device memory: nothing is read or decoded after the start.
 
-N images · V views · B images a batch · S side of a crop
+N images · V views · B images per batch · S side of a crop
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipelines.augment.presets import Augmentation
 from pipelines.augment.resample import crop_resize
-from pipelines.cpu_threads import side_by_side
+from pipelines.augment.resize import resize_boxes
+from pipelines.cpu_threads import parallel_for
 from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import load
 from pipelines.transfer import to_device
@@ -23,8 +24,8 @@ from pipelines.views import BatchPlan, Crops
 class ResidentCrops:
     """A crop source over uint8 pixels on the device.
 
-    On CUDA one kernel crops a batch of any sizes. On a CPU, small images of one size are cropped as two matrix
-    products, all others one by one. Raises DataError where the data set does not fit.
+    On CUDA one kernel crops a batch of images of any size. On a CPU, small images of one size are cropped by two matrix
+    products, all others one by one. Raises DataError if the data set does not fit.
     """
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
@@ -42,9 +43,9 @@ class ResidentCrops:
                 yield Crops(self._one_by_one(plan), plan)
 
     def views(self, plan: BatchPlan, augmentation: Augmentation, dtype: torch.dtype, source: np.ndarray) -> Tensor:
-        """Crops and colour of a plan at once, where one kernel can do both: (V, 3, S, S) as `augment_triton.apply`.
+        """Crops and colours a plan with `triton_ops.crop_and_apply`: (V, 3, S, S).
 
-        source (V,) says which row of the plan's flattened views each view is.
+        source (V,) is the row of the plan's flattened views for each view.
         """
         from pipelines.augment.triton_ops import crop_and_apply  # Triton comes with torch's CUDA builds only
 
@@ -66,11 +67,11 @@ class ResidentCrops:
         out = torch.empty((views, count, self._side, 3, self._side), dtype=torch.uint8)
         indices, boxes, pixels = torch.from_numpy(plan.indices), torch.from_numpy(plan.boxes), self._resident.pixels
 
-        def crop(part: slice) -> None:
-            crop_resize(pixels.index_select(0, indices[part]), boxes[:, part], out[:, part])
+        def crop(rows: slice) -> None:
+            crop_resize(pixels.index_select(0, indices[rows]), boxes[:, rows], out[:, rows])
 
-        size = -(-count // torch.get_num_threads())  # one piece a core
-        side_by_side(crop, [slice(start, start + size) for start in range(0, count, size)])
+        size = -(-count // torch.get_num_threads())  # one slice per core
+        parallel_for(crop, [slice(start, start + size) for start in range(0, count, size)])
         return out.permute(0, 1, 2, 4, 3)
 
     def _one_by_one(self, plan: BatchPlan) -> Tensor:
@@ -84,27 +85,4 @@ class ResidentCrops:
         return out
 
     def close(self) -> None:
-        """Nothing but memory to give back, which goes with the object."""
-
-
-def resize_boxes(images: Sequence[Tensor], boxes: np.ndarray, out: Tensor) -> None:
-    """`resize_box` of every box, on all cores. B images (H, W, 3), boxes (V, B, 4), out (V, B, S, S, 3) uint8."""
-
-    def crop(row: int) -> None:
-        for view, box in enumerate(boxes[:, row].tolist()):
-            resize_box(images[row], box, out[view, row])
-
-    side_by_side(crop, range(len(images)))
-
-
-def resize_box(pixels: Tensor, box: list[int], out: Tensor) -> None:
-    """One antialiased bilinear crop on a CPU: (H, W, 3) uint8 and (top, left, height, width) into (S, S, 3) uint8.
-
-    As `torch.nn.functional.interpolate(antialias=True)`, but into its place: a third of the time at 224 pixels, because
-    the result is neither turned to planes and back nor copied.
-    """
-    top, left, height, width = box
-    region = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bilinear2d_aa.out(
-        region, list(out.shape[:2]), False, None, None, out=out.permute(2, 0, 1)[None]
-    )
+        """Nothing to release: the memory is freed with the object."""

@@ -1,7 +1,7 @@
-"""Batches that worker processes write into memory which this process reads: nothing but their numbers is sent.
+"""A ring of batches in shared memory: workers write the images, and only row counts are sent.
 
-A tensor that a worker makes in shared memory for every task costs as much as decoding what is in it: the system zeroes
-its pages, both sides map them, and a file descriptor changes hands. Here the memory is made once.
+A new tensor in shared memory for every task costs as much as decoding its images: the system zeroes its pages, both
+processes map them, and a file descriptor is sent. Here the memory is allocated once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from pipelines.errors import DataError
 
-LENT = 2  # batches that are given out as they lie: the one in use and the one behind it; further ones are copied
+LENT = 2  # batches handed out without a copy: the one in use and the next; further ones are copied
 
 
 class SharedBytes:
-    """Zeroed memory that processes started later also see. It goes with the last of them, however that ends.
+    """Zeroed memory shared with processes started later, freed with the last of them, however that exits.
 
-    It is a file without a name in memory, not one in /dev/shm, which containers limit to 64 MiB.
+    It is an unnamed file in memory, not one in /dev/shm, which containers limit to 64 MiB.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,7 +45,7 @@ class SharedBytes:
 
 
 class _Attached:
-    """The same memory in another process, once the file descriptor has arrived there with the process itself."""
+    """The same memory in another process, mapped from the file descriptor it inherited."""
 
     def __init__(self, descriptor: Any, size: int) -> None:
         number = descriptor.detach()
@@ -58,10 +58,10 @@ def _map(descriptor: int, size: int) -> np.ndarray:
 
 
 class Ring:
-    """Slots for batches of uint8, which are taken, filled by workers and handed out in the same order.
+    """Slots for uint8 batches, which are taken, filled by workers and handed out in the same order.
 
     batch   shape of the largest batch
-    filled  batches that may have been taken and not handed out when another is taken
+    filled  maximum number of batches taken but not yet handed out when another is taken
     """
 
     def __init__(self, batch: tuple[int, ...], filled: int, device: torch.device) -> None:
@@ -69,25 +69,25 @@ class Ring:
         slots = filled + 1 + LENT
         self.memory = SharedBytes(slots * self._slot_bytes)
         self._free = deque(range(slots))
-        self._copied: dict[int, torch.cuda.Event] = {}  # when the device has what was in a slot
+        self._copied: dict[int, torch.cuda.Event] = {}  # recorded once a slot is copied to the device
         self._lent: set[int] = set()
         self._pinned = _Pinned(self.memory.array) if device.type == "cuda" else None
 
     def take(self) -> int:
-        """A slot that nobody reads any more."""
+        """A slot that is no longer read."""
         slot = self._free.popleft()
         if (copied := self._copied.pop(slot, None)) is not None:
-            copied.synchronize()  # long past: the other free slots have had their turn in between
+            copied.synchronize()  # done long ago: all other free slots were used since
         return slot
 
     def offset(self, slot: int) -> int:
-        """Where in the memory it begins."""
+        """Start of a slot in the memory, in bytes."""
         return slot * self._slot_bytes
 
     def hand_out(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """The batch in a slot as a tensor on the device, its own for as long as it is kept."""
+        """The batch in a slot as a tensor on the device, which is not overwritten while it is in use."""
         start = self.offset(slot)
-        batch = self.memory.array[start : start + math.prod(shape)]  # an object that lives as long as tensors show it
+        batch = self.memory.array[start : start + math.prod(shape)]  # lives as long as any tensor that refers to it
         images = torch.from_numpy(batch).view(shape)
         if self._device.type == "cuda":
             on_device = images.to(self._device, non_blocking=True)
@@ -107,7 +107,7 @@ class Ring:
         self._free.append(slot)
 
     def close(self) -> None:
-        """Ends copies to the device. Batches that were lent stay."""
+        """Waits for copies to the device. Lent batches remain valid."""
         for copied in self._copied.values():
             copied.synchronize()
         self._copied.clear()
@@ -116,10 +116,7 @@ class Ring:
 
 
 class _Pinned:
-    """Memory that a GPU may read by itself, without a copy by the processor first.
-
-    Raises DataError where the driver refuses.
-    """
+    """Page-locks memory, so that the GPU reads it without a staging copy. Raises DataError if the driver refuses."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._runtime: Any = torch.cuda.cudart()
@@ -135,7 +132,7 @@ class _Pinned:
         self._address = array.ctypes.data
 
     def close(self) -> None:
-        """Before the memory goes: an address that is used again would still count as pinned."""
+        """Unpins, before the memory is freed: otherwise a reused address would still count as pinned."""
         if self._address is not None:
             torch.cuda.check_error(self._runtime.cudaHostUnregister(self._address))
             self._address = None

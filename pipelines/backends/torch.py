@@ -1,6 +1,6 @@
-"""Worker processes that decode, crop and resize, and write uint8 crops where this process reads them.
+"""Worker processes that decode, crop and resize, and write uint8 crops to shared memory.
 
-The device only ever receives crops of S×S bytes a channel: an eighth to a hundredth of what float views would take.
+The device receives only crops of S×S bytes per channel: an eighth to a hundredth of the size of float views.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.backends.resident import resize_box
+from pipelines.augment.resize import resize_box
 from pipelines.backends.ring import Ring, SharedBytes
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
 from pipelines.views import BatchPlan, Crops
 from pipelines.workers import PREFETCHED, checked, worker_options
 
-# Images a worker takes at a time: small enough for all workers to share a batch, large enough to hide the hand-over.
+# Images per task: few enough for all workers to share a batch, enough to hide the cost of a task.
 CHUNK = 32
 
 
@@ -39,9 +39,9 @@ class TorchCrops:
         first = next(plans, None)
         if first is None:
             return
-        tasks_a_batch = -(-len(first.indices) // CHUNK)
-        in_flight = max(1, self._workers * PREFETCHED)  # tasks, and one more that has arrived
-        ring = Ring(self._shape(first), (in_flight - 1) // tasks_a_batch + 1, self._device)
+        tasks_per_batch = -(-len(first.indices) // CHUNK)
+        in_flight = max(1, self._workers * PREFETCHED)  # tasks, and one that has arrived
+        ring = Ring(self._shape(first), (in_flight - 1) // tasks_per_batch + 1, self._device)
         try:
             yield from self._filled(ring, chain([first], plans))
         finally:
@@ -50,7 +50,7 @@ class TorchCrops:
     def _filled(self, ring: Ring, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         issued: deque[tuple[BatchPlan, int]] = deque()
         options = worker_options(self._workers, self._device)
-        options["pin_memory"] = False  # no tensors come out of it
+        options["pin_memory"] = False  # it returns no tensors
         decoder = _Decoder(ring.memory, self._side)
         loader = DataLoader(decoder, batch_size=None, sampler=self._tasks(ring, plans, issued), **options)
         done = 0
@@ -62,7 +62,7 @@ class TorchCrops:
                 done = 0
 
     def _tasks(self, ring: Ring, plans: Iterable[BatchPlan], issued: deque[tuple[BatchPlan, int]]) -> Iterator[_Task]:
-        """What the workers are to do, in order."""
+        """The tasks of the workers, in order."""
         for plan in plans:
             slot = ring.take()
             issued.append((plan, slot))
@@ -76,13 +76,13 @@ class TorchCrops:
         return (*plan.boxes.shape[:2], self._side, self._side, 3)
 
     def close(self) -> None:
-        """Nothing to give back: workers and memory belong to the iterators."""
+        """Nothing to release: workers and memory belong to the iterators."""
 
 
 class _Task(NamedTuple):
-    """Some rows of a batch. A task carries its own small index, so that workers hold no data set.
+    """Some rows of a batch. A task carries its own small index, so workers hold no data set.
 
-    offset  where in the memory the batch (V, batch, S, S, 3) begins
+    offset  start of the batch (V, batch, S, S, 3) in the shared memory
     first   row of the first of these images
     boxes   (V, images, 4)
     """
@@ -95,7 +95,7 @@ class _Task(NamedTuple):
 
 
 class _Decoder(Dataset):
-    """Decodes the images of a task once each, and writes the crops of every view. Gives their number."""
+    """Decodes each image of a task once and writes the crops of every view. Returns the number of images."""
 
     def __init__(self, memory: SharedBytes, side: int) -> None:
         self._memory, self._side = memory, side
@@ -107,7 +107,7 @@ class _Decoder(Dataset):
         try:
             for row in range(len(task.images)):
                 self._crop(task.images, row, task.boxes[:, row], out[:, row])
-        except DataError as error:  # as a value, because the loader would wrap its one line in a traceback
+        except DataError as error:  # as a value: the loader would wrap its one line in a traceback
             return error
         return len(task.images)
 
@@ -119,19 +119,19 @@ class _Decoder(Dataset):
             reduced = Image.fromarray(pixels)
             for view, (top, left, height, width) in enumerate((boxes / reduction).tolist()):
                 box = (left, top, min(left + width, reduced.width), min(top + height, reduced.height))
-                crop = reduced.resize((self._side, self._side), Image.Resampling.BILINEAR, box)  # parts of pixels too
+                crop = reduced.resize((self._side, self._side), Image.Resampling.BILINEAR, box)  # box of floats
                 out[view] = torch.from_numpy(np.array(crop))
             return
-        whole = torch.from_numpy(np.require(pixels, requirements="W"))  # Pillow's are read-only
+        image = torch.from_numpy(np.require(pixels, requirements="W"))  # Pillow's arrays are read-only
         for view, box in enumerate(boxes.tolist()):
-            resize_box(whole, box, out[view])
+            resize_box(image, box, out[view])
 
 
 def _reduction(boxes: np.ndarray, side: int) -> int:
-    """The smallest size at which a JPEG may be decoded, as 1/r: every crop is still reduced by half or more after it.
+    """The largest r such that a JPEG may be decoded at 1/r of its size: every crop is still reduced by half or more.
 
-    On photographs the views then differ from those of a whole decode by 1.3/255 in the mean and no pixel by more than
-    12/255; allowed down to the crop's own size, by 3/255, and 2 % of the pixels by more than 12/255.
+    On photographs the views then differ from those of a full decode by 1.3/255 in the mean, and no pixel by more than
+    12/255. If r could reduce an image to the crop's own size, it would be 3/255, and 2 % of pixels above 12/255.
     """
     smallest = int(boxes[:, 2:].min())
     return next((r for r in (8, 4, 2) if smallest >= 2 * r * side), 1)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import torch_ops as augment_torch
+from pipelines.augment import torch_ops
 from pipelines.backends.resident import ResidentCrops
 from pipelines.plan.planner import Planner
 from pipelines.transfer import to_device
@@ -16,7 +16,7 @@ from pipelines.views import BatchPlan, Crops, CropSource, Views
 
 
 class TwoViewPipeline:
-    """Both views of every image of a run, in the same order and with the same numbers for any crop source.
+    """Both views of every image of a run, with the same order and parameters for any crop source.
 
     dtype   that of the views: the training dtype of the encoders
     triton  colour (and, from a resident source, crop) in Triton kernels; by default on CUDA
@@ -43,7 +43,7 @@ class TwoViewPipeline:
         return self._ahead(batches) if self.device.type == "cuda" else batches
 
     def _ahead(self, batches: Iterator[Views]) -> Iterator[Views]:
-        """Makes batch n + 1 in a stream of its own while the step works on batch n."""
+        """Prepares batch n + 1 in a separate stream while the training step works on batch n."""
         stream = torch.cuda.Stream(self.device)
         waiting: tuple[Views, torch.cuda.Event] | None = None
         while True:
@@ -65,7 +65,7 @@ class TwoViewPipeline:
             waiting = ready
 
     def _views(self, plan: BatchPlan, crops: Crops | None) -> Views:
-        """Colours a plan's crops; where there are none, the resident source crops and colours in one kernel."""
+        """Colours the crops of a plan; without crops, the resident source crops and colours in one kernel."""
         source = plan.rows
         count = len(source) // 2
         if crops is None:
@@ -79,11 +79,11 @@ class TwoViewPipeline:
 
     def _apply(self, crops: Tensor, params: np.ndarray, source: np.ndarray) -> Tensor:
         if not self.triton:
-            return augment_torch.apply(crops, params, self.planner.augmentation, self.dtype, source)
-        from pipelines.augment import triton_ops as augment_triton  # Triton comes with torch's CUDA builds only
+            return torch_ops.apply(crops, params, self.planner.augmentation, self.dtype, source)
+        from pipelines.augment import triton_ops  # Triton comes with torch's CUDA builds only
 
         on_device = to_device(params, self.device), to_device(source, self.device)
-        return augment_triton.apply(crops, on_device[0], self.planner.augmentation, self.dtype, on_device[1])
+        return triton_ops.apply(crops, on_device[0], self.planner.augmentation, self.dtype, on_device[1])
 
     def close(self) -> None:
         self.source.close()

@@ -1,16 +1,16 @@
-"""FFCV's `.beton` format, version 2, as fastmoco writes and reads it: one file of images and the tables to find them.
+"""FFCV's `.beton` format, version 2, as fastmoco writes and reads it: one file of images and tables of their offsets.
 
     header │ field table │ sample table │ 0…0 │ page │ page │ … │ allocation table        (little-endian)
 
-    header        version, number of fields, bytes a page, N, where the allocation table begins
+    header        version, number of fields, bytes per page, N, offset of the allocation table
     field table   two fields: `image` (kind 2) and `label` (kind 1)
-    sample table  N × (mode, width, height, where the bytes begin, label)
+    sample table  N × (mode, width, height, offset of the bytes, label)
     pages         encoded images (mode 0) or H·W·3 bytes of RGB (mode 1); none crosses the end of a page
-    allocations   N × (sample, where its bytes begin, how many they are), up to the end of the file
+    allocations   N × (sample, offset of its bytes, their number), up to the end of the file
 
-FFCV itself can read such a file. The format carries no mark of being complete: FFCV returns black images from a file
-whose writer died, and other wrong pixels from one that was cut short. So a manifest lies beside it, `NAME.beton.json`,
-written last, with the number of bytes and hashes; a file without one is refused.
+FFCV itself can read such a file. The format does not mark a file as complete: FFCV returns black images from a file
+whose writer died, and other wrong pixels from a truncated one. So a manifest, `NAME.beton.json`, is written last, with
+the number of bytes and hashes; a file without one is refused.
 
 N images · H, W height and width in pixels
 """
@@ -47,15 +47,15 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("length", "<u8")]
 SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
 NO_LABEL = -1
 
-END = b"\xff\xd9"  # never inside the compressed data of a JPEG
+END = b"\xff\xd9"  # does not occur in the compressed data of a JPEG
 
-HASHED_BYTES = 2**30  # a file up to this long is hashed whole at every start, in under a second
+HASHED_BYTES = 2**30  # files up to this size are hashed completely at every start, in under a second
 MANIFEST_FORMAT = "fastmoco beton 1"
 REMEDY = "copy it again, or convert again with tools/make_ffcv.py"
 
 
 def field_table() -> np.ndarray:
-    """The two fields of every file: an image and an integer, neither with arguments."""
+    """The two fields of every file, an image and an integer, both without arguments."""
     table = np.zeros(2, dtype=FIELD)
     table["kind"], table["name"] = (2, 1), (b"image", b"label")
     return table
@@ -63,15 +63,15 @@ def field_table() -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class BetonManifest:
-    """What is recorded beside a file once it is complete.
+    """The manifest of a complete file.
 
     bytes, images  of the file
-    tables_sha256  of header, field table, sample table and allocation table, one behind another
-    file_sha256    of the whole file, or "" where that is longer than HASHED_BYTES
+    tables_sha256  of header, field table, sample table and allocation table, concatenated
+    file_sha256    of the whole file, or "" if it is longer than HASHED_BYTES
     names          N names, relative to the source; undecodable bytes as surrogate escapes
     class_names    of labels 0, 1, ...; empty without labels
-    stored         how many images were copied as they were, re-encoded as JPEG, or kept as raw pixels
-    settings       what the conversion was requested
+    stored         number of images copied unchanged, re-encoded as JPEG, or stored as raw pixels
+    settings       of the conversion
     quarantine     (name, reason) of the images left out
     versions       of the programs that wrote it
     """
@@ -94,10 +94,10 @@ class BetonManifest:
 
     @classmethod
     def from_json(cls, text: str) -> BetonManifest:
-        """Raises ValueError with the reason where the text is no manifest."""
+        """Raises ValueError with the reason if the text is not a manifest."""
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("format") != MANIFEST_FORMAT:
-            raise ValueError(f"it does not say it is '{MANIFEST_FORMAT}'")
+            raise ValueError(f"its format is not '{MANIFEST_FORMAT}'")
         kinds = {
             "dataset": str,
             "bytes": int,
@@ -111,19 +111,19 @@ class BetonManifest:
             if field.name not in values:
                 raise ValueError(f"it has no '{field.name}'")
             if not isinstance(values[field.name], kinds.get(field.name, object)):
-                raise ValueError(f"its '{field.name}' is no {kinds[field.name].__name__}")
+                raise ValueError(f"its '{field.name}' is not of type {kinds[field.name].__name__}")
         if unknown := values.keys() - {field.name for field in fields(cls)}:
             raise ValueError(f"it has an unknown '{printable(min(unknown))}'")
         if not all(isinstance(name, str) for name in values["names"] + values["class_names"]):
             raise ValueError("a name in it is not text")
         if len(values["names"]) != values["images"]:
-            raise ValueError(f"it names {len(values['names']):,} of {values['images']:,} images")
+            raise ValueError(f"it has {len(values['names']):,} names for {values['images']:,} images")
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of a file whose numbers agree with one another.
+    """The tables of a file, checked for consistency.
 
     samples, lengths  (N,) of SAMPLE, and (N,) int64 bytes of every image
     sha256            of all tables
@@ -139,10 +139,10 @@ def manifest_path(path: str) -> str:
 
 
 def read_index(path: str) -> ImageIndex:
-    """The images of a finished `.beton` file, whose tables, hashes and JPEG headers have been checked.
+    """The index of a complete `.beton` file, after checks of its tables, hashes and JPEG headers.
 
-    Files of up to `HASHED_BYTES` are hashed whole. Of longer ones the tables are hashed, and every JPEG must begin
-    with a header of the right size and have its end marker. Raises DataError with what is wrong, in one line.
+    Files of up to `HASHED_BYTES` are hashed completely. In longer ones the tables are hashed, and every JPEG must begin
+    with a header of the right size and have its end marker. Raises DataError with one line of what is wrong.
     """
     path = os.path.abspath(path)
     shown = printable(path)
@@ -151,18 +151,20 @@ def read_index(path: str) -> ImageIndex:
             manifest = _read_manifest(path)
             length = os.fstat(file.fileno()).st_size
             if length != manifest.bytes:
-                raise DataError(f"{shown} is {length:,} bytes and its manifest says {manifest.bytes:,}; {REMEDY}")
+                raise DataError(f"{shown} has {length:,} bytes, but {manifest.bytes:,} in its manifest; {REMEDY}")
             tables = read_tables(file, shown)
             if len(tables.samples) != manifest.images:
                 raise DataError(
-                    f"{shown} holds {len(tables.samples):,} images and its manifest says {manifest.images:,}; {REMEDY}"
+                    f"{shown} has {len(tables.samples):,} images, but {manifest.images:,} in its manifest; {REMEDY}"
                 )
             if tables.sha256 != manifest.tables_sha256:
-                raise DataError(f"the tables of {shown} are not those that were written (SHA-256 differs); {REMEDY}")
+                raise DataError(
+                    f"the tables of {shown} have changed since they were written (SHA-256 differs); {REMEDY}"
+                )
             if length <= HASHED_BYTES:
                 file.seek(0)
                 if hashlib.file_digest(file, "sha256").hexdigest() != manifest.file_sha256:
-                    raise DataError(f"{shown} is not as it was written (SHA-256 differs); {REMEDY}")
+                    raise DataError(f"{shown} has changed since it was written (SHA-256 differs); {REMEDY}")
             labels = _labels(tables.samples["label"], manifest, shown)
             index = _index(path, tables, manifest, labels)
             _check_jpegs(file, index)
@@ -172,17 +174,17 @@ def read_index(path: str) -> ImageIndex:
 
 
 def read_tables(file: IO[bytes], shown: str) -> Tables:
-    """The tables of an open file; `shown` names it in messages. Nothing is allocated before it is known to be there.
+    """The tables of an open file, called `shown` in messages. Sizes are checked before anything is allocated.
 
-    Raises DataError for any number that cannot be true, naming it.
+    Raises DataError with the value for any that is impossible.
     """
 
-    def bad(what: str) -> DataError:
-        return DataError(f"{shown} is not a usable .beton file: {what}; {REMEDY}")
+    def bad(reason: str) -> DataError:
+        return DataError(f"{shown} is not a usable .beton file: {reason}; {REMEDY}")
 
     length = os.fstat(file.fileno()).st_size
     if length < SAMPLES_AT:
-        raise bad(f"{length:,} bytes are fewer than its header takes")
+        raise bad(f"{length:,} bytes are less than its header")
     file.seek(0)
     front = file.read(SAMPLES_AT)
     version, field_count, page_bytes, count, allocations_at = (
@@ -193,10 +195,10 @@ def read_tables(file: IO[bytes], shown: str) -> Tables:
     if field_count != 2 or front[HEADER.itemsize :] != field_table().tobytes():
         raise bad("its fields are not an image and an integer label")
     if page_bytes == 0 or page_bytes & (page_bytes - 1):
-        raise bad(f"its pages are of {page_bytes:,} bytes, expected a power of two")
+        raise bad(f"its pages have {page_bytes:,} bytes, expected a power of two")
     samples_end = SAMPLES_AT + count * SAMPLE.itemsize
     if count == 0 or samples_end > allocations_at or allocations_at + count * ALLOCATION.itemsize != length:
-        raise bad(f"its header claims {count:,} images, and their tables do not fit its {length:,} bytes")
+        raise bad(f"its header claims {count:,} images, whose tables do not fit its {length:,} bytes")
     rows = file.read(count * SAMPLE.itemsize)
     file.seek(allocations_at)
     tail = file.read(count * ALLOCATION.itemsize)
@@ -205,14 +207,14 @@ def read_tables(file: IO[bytes], shown: str) -> Tables:
     samples, allocations = np.frombuffer(rows, SAMPLE), np.frombuffer(tail, ALLOCATION)
 
     if (allocations["sample"] != np.arange(count, dtype=np.uint64)).any():
-        raise bad("its allocation table is not one row for every image, in order")
+        raise bad("its allocation table does not have one row per image, in order")
     if (allocations["pointer"] != samples["pointer"]).any():
         raise bad("its two tables disagree on where the images begin")
     start, size = allocations["pointer"], allocations["length"]
     outside = (start < samples_end) | (start > allocations_at) | (size == 0) | (size > page_bytes)
     outside |= start + np.minimum(size, page_bytes) > allocations_at  # the minimum keeps the sum below 2⁶⁴
     if outside.any():
-        raise bad(f"image {int(outside.argmax())} does not lie inside its pages")
+        raise bad(f"image {int(outside.argmax())} is not inside its pages")
     area = samples["width"].astype(np.uint64) * samples["height"]
     wrong = (area == 0) | (area > MAX_PIXELS) | (samples["mode"] > RAW)
     wrong |= (samples["mode"] == RAW) & (size != 3 * area)
@@ -224,36 +226,36 @@ def read_tables(file: IO[bytes], shown: str) -> Tables:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from the first frame header of a JPEG, or None if `data` holds none (ITU T.81, B.1 and B.2)."""
+    """(height, width) from the first frame header of a JPEG, or None if `data` has none (ITU T.81, B.1 and B.2)."""
     if data[:2] != b"\xff\xd8":
         return None
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+            return int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
         if marker == 0xFF:  # a fill byte
-            place += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these stand alone
-            place += 2
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
+            at += 2
         else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4])
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return None
 
 
 def _read_manifest(path: str) -> BetonManifest:
-    beside = manifest_path(path)
+    manifest = manifest_path(path)
     try:
-        with open(beside, encoding="utf-8") as file:
+        with open(manifest, encoding="utf-8") as file:
             return BetonManifest.from_json(file.read())
     except FileNotFoundError as error:
         raise DataError(
-            f"{printable(path)} has no manifest {printable(os.path.basename(beside))}: its conversion did not finish, "
-            f"or it is not from tools/make_ffcv.py; convert again"
+            f"{printable(path)} has no manifest {printable(os.path.basename(manifest))}: its conversion did not finish "
+            f"or was not by tools/make_ffcv.py; convert again"
         ) from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{printable(beside)} is not a usable manifest: {reason}; {REMEDY}") from error
+        raise DataError(f"{printable(manifest)} is not a usable manifest: {reason}; {REMEDY}") from error
 
 
 def _labels(labels: np.ndarray, manifest: BetonManifest, shown: str) -> np.ndarray | None:
@@ -261,8 +263,8 @@ def _labels(labels: np.ndarray, manifest: BetonManifest, shown: str) -> np.ndarr
     if classes == 0 and (labels == NO_LABEL).all():
         return None
     if labels.min() < 0 or labels.max() >= classes:
-        found = f"labels {labels.min()} to {labels.max()}"
-        raise DataError(f"{shown} has {found} and its manifest names {classes} classes; {REMEDY}")
+        bounds = f"labels {labels.min()} to {labels.max()}"
+        raise DataError(f"{shown} has {bounds}, but {classes} classes in its manifest; {REMEDY}")
     return labels.astype(np.int64)
 
 
@@ -284,11 +286,11 @@ def _check_jpegs(file: IO[bytes], index: ImageIndex) -> None:
         start, length = offsets[i], lengths[i]
         size = jpeg_size(os.pread(descriptor, min(length, 1024), start))
         tail = min(length, 4096)
-        ended = END in os.pread(descriptor, tail, start + length - tail)
-        if size is None or not ended:  # profiles stand before the frame header, and junk behind the end marker
+        complete = END in os.pread(descriptor, tail, start + length - tail)
+        if size is None or not complete:  # a profile before the frame header, or other data after the end marker
             data = os.pread(descriptor, length, start)
             size = jpeg_size(data) if END in data else None
         if size != tuple(sizes[i]):
             height, width = sizes[i]
-            found = "no whole JPEG" if size is None else f"a JPEG of {size[1]}×{size[0]} pixels"
-            raise DataError(f"{index.display_name(i)} is {found}, expected {width}×{height}; {REMEDY}")
+            actual = "not a complete JPEG" if size is None else f"a JPEG of {size[1]}×{size[0]} pixels"
+            raise DataError(f"{index.display_name(i)} is {actual}, expected {width}×{height}; {REMEDY}")

@@ -1,7 +1,7 @@
-"""Writing a `.beton` file that is complete or not there.
+"""Writes a `.beton` file that is either complete or absent.
 
-The format is in `data.beton`. FFCV's own DatasetWriter is not used: it waits for ever for a worker that met a bad
-image, and what it leaves behind when it is killed looks like a finished file.
+The format is described in `data.beton`. FFCV's own DatasetWriter is not used: it hangs if a worker fails on a bad
+image, and if killed it leaves a file that looks complete.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -30,26 +31,27 @@ from pipelines.data.beton import (
 )
 from pipelines.data.decode import printable
 from pipelines.errors import DataError
+from pipelines.files import sha256, sync, write_atomically
 
-PAGE_BYTES = 2**23  # FFCV's own choice; larger where an image needs it
-MAX_SIDE = 65_535  # the format keeps a side in two bytes
+PAGE_BYTES = 2**23  # FFCV's default; larger if an image needs it
+MAX_SIDE = 65_535  # the format stores a side in two bytes
 
 
 class BetonWriter:
-    """Collects images under a temporary name; `finish` gives the file its own and then writes the manifest.
+    """Writes images to a temporary file; `finish` renames it and then writes the manifest.
 
     A context manager: leaving it without `finish` removes what was written. A killed process leaves `PATH.partial`,
     which the next conversion to PATH replaces. Only one process at a time can write to PATH.
 
-    capacity     the most images that will be added
-    largest      the most bytes that one image takes
+    capacity     maximum number of images
+    largest      maximum bytes of an image
     """
 
     def __init__(self, path: str, capacity: int, largest: int) -> None:
         self.path = os.path.abspath(path)
         for existing in (self.path, manifest_path(self.path)):
             if os.path.lexists(existing):
-                raise DataError(f"{printable(existing)} exists; remove it, or give another name")
+                raise DataError(f"{printable(existing)} exists; remove it, or choose another name")
         self._page = max(PAGE_BYTES, 1 << (largest - 1).bit_length())
         if self._page >= 2**32:
             raise DataError(f"an image takes up to {largest:,} bytes; FFCV's pages end at 2 GiB")
@@ -88,7 +90,7 @@ class BetonWriter:
         return self._names
 
     def add(self, data: bytes | np.ndarray, size: tuple[int, int], label: int | None, name: str) -> None:
-        """Append a JPEG (bytes) or pixels (H, W, 3) uint8. Raises DataError for a side that the format cannot hold."""
+        """Append a JPEG (bytes) or pixels (H, W, 3) uint8. Raises DataError for a side above `MAX_SIDE`."""
         height, width = size
         if max(size) > MAX_SIDE:
             raise DataError(f"{printable(name)} is {width}×{height} pixels; a .beton file holds sides up to {MAX_SIDE}")
@@ -106,8 +108,8 @@ class BetonWriter:
         self._count += 1
 
     def finish(self, manifest: Callable[[int, str, str], BetonManifest]) -> BetonManifest:
-        """Write the tables, wait for the disk, rename, and write `manifest(bytes, tables_sha256, file_sha256)`."""
-        assert self._count, "a .beton file of no images"
+        """Write the tables, fsync, rename, and write the manifest `manifest(bytes, tables_sha256, file_sha256)`."""
+        assert self._count, "a .beton file without images"
         descriptor = self._file.fileno()
         header = np.array([(VERSION, 2, self._page, self._count, self._end)], dtype=HEADER)
         front = header.tobytes() + field_table().tobytes() + self._rows[: self._count].tobytes()
@@ -115,36 +117,19 @@ class BetonWriter:
         _write(descriptor, front, 0)
         _write(descriptor, back, self._end)
         length = self._end + len(back)
-        digest = ""
-        if length <= HASHED_BYTES:
-            with open(self._partial, "rb") as written:
-                digest = hashlib.file_digest(written, "sha256").hexdigest()
-        beside = manifest_path(self.path)
+        digest = sha256(Path(self._partial)) if length <= HASHED_BYTES else ""
         record = manifest(length, hashlib.sha256(front + back).hexdigest(), digest)
         os.fsync(descriptor)
         os.rename(self._partial, self.path)
         self._file.close()
-        _sync_folder(self.path)
-        with open(beside + ".partial", "w", encoding="utf-8") as file:
-            file.write(record.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(beside + ".partial", beside)
-        _sync_folder(self.path)
+        sync(Path(self.path).parent)
+        write_atomically(Path(manifest_path(self.path)), record.to_json())
         return record
 
 
-def _write(descriptor: int, data: bytes | memoryview, place: int) -> None:
-    """All of `data` at `place`: one pwrite stops at 2 GiB and where a disk fills."""
+def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`: one pwrite may write less, at most 2 GiB."""
     rest = memoryview(data)
     while len(rest):
-        done = os.pwrite(descriptor, rest, place)
-        rest, place = rest[done:], place + done
-
-
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written

@@ -1,8 +1,7 @@
-"""Any input → what to pretrain on and what to evaluate on: a folder, a list of paths, archives, or a name."""
+"""Opens a data set for pretraining and evaluation: a folder, a list of paths, archives, or a name."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from pipelines.data.named import array_dataset, imagenette_folders, shapes
 from pipelines.data.names import ARRAYS, NAMES
 from pipelines.data.tar_shards import Shards, find_shards, labels_of, list_members, read_sizes
 from pipelines.errors import DataError
+from pipelines.suggest import closest
 
 __all__ = ["BadImages", "DataFiles", "Dataset", "ImageIndex", "find_files", "load_dataset"]
 
 BadImages = Literal["error", "quarantine"]
-MAX_BAD_FRACTION = 0.1  # more than this is no longer a few bad files but the wrong folder, or a broken disk
+MAX_BAD_FRACTION = 0.1  # above this it is not a few bad files but the wrong folder, or a broken disk
 
 
 def load_dataset(
@@ -33,16 +33,16 @@ def load_dataset(
 ) -> Dataset:
     """The data set that `data` names.
 
-    data        a name of `names.NAMES` (which wins over a folder of that name here: write `./cifar10` for the folder);
-                a folder, with `train` and `val` in it, of class folders, or of images at any depth (`image_files`);
+    data        a name in `names.NAMES` (which takes precedence over a folder of that name: write `./cifar10` for the
+                folder); a folder that contains `train` and `val`, class folders, or images at any depth (`data.files`);
                 a text file of paths; tar archives, a folder of them or a pattern such as
-                `train-{000..146}.tar` (`tar_shards`); or a `.beton` file of `tools/make_ffcv.py`, where val.beton,
-                valid.beton, validation.beton or test.beton in the folder of a train.beton is evaluated on
-    data_root   where named data sets are downloaded to
-    limit       at most so many images of each part, for a trial: spread over the classes, or evenly over the order
-    bad_images  what an unusable file does: stop with an error, or leave it out and write it into the ledger
+                `train-{000..146}.tar` (`tar_shards`); or a `.beton` file of `tools/make_ffcv.py`; the test split of a
+                train.beton is val.beton, valid.beton, validation.beton or test.beton in the same folder
+    data_root   the folder that named data sets are downloaded to
+    limit       maximum number of images per split: spread over the classes, or evenly over the order without labels
+    bad_images  for an unusable file: raise an error, or leave it out and record it in the ledger
 
-    Raises DataError with what was found, expected, and what to do.
+    Raises DataError with the actual value, what was expected, and the remedy.
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit is {limit} images; expected 1 or more, or none")
@@ -59,12 +59,12 @@ def load_dataset(
     files = find_files(data, data_root=root)
     known = manifest.find(files.path, root)
     named = [(files.train, files.train_name)] + ([] if files.test is None else [(files.test, files.test_name)])
-    parts = [_index(part, name, files.class_names, limit, bad_images, known) for part, name in named]
+    splits = [_index(split, name, files.class_names, limit, bad_images, known) for split, name in named]
     return Dataset(
-        *(part.images for part in parts),
-        quarantine=tuple(entry for part in parts for entry in part.ledger),
-        skipped=sum(part.skipped for part in parts),
-        indexing="" if known is None else _indexing(sum(part.opened for part in parts)),
+        *(split.images for split in splits),
+        quarantine=tuple(entry for split in splits for entry in split.left_out),
+        skipped=sum(split.skipped for split in splits),
+        indexing="" if known is None else _indexing(sum(split.opened for split in splits)),
     )
 
 
@@ -75,40 +75,40 @@ def _from_beton(path: Path) -> Dataset:
 
 
 def _from_shards(shards: Shards, limit: int | None, bad_images: BadImages) -> Dataset:
-    parts = [_shards_part(archives, limit, bad_images) for archives in shards if archives]
-    if len(parts) == 2:
-        train, test = (part.images for part in parts)
+    splits = [_shards_split(archives, limit, bad_images) for archives in shards if archives]
+    if len(splits) == 2:
+        train, test = (split.images for split in splits)
         if train.labels is not None and test.labels is not None and train.class_names != test.class_names:
             raise DataError(
-                f"the archives of {printable(train.name)} and {printable(test.name)} have other classes "
+                f"the archives of {printable(train.name)} and {printable(test.name)} have different classes "
                 f"({len(train.class_names)} and {len(test.class_names)}); expected the same, or a classes.txt"
             )
     return Dataset(
-        *(part.images for part in parts),
-        quarantine=tuple(entry for part in parts for entry in part.ledger),
-        skipped=sum(part.skipped for part in parts),
+        *(split.images for split in splits),
+        quarantine=tuple(entry for split in splits for entry in split.left_out),
+        skipped=sum(split.skipped for split in splits),
     )
 
 
-def _shards_part(archives: tuple[str, ...], limit: int | None, bad_images: BadImages) -> _Part:
+def _shards_split(archives: tuple[str, ...], limit: int | None, bad_images: BadImages) -> _Split:
     members = list_members(archives)
     labels, class_names = labels_of(archives, members.files)
     positions = limit_positions(len(members.files.paths), labels, limit)
     records = members.records.select(positions)
     sizes, bad = read_sizes(records)
-    some = None if labels is None else labels[positions]
+    selected = None if labels is None else labels[positions]
     name = os.path.join(os.path.basename(os.path.dirname(archives[0])), os.path.basename(archives[0]))
-    whole = ImageIndex(name, sizes, some, class_names, records=records)
-    return _without_bad(whole, bad, bad_images, skipped=members.files.skipped, opened=len(positions))
+    index = ImageIndex(name, sizes, selected, class_names, records=records)
+    return _without_bad(index, bad, bad_images, skipped=members.files.skipped, opened=len(positions))
 
 
 @dataclass(frozen=True, eq=False)
 class DataFiles:
     """The files of a data set, before any of them is opened.
 
-    path   the folder or list file, absolute; a manifest is kept for it
-    train  what pretraining sees, and `test` what is evaluated on, or None; with what people call them
-    class_names  what people call the classes, where that is not their folders' names
+    path         the folder or list file, absolute; a manifest belongs to it
+    train, test  the files for pretraining, and those for evaluation or None; with their display names
+    class_names  display names of the classes, if different from the folder names
     """
 
     path: str
@@ -120,7 +120,7 @@ class DataFiles:
 
 
 def find_files(data: str, *, data_root: str | Path) -> DataFiles:
-    """The files that `data` stands for, as in `load_dataset`. Raises DataError, also where it is not kept in files."""
+    """The files of `data`, as in `load_dataset`. Raises DataError, also if the data set is not stored as files."""
     root = Path(data_root).expanduser()
     if data == "shapes" or data in ARRAYS:
         kind = "drawn in memory" if data == "shapes" else "downloaded as one verified archive"
@@ -130,13 +130,13 @@ def find_files(data: str, *, data_root: str | Path) -> DataFiles:
         return replace(_in_folder(str(folder), data), class_names=class_names)
     path = os.path.abspath(os.path.expanduser(data))
     if data.endswith(".beton"):
-        raise DataError(f"{printable(data)} holds records, checked when it was written; expected the images it is from")
+        raise DataError(f"{printable(data)} holds records, checked when written; expected the original images")
     if os.path.isdir(path):
         return _in_folder(path, os.path.basename(path) or path)
     if os.path.isfile(path):
         return DataFiles(path, read_list(path), os.path.basename(path))
-    close = difflib.get_close_matches(data.lower(), NAMES, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"names are {', '.join(NAMES)}"
+    suggestion = closest(data.lower(), NAMES, cutoff=0.6)
+    hint = f"names are {', '.join(NAMES)}" if suggestion is None else f"did you mean {suggestion}?"
     raise DataError(f"{printable(data)} does not exist; expected a folder, a list of paths or a name: {hint}")
 
 
@@ -153,22 +153,23 @@ def _in_folder(root: str, name: str) -> DataFiles:
 
 def _check_same_classes(train: ImageFiles, train_folder: str, test: ImageFiles, test_folder: str) -> None:
     if train.classes is None or test.classes is None:
-        return  # one of them is a heap: nothing can disagree, and an evaluation that needs labels says so
-    here, there = set(train.classes), set(test.classes)
-    if here != there:
-        odd = min(here ^ there)
-        has, lacks = (train_folder, test_folder) if odd in here else (test_folder, train_folder)
+        return  # one split has no labels, so the classes cannot disagree; an evaluation that needs labels reports it
+    in_train, in_test = set(train.classes), set(test.classes)
+    if in_train != in_test:
+        odd = min(in_train ^ in_test)
+        has, lacks = (train_folder, test_folder) if odd in in_train else (test_folder, train_folder)
         raise DataError(
             f"the class '{printable(odd)}' is in {printable(has)} and not in {printable(lacks)} "
-            f"({len(here)} and {len(there)} classes, {len(here ^ there)} not shared); expected the same class folders"
+            f"({len(in_train)} and {len(in_test)} classes, {len(in_train ^ in_test)} not shared); expected the same "
+            f"class folders"
         )
 
 
-class _Part(NamedTuple):
-    """An index; the images left out of it with their reasons, files passed over, and how many were opened for it."""
+class _Split(NamedTuple):
+    """The index of a split, (path, reason) of bad images left out, and the numbers of files skipped and opened."""
 
     images: ImageIndex
-    ledger: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...]
     skipped: int
     opened: int
 
@@ -180,22 +181,22 @@ def _index(
     limit: int | None,
     bad_images: BadImages,
     known: ScanManifest | None,
-) -> _Part:
-    """The index of these files; only those within `limit` are opened, and only where no scan knows them as they are."""
+) -> _Split:
+    """The index of these files. Opens only files within `limit` that changed since the scan or were not scanned."""
     labels = files.labels()
     positions = limit_positions(len(files.paths), labels, limit)
     paths = [files.paths[i] for i in positions]
     sizes, bad, opened = (*read_headers(paths), len(paths)) if known is None else known.headers(paths)
-    some = None if labels is None else labels[positions]
-    whole = ImageIndex(name, sizes, some, class_names or files.class_names(), paths=tuple(paths))
-    return _without_bad(whole, bad, bad_images, skipped=files.skipped, opened=opened)
+    selected = None if labels is None else labels[positions]
+    index = ImageIndex(name, sizes, selected, class_names or files.class_names(), paths=tuple(paths))
+    return _without_bad(index, bad, bad_images, skipped=files.skipped, opened=opened)
 
 
 def _without_bad(
-    whole: ImageIndex, bad: list[tuple[int, str]], bad_images: BadImages, *, skipped: int, opened: int
-) -> _Part:
-    """The index without the images of `bad`, (position, reason). Raises DataError where none or so many may be bad."""
-    allowed = MAX_BAD_FRACTION * len(whole) if bad_images == "quarantine" else 0
+    index: ImageIndex, bad: list[tuple[int, str]], bad_images: BadImages, *, skipped: int, opened: int
+) -> _Split:
+    """The index without the images of `bad`, (position, reason). Raises DataError if more are bad than allowed."""
+    allowed = MAX_BAD_FRACTION * len(index) if bad_images == "quarantine" else 0
     if len(bad) > allowed:
         remedy = (
             f"at most {MAX_BAD_FRACTION:.0%} may be left out"
@@ -203,27 +204,27 @@ def _without_bad(
             else "fix or remove them, or ask for bad images to be quarantined"
         )
         raise DataError(
-            f"{len(bad):,} of {len(whole):,} images of {printable(whole.name)} are bad; {remedy}. {bad[0][1]}"
+            f"{len(bad):,} of {len(index):,} images of {printable(index.name)} are bad; {remedy}. {bad[0][1]}"
         )
     if not bad:
-        return _Part(whole, (), skipped, opened)
-    good = np.delete(np.arange(len(whole)), [i for i, _ in bad])
-    left_out = tuple((whole.path(i), reason) for i, reason in bad)
-    return _Part(whole.select(good), left_out, skipped, opened)
+        return _Split(index, (), skipped, opened)
+    good = np.delete(np.arange(len(index)), [i for i, _ in bad])
+    left_out = tuple((index.path(i), reason) for i, reason in bad)
+    return _Split(index.select(good), left_out, skipped, opened)
 
 
 def _indexing(opened: int) -> str:
-    """How the sizes of the images came to be known, in words."""
+    """Text that describes the source of the image sizes."""
     if opened == 0:
         return "as scanned"
     return f"as scanned, but for {opened:,} new or changed {'file' if opened == 1 else 'files'}"
 
 
 def limit_positions(count: int, labels: np.ndarray | None, limit: int | None) -> np.ndarray:
-    """Which of `count` images a limit keeps, in order: (min(count, limit),) int64.
+    """Positions of the images that a limit keeps, in order: (min(count, limit),) int64.
 
-    With labels, the first of every class, then the second of every class, and so on until `limit` are taken; without,
-    evenly spaced ones. The images of a smaller limit need not be among those of a larger one without labels.
+    With labels, the first of every class, then the second of every class, and so on until `limit` are chosen; without
+    labels, evenly spaced ones, so those of a smaller limit need not be among those of a larger one.
     """
     if limit is None or limit >= count:
         return np.arange(count)
@@ -237,13 +238,13 @@ def limit_positions(count: int, labels: np.ndarray | None, limit: int | None) ->
 
 
 def _limited(dataset: Dataset, limit: int | None) -> Dataset:
-    """A data set in memory, cut to `limit` images a part."""
+    """A data set cut to `limit` images per split."""
 
-    def part(index: ImageIndex | None) -> ImageIndex | None:
+    def limited(index: ImageIndex | None) -> ImageIndex | None:
         if index is None or limit is None or limit >= len(index):
             return index
         return index.select(limit_positions(len(index), index.labels, limit))
 
-    train = part(dataset.train)
+    train = limited(dataset.train)
     assert train is not None
-    return Dataset(train, part(dataset.test), bank=train if dataset.bank is dataset.train else part(dataset.bank))
+    return Dataset(train, limited(dataset.test), bank=train if dataset.bank is dataset.train else limited(dataset.bank))

@@ -1,7 +1,7 @@
-"""Which files are the images: folders, class folders and lists, before any of them is opened.
+"""Lists image files and their classes, from folders, class folders and list files, without opening images.
 
-The order is that of the bytes of the relative paths, on every machine. Hidden files and folders and `__MACOSX` do not
-exist; other files that are not named like an image are counted and passed over.
+Files are sorted by the bytes of their relative paths, on every machine. Hidden files and folders and `__MACOSX` are
+ignored; other files without an image extension are counted and skipped.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pipelines.data.decode import printable
 from pipelines.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-TEST_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists beside `train` is evaluated on
+TEST_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists next to `train` is the test split
 
 _LIST_PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Names of image files, and what their places say about them.
+    """Image files, and their classes if the folders or the list define them.
 
     paths    absolute, in order
-    classes  the class of each file, or None when the places say nothing
-    skipped  how many other files there were
+    classes  the class name of each file, or None without classes
+    skipped  number of other files
     """
 
     paths: tuple[str, ...]
@@ -51,8 +51,8 @@ class ImageFiles:
 def find_splits(root: str) -> tuple[str, str | None]:
     """(training folder, test folder or None) of `root`: its `train` and `val` (`valid`, `validation`, `test`).
 
-    They count as splits if `train` stands beside at least one of the others, or alone; else `root` itself is the
-    training folder, so that a class may be called `train`.
+    They are splits if `train` exists with at least one of the others, or is the only folder; otherwise `root` itself is
+    the training folder, so that a class may be called `train`.
     """
     _, folders, _ = _entries(root)
     names = {os.path.basename(folder).lower(): folder for folder in folders}
@@ -63,16 +63,16 @@ def find_splits(root: str) -> tuple[str, str | None]:
 
 
 def list_folder(root: str) -> ImageFiles:
-    """Every image below `root`, with its class where the folders are classes.
+    """Every image below `root`, with its class if the folders are classes.
 
-    Folders are classes if no image lies directly in `root`, every image lies directly in one of its sub-folders, and
-    there are at least two of those; then each of them must have an image. Anything else is a heap without labels.
+    Folders are classes if no image is directly in `root`, every image is directly in one of its sub-folders, and there
+    are at least two of those; then each of them must contain an image. In any other layout images have no labels.
 
-    A folder reached twice, through symbolic links, is listed once, under its own name if it has one below `root`.
-    Raises DataError where a folder cannot be read or holds no image.
+    A folder reached twice, through symbolic links, is listed once, under its real path if that is below `root`.
+    Raises DataError if a folder cannot be read or there are no images.
     """
-    seen, found, skipped = set(), [], 0
-    folders, links = [root], []  # links wait until every folder has been listed under its own name
+    seen, paths, skipped = set(), [], 0
+    folders, links = [root], []  # links are followed after all real folders
     while folders or links:
         folder = folders.pop() if folders else links.pop()
         identity, below, files = _entries(folder)
@@ -82,27 +82,27 @@ def list_folder(root: str) -> ImageFiles:
         for path in below:
             (links if os.path.islink(path) else folders).append(path)
         images = [path for path in files if path.lower().endswith(EXTENSIONS)]
-        found += images
+        paths += images
         skipped += len(files) - len(images)
         links.sort(key=os.fsencode, reverse=True)
-    if not found:
+    if not paths:
         raise DataError(
             f"{printable(root)} holds no images ({_count(skipped, 'other file')}); expected files that end in "
             f"{', '.join(EXTENSIONS)}, in it or below"
         )
-    found.sort(key=os.fsencode)
-    return ImageFiles(tuple(found), _classes(root, found), skipped)
+    paths.sort(key=os.fsencode)
+    return ImageFiles(tuple(paths), _classes(root, paths), skipped)
 
 
 def read_list(path: str) -> ImageFiles:
-    """The images a text file names: one path a line, relative to the file's folder, with `<TAB>class` or without.
+    """The images of a list file: one path per line, relative to the file's folder, optionally with `<TAB>class`.
 
-    Every line has a class or none has. Order and repetitions are kept. Raises DataError naming the line.
+    Either every line has a class or none has. Keeps order and repetitions. Raises DataError with the line number.
     """
     with open(path, "rb") as file:
         if b"\0" in file.read(_LIST_PROBE_BYTES):
             raise DataError(
-                f"{printable(path)} is neither a folder nor a list; expected text with one image path a line"
+                f"{printable(path)} is neither a folder nor a list; expected text with one image path per line"
             )
     text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
     folder = os.path.dirname(os.path.abspath(path))
@@ -124,13 +124,13 @@ def read_list(path: str) -> ImageFiles:
             )
             raise DataError(f"line {number} of {printable(path)} has {has}; give a class on every line or on none")
     if not paths:
-        raise DataError(f"{printable(path)} names no images; expected one path a line")
+        raise DataError(f"{printable(path)} names no images; expected one path per line")
     labelled = tuple(name for name in classes if name is not None)
     return ImageFiles(tuple(paths), labelled or None)
 
 
 def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
-    """(identity, folders, files) of `folder`, hidden ones left out. A link to nothing is a file, later found bad."""
+    """(identity, folders, files) of `folder` without hidden ones. A dangling link counts as a file, bad later."""
     folders, files = [], []
     try:
         status = os.stat(folder)
@@ -150,7 +150,7 @@ def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
 
 
 def _classes(root: str, images: list[str]) -> tuple[str, ...] | None:
-    """The first-level folder of each image if those are classes by the rule of `list_folder`."""
+    """The first-level folder of each image, if those are classes by the rule of `list_folder`."""
     parents = [os.path.dirname(image) for image in images]
     name_of = {parent: os.path.relpath(parent, root) for parent in set(parents)}
     if len(name_of) < 2 or any(os.sep in name or name == os.curdir for name in name_of.values()):
@@ -166,5 +166,5 @@ def _classes(root: str, images: list[str]) -> tuple[str, ...] | None:
     return tuple(name_of[parent] for parent in parents)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

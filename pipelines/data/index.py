@@ -1,4 +1,4 @@
-"""What a data set is to every backend: N upright images, their sizes, their labels, and where their bytes are.
+"""The index of a data set: N upright images, their sizes and labels, and where their bytes are stored.
 
 N images · H, W height and width in pixels of the whole, upright image
 """
@@ -19,14 +19,14 @@ from pipelines.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class PackedRecords:
-    """Where N images lie inside of larger files.
+    """The positions of N images inside larger files.
 
     paths    the files, absolute
-    files    (N,) int32, which of them holds each image
-    offsets  (N,) int64, first byte of every image
-    lengths  (N,) int64, its bytes
+    files    (N,) int32, position in `paths` of the file of each image
+    offsets  (N,) int64, first byte of each image
+    lengths  (N,) int64, its number of bytes
     raw      (N,) bool, H·W·3 bytes of RGB rather than an encoded image
-    names    what the images are called, for messages
+    names    of the images, for messages
     """
 
     paths: tuple[str, ...]
@@ -42,7 +42,7 @@ class PackedRecords:
         return self.paths[0].endswith(".beton")
 
     def select(self, positions: np.ndarray) -> PackedRecords:
-        """Of the files only those that are needed are kept, so that a small selection is small."""
+        """The records at `positions`, with only the paths they need, so that a small selection is small."""
         used, files = np.unique(self.files[positions], return_inverse=True)
         return PackedRecords(
             tuple(self.paths[i] for i in used.tolist()),
@@ -54,15 +54,15 @@ class PackedRecords:
         )
 
     def path(self, i: int) -> str:
-        """The file that holds image i."""
+        """The file that contains image i."""
         return self.paths[self.files[i]]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, also where the file ends before them."""
+        """The bytes of image i. Raises OSError, also if the file is too short."""
         with open(self.path(i), "rb", buffering=0) as file:
             data = os.pread(file.fileno(), int(self.lengths[i]), int(self.offsets[i]))
         if len(data) != self.lengths[i]:
-            raise OSError("the file ends before it")
+            raise OSError("the file is too short")
         return data
 
 
@@ -70,14 +70,14 @@ class PackedRecords:
 class ImageIndex:
     """N images: files (`paths`), parts of files (`records`) or an array in memory (`pixels`), one of the three.
 
-    name         what people call it, in tables and logs
+    name         display name, for tables and logs
     sizes        (N, 2) int32, height and width after EXIF orientation
-    labels       (N,) int64, or None when nothing is known about the images
+    labels       (N,) int64, or None without labels
     class_names  names of the labels 0, 1, ...; empty without labels
-    paths        N absolute paths; undecodable bytes of a name are kept as surrogate escapes, so that `open` finds them
+    paths        N absolute paths; undecodable bytes of a name are surrogate escapes, so that `open` works
     pixels       (N, H, W, 3) uint8 RGB
-    records      where in a `.beton` file or in tar archives they lie
-    ledger       where an image that has become bad is written down and replaced by a grey one; None to make it an error
+    records      positions in a `.beton` file or in tar archives
+    ledger       records images that have become bad, which are then replaced by grey; None: a bad image is an error
     """
 
     name: str
@@ -90,11 +90,9 @@ class ImageIndex:
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
-        places = [
-            place for place in (self.paths, self.pixels, self.records and self.records.offsets) if place is not None
-        ]
-        assert len(places) == 1, "images are files, parts of files, or an array"
-        count = len(places[0])
+        given = [x for x in (self.paths, self.pixels, self.records and self.records.offsets) if x is not None]
+        assert len(given) == 1, "images are files, parts of files, or an array"
+        count = len(given[0])
         assert self.sizes.shape == (count, 2)
         assert self.sizes.dtype == np.int32
         assert self.pixels is None or (self.pixels.dtype == np.uint8 and self.pixels.shape[3:] == (3,))
@@ -113,14 +111,14 @@ class ImageIndex:
         return len(self.sizes)
 
     def is_encoded(self, i: int) -> bool:
-        """Whether image i is the bytes of an image file, rather than pixels in memory or in a `.beton`."""
+        """Whether image i is an encoded file, rather than pixels in memory or in a `.beton`."""
         return self.pixels is None and not (self.records is not None and self.records.raw[i])
 
     def read(self, i: int, reduction: int = 1) -> np.ndarray:
-        """Image i, upright: (H, W, 3) uint8 RGB. Raises DataError where the file is unreadable, bad or has changed.
+        """Image i, upright: (H, W, 3) uint8 RGB, or with a reduction r (⌈H/r⌉, ⌈W/r⌉, 3) if `decode` supports it.
 
-        With a reduction, (⌈H/r⌉, ⌈W/r⌉, 3) where `decode` can.
-        With a ledger such an image is replaced, and DataError means that they have become too many.
+        Raises DataError if the file is unreadable, bad or has changed. With a ledger, such an image is recorded and
+        replaced by grey, and DataError is raised only if there are too many.
         """
         if self.pixels is not None:
             return self.pixels[i]
@@ -140,15 +138,15 @@ class ImageIndex:
         if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
-                f"data set was indexed; start again, and leave the files alone while training"
+                f"data set was indexed; restart, and do not change the files while training"
             )
         return image
 
     def read_bytes(self, i: int) -> bytes:
-        """The encoded bytes of image i. Raises DataError where it is unreadable, or kept as pixels in a `.beton`."""
+        """The encoded bytes of image i. Raises DataError if it is unreadable, or stored as pixels in a `.beton`."""
         if not self.is_encoded(i):
             raise DataError(
-                f"{self.display_name(i)} is kept as raw pixels, and this pipeline takes encoded images only: use "
+                f"{self.display_name(i)} is stored as raw pixels, and this pipeline needs encoded images: use "
                 f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
             )
         return self._bytes(i)
@@ -167,17 +165,17 @@ class ImageIndex:
             ) from error
 
     def path(self, i: int) -> str:
-        """Where image i is: its path, or its name and the file that holds it."""
+        """The path of image i, or its name and the file that contains it."""
         if self.records is not None:
             return f"{self.records.names[i]} in {self.records.path(i)}"
         return self.paths[i] if self.paths is not None else f"image {i} of {self.name}"
 
     def display_name(self, i: int) -> str:
-        """How messages name image i: its path with control, bidi and undecodable characters escaped."""
+        """Image i in messages: its path with control, bidi and undecodable characters escaped."""
         return printable(self.path(i))
 
     def select(self, positions: np.ndarray) -> ImageIndex:
-        """The images at `positions` (M,) integers, in that order; pixels are copied, class names stay whole."""
+        """The images at `positions` (M,) integers, in that order; copies pixels, keeps all class names."""
         positions = np.asarray(positions, dtype=np.int64)
         return replace(
             self,
@@ -190,13 +188,13 @@ class ImageIndex:
 
     @cached_property
     def uniform_size(self) -> tuple[int, int] | None:
-        """(height, width) if all images share it, else None."""
+        """(height, width) if all images have the same size, else None."""
         if len(self) == 0 or (self.sizes != self.sizes[0]).any():
             return None
         return int(self.sizes[0, 0]), int(self.sizes[0, 1])
 
     def describe(self) -> str:
-        """One line for people: `cifar10: 50,000 images of 32×32 (width×height), 10 classes, in memory`."""
+        """One-line summary: `cifar10: 50,000 images of 32×32 (width×height), 10 classes, in memory`."""
         if self.uniform_size is not None:
             sides = f"of {self.uniform_size[1]}×{self.uniform_size[0]}"
         elif len(self):
@@ -205,9 +203,9 @@ class ImageIndex:
         else:
             sides = "of no size"
         classes = "no labels" if self.labels is None else f"{len(self.class_names)} classes"
-        return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {self._place()}"
+        return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {self._storage()}"
 
-    def _place(self) -> str:
+    def _storage(self) -> str:
         if self.records is None:
             return "in memory" if self.pixels is not None else "in files"
         if self.records.in_beton:
@@ -217,15 +215,15 @@ class ImageIndex:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The images to pretrain on and, where there are any, the images to evaluate with.
+    """The images for pretraining and, if any, for evaluation.
 
-    train       what pretraining sees
-    test        what is classified in an evaluation, or None
-    bank        the labelled images an evaluation compares `test` with or fits on: `train` itself if it has labels,
-                another part of the data set if that has (STL-10), else None
-    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"` was requested
-    skipped     how many files were passed over because their names are not those of images
-    indexing    how the sizes became known, in words, where a scan helped
+    train       images for pretraining
+    test        images that an evaluation classifies, or None
+    bank        labelled images that an evaluation compares `test` with or fits on: `train` itself if it has labels,
+                otherwise another split that has (STL-10), else None
+    quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"`
+    skipped     number of files skipped because their names have no image extension
+    indexing    text that describes the source of the image sizes, if there is a scan
     """
 
     train: ImageIndex
@@ -240,9 +238,9 @@ class Dataset:
             object.__setattr__(self, "bank", self.train)
 
     def with_ledger(self, ledger: Ledger) -> Dataset:
-        """The same, with bad images written down: those that were left out now, others when they are met and replaced.
+        """The same data set with bad images recorded: those left out now, others when they are read and replaced.
 
-        Raises DataError where they are too many.
+        Raises DataError if there are too many.
         """
         for path, reason in self.quarantine:
             ledger.note(Entry(printable(path), reason, LEFT_OUT))

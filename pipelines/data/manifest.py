@@ -1,8 +1,8 @@
-"""What a scan of every file found out, kept beside the images, so that training starts without opening them again.
+"""The result of a scan, stored next to the images, so that training starts without opening them again.
 
-The file is an uncompressed `.npz` of flat columns: nothing in it is executed, checksums guard it, and a million files
-load in about two seconds. An entry counts as long as its file has the same size and modification time; names in it are
-only compared with the names of the files that are there, and never opened.
+The file is an uncompressed `.npz` of flat columns: nothing in it is executed, checksums protect it, and a million files
+load in about two seconds. An entry is valid while its file has the same size and modification time. Names in it are
+only compared with the names of existing files, and never opened.
 
 N files
 """
@@ -22,26 +22,27 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.decode import printable
-from pipelines.data.headers import FILES_A_TASK, MAX_THREADS, read_headers
+from pipelines.data.headers import FILES_PER_TASK, MAX_THREADS, read_headers
 from pipelines.errors import DataError
+from pipelines.files import replacing
 
-FORMAT = 1  # to be raised when `decode` changes what a file decodes to, or the columns change
-FILE_NAME = ".fastmoco-manifest.npz"  # hidden, so that it is none of the images
+FORMAT = 1  # increment when `decode` changes its result for any file, or when the columns change
+FILE_NAME = ".fastmoco-manifest.npz"  # hidden, so that it is not listed with the images
 
 Bad = list[tuple[int, str]]
 
 
 @dataclass(frozen=True, eq=False)
 class ScanManifest:
-    """N files and what they hold.
+    """N scanned files.
 
     paths      absolute; undecodable bytes as surrogate escapes
-    stats      (N, 2) int64, bytes and modification time in ns; -1 where there was no file
+    stats      (N, 2) int64, bytes and modification time in ns; -1 for a missing file
     sizes      (N, 2) int32, height and width upright; 0×0 for a bad file
     kinds      (N,) uint8, positions in `kind_names` (format and mode, as in `JPEG RGB`); that of a bad file is empty
-    digests    (N, 16) uint8, BLAKE2b of the content; zero where it could not be read
-    training   (N,) bool, the files that pretraining sees
-    histogram  (3, 256) int64, how often each value occurs in each channel of the training images
+    digests    (N, 16) uint8, BLAKE2b of the content; zero if it could not be read
+    training   (N,) bool, the files of the training split
+    histogram  (3, 256) int64, number of occurrences of each value in each channel of the training images
     bad        (position, reason) of every bad file
     """
 
@@ -60,14 +61,14 @@ class ScanManifest:
         object.__setattr__(self, "_rows", {path: row for row, path in enumerate(self.paths)})
 
     def headers(self, paths: list[str]) -> tuple[np.ndarray, Bad, int]:
-        """What `headers.read_headers` says of `paths`, and how many of them had to be opened for it.
+        """The result of `headers.read_headers` for `paths`, and the number of files opened for it.
 
-        Those are the files that are not in the manifest, or have another size or time than when they were scanned.
+        Opens the files that are not in the manifest, or whose size or time has changed since the scan.
         """
         rows = np.fromiter((self._rows.get(path, -1) for path in paths), np.int64, len(paths))
         known = np.flatnonzero(rows >= 0)
         known = known[(file_stats([paths[i] for i in known.tolist()]) == self.stats[rows[known]]).all(axis=1)]
-        known = known[self.stats[rows[known], 0] >= 0]  # a file that is missing again may be back in a moment
+        known = known[self.stats[rows[known], 0] >= 0]  # a file missing then and now is opened: it may be back by then
         sizes = np.zeros((len(paths), 2), dtype=np.int32)
         sizes[known] = self.sizes[rows[known]]
         reasons = dict(self.bad)
@@ -80,13 +81,13 @@ class ScanManifest:
 
 
 def file_stats(paths: Sequence[str]) -> np.ndarray:
-    """(N, 2) int64: bytes and modification time in ns of every file, -1 where there is none.
+    """(N, 2) int64: bytes and modification time in ns of every file, -1 for a missing one.
 
-    In threads, for disks that are far away; near ones cost 3 µs of processor time a file either way.
+    Uses threads for network disks; on local ones a file takes 3 µs of CPU time either way.
     """
     stats = np.full((len(paths), 2), -1, dtype=np.int64)
 
-    def some(first: int) -> None:
+    def stat_some(first: int) -> None:
         for i in range(first, min(first + task, len(paths))):
             try:
                 status = os.stat(paths[i])
@@ -94,18 +95,18 @@ def file_stats(paths: Sequence[str]) -> np.ndarray:
                 continue
             stats[i] = status.st_size, status.st_mtime_ns
 
-    task = 16 * FILES_A_TASK
+    task = 16 * FILES_PER_TASK
     with ThreadPoolExecutor(min(MAX_THREADS, 2 * (os.cpu_count() or 1))) as pool:
-        for _ in pool.map(some, range(0, len(paths), task)):
+        for _ in pool.map(stat_some, range(0, len(paths), task)):
             pass
     return stats
 
 
-# ---- where it lies ---------------------------------------------------------------------------------------------------
+# ---- location --------------------------------------------------------------------------------------------------------
 
 
 def places(data: str, cache: Path) -> tuple[Path, Path]:
-    """Where the manifest of a folder or list file lies: beside it, or in `cache` if nothing can be written there."""
+    """Paths of the manifest of a folder or list file: next to it, and in `cache`, used if that is not writable."""
     path = Path(data)
     name = hashlib.blake2b(os.fsencode(data), digest_size=16).hexdigest()
     beside = path / FILE_NAME if path.is_dir() else path.with_name(f".{path.name}{FILE_NAME}")
@@ -113,9 +114,9 @@ def places(data: str, cache: Path) -> tuple[Path, Path]:
 
 
 def find(data: str, cache: Path) -> ScanManifest | None:
-    """The manifest of an absolute path, the newer of two, if it was ever scanned. Raises DataError if it is damaged."""
-    written = [place for place in places(data, cache) if place.is_file()]
-    return read(max(written, key=lambda place: place.stat().st_mtime_ns), data) if written else None
+    """The newest manifest of an absolute path, or None without a scan. Raises DataError if it is damaged."""
+    written = [path for path in places(data, cache) if path.is_file()]
+    return read(max(written, key=lambda path: path.stat().st_mtime_ns), data) if written else None
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ _COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
 
 
 def write(manifest: ScanManifest, path: Path, data: str) -> None:
-    """Replace or create the file in one step. Paths are kept relative to `data`, so that both can move together.
+    """Replace or create the file atomically. Stores paths relative to `data`, so that both can move together.
 
     Raises OSError.
     """
@@ -139,33 +140,24 @@ def write(manifest: ScanManifest, path: Path, data: str) -> None:
     about = {
         "format": FORMAT,
         "kind_names": manifest.kind_names,
-        # without the path, which may move
+        # without the path, which may change
         "bad": [(row, reason.removeprefix(printable(manifest.paths[row]))) for row, reason in manifest.bad],
     }
     columns = {name: getattr(manifest, name) for name in _COLUMNS}
     columns |= {"names": _as_bytes(os.fsencode(names)), "about": _as_bytes(json.dumps(about).encode())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.unlink(missing_ok=True)  # what a scan that was killed has left
-    try:
-        with part.open("xb") as file:
-            np.savez(file, allow_pickle=False, histogram=manifest.histogram, **columns)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part, part.open("xb") as file:
+        np.savez(file, allow_pickle=False, histogram=manifest.histogram, **columns)
 
 
 def read(path: Path, data: str) -> ScanManifest:
-    """The manifest in a file. Raises DataError where it is damaged, or of another version."""
+    """The manifest in a file. Raises DataError if it is damaged, or of another version."""
     try:
         return _read(path, data)
-    except Exception as error:  # foreign bytes: readers of zip, npy and JSON may raise anything
+    except Exception as error:  # untrusted bytes: readers of zip, npy and JSON may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{printable(str(path))} is no usable manifest ({printable(reason)}): delete it, or run fastmoco scan "
+            f"{printable(str(path))} is not a usable manifest ({printable(reason)}): delete it, or run fastmoco scan "
             f"{printable(data)} again"
         ) from error
 
@@ -173,7 +165,7 @@ def read(path: Path, data: str) -> ScanManifest:
 def _read(path: Path, data: str) -> ScanManifest:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, and may claim any size")
+            raise ValueError("it is compressed, so its size is not bounded")
     with np.load(path, allow_pickle=False) as columns:
         about: dict[str, Any] = json.loads(columns["about"].tobytes())
         if about["format"] != FORMAT:
@@ -185,16 +177,18 @@ def _read(path: Path, data: str) -> ScanManifest:
         histogram = columns["histogram"]
     for name, (kind, shape) in _COLUMNS.items():
         if values[name].dtype != kind or values[name].shape != (len(paths), *shape):
-            raise ValueError(f"{len(paths):,} names and {name} of shape {values[name].shape}, {values[name].dtype}")
+            raise ValueError(
+                f"it has {len(paths):,} names and {name} of shape {values[name].shape}, {values[name].dtype}"
+            )
     if histogram.shape != (3, 256) or histogram.dtype != np.int64 or (values["sizes"] < 0).any():
-        raise ValueError("its numbers make no sense")
+        raise ValueError("its numbers are invalid")
     kind_names = tuple(str(name) for name in about["kind_names"])
     bad = tuple((int(row), printable(paths[row]) + str(reason)) for row, reason in about["bad"])
     if (
         values["kinds"].max() >= len(kind_names)
         or (np.flatnonzero(values["sizes"].min(1) == 0) != [r for r, _ in bad]).any()
     ):
-        raise ValueError("its columns contradict one another")
+        raise ValueError("its columns are inconsistent")
     return ScanManifest(paths=paths, kind_names=kind_names, histogram=histogram, bad=bad, **values)
 
 

@@ -1,4 +1,4 @@
-"""Data sets known by name: downloaded and verified by torchvision, or drawn in memory."""
+"""Data sets by name: downloaded and verified by torchvision, or drawn in memory."""
 
 from __future__ import annotations
 
@@ -29,56 +29,55 @@ def shapes() -> Dataset:
 
 
 def array_dataset(name: str, root: Path) -> Dataset:
-    """One of `names.ARRAYS` from the folder `root`, downloaded into it first if it is not there."""
+    """A data set of `names.ARRAYS` from the folder `root`, downloaded first if it is missing."""
     load = LOADERS[name]
     return load(name, root)
 
 
 def imagenette_folders(root: Path) -> tuple[Path, tuple[str, ...]]:
-    """(the folder that holds Imagenette's `train` and `val` at full size, the ten class names in folder order)."""
+    """(the folder with Imagenette's `train` and `val` at full size, the ten class names in folder order)."""
     first = _torchvision("Imagenette", root, split="train", size="full")
     folder = root / "imagenette2"
     for split, expected in IMAGENETTE_COUNTS.items():
         count = sum(len(files) for _, _, files in os.walk(folder / split))
-        if count < expected:  # torchvision takes any folder of that name, also one half unpacked
+        if count < expected:  # torchvision accepts any folder of that name, even one half unpacked
             raise DataError(
-                f"{folder / split} holds {count:,} files, expected {expected:,}: unpacking was cut short; "
-                f"delete {folder} and start again"
+                f"{folder / split} holds {count:,} files, expected {expected:,}: unpacking was interrupted; "
+                f"delete {folder} and try again"
             )
     return folder, tuple(names[0] for names in first.classes)
 
 
 def _cifar(name: str, root: Path) -> Dataset:
-    def part(train: bool) -> ImageIndex:
+    def split(train: bool) -> ImageIndex:
         data = _torchvision(name.upper(), root, train=train)
         return ImageIndex.from_pixels(f"{name}/{_split(train)}", data.data, data.targets, tuple(data.classes))
 
-    return Dataset(part(True), part(False))
+    return Dataset(split(True), split(False))
 
 
 def _mnist(name: str, root: Path) -> Dataset:
     kind, options = {
         "mnist": ("MNIST", {}),
         "fashion-mnist": ("FashionMNIST", {}),
-        "emnist": ("EMNIST", {"split": "balanced"}),  # 47 classes of equal size: letters that look alike are merged
+        "emnist": ("EMNIST", {"split": "balanced"}),  # 47 classes of equal size: similar letters are merged
         "emnist-byclass": ("EMNIST", {"split": "byclass"}),  # digits, capitals and small letters: 62 classes
     }[name]
 
-    def part(train: bool) -> ImageIndex:
+    def split(train: bool) -> ImageIndex:
         data = _torchvision(kind, root, train=train, **options)
         grey = data.data.numpy()
         if kind == "EMNIST":
-            grey = grey.transpose(0, 2, 1)  # it is distributed lying on its side, mirrored
+            grey = grey.transpose(0, 2, 1)  # it is distributed transposed
         pixels = np.repeat(grey[..., None], 3, axis=3)
         return ImageIndex.from_pixels(f"{name}/{_split(train)}", pixels, data.targets.numpy(), tuple(data.classes))
 
-    return Dataset(part(True), part(False))
+    return Dataset(split(True), split(False))
 
 
 def _stl10(name: str, root: Path) -> Dataset:
-    """Pretraining sees the 100,000 unlabelled and the 5,000 labelled images; the labelled ones are the bank."""
-
-    labelled, test, unlabelled = (_torchvision("STL10", root, split=part) for part in ("train", "test", "unlabeled"))
+    """Pretrains on the 100,000 unlabelled and the 5,000 labelled images; the labelled ones are the bank."""
+    labelled, test, unlabelled = (_torchvision("STL10", root, split=split) for split in ("train", "test", "unlabeled"))
     count = len(labelled.data)
     pixels = np.empty((count + len(unlabelled.data), 96, 96, 3), dtype=np.uint8)  # 2.9 GB: filled, not concatenated
     pixels[:count] = labelled.data.transpose(0, 2, 3, 1)
@@ -104,8 +103,8 @@ LOADERS: dict[str, Callable[[str, Path], Dataset]] = {
 
 
 def _torchvision(kind: str, root: Path, **options: Any) -> Any:
-    """torchvision's data set of that class, its files under `root`, downloaded and verified where they are missing."""
-    from torchvision import datasets  # slow to import, and needed by named data sets alone
+    """torchvision's data set class `kind` with its files in `root`, downloaded and verified if missing."""
+    from torchvision import datasets  # slow to import, and only needed by named data sets
 
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -113,8 +112,8 @@ def _torchvision(kind: str, root: Path, **options: Any) -> Any:
     except (OSError, RuntimeError, HTTPException, EOFError, TarError, BadZipFile) as error:  # network, space, checksum
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{kind} is not in {root} and could not be put there ({reason}); check the network and the space, or copy "
-            f"the files there from a machine that has them"
+            f"{kind} is not in {root} and could not be downloaded ({reason}); check the network and disk space, or "
+            f"copy the files there from a machine that has them"
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""Which encoded bytes a foreign JPEG decoder may be trusted with, told from the markers alone (about 4 µs a file).
+"""Which JPEGs another decoder decodes correctly, decided from the markers alone (about 4 µs per file).
 
-Decoders agree on plain JPEGs: 8 bits, grey or YCbCr, Huffman-coded, common chroma sampling, whole. On anything else
-they differ from `decode.decode`, or from each other; a backend hands those to `decode.decode` itself. A doubt is a no.
+Decoders agree on plain JPEGs: 8 bits, grey or YCbCr, Huffman-coded, common chroma sampling, complete. On anything else
+they differ from `decode.decode`, or from each other, so backends use `decode.decode` itself. In doubt, a file is not
+plain.
 
 h, w height and width as stored · H, W upright, after EXIF orientation
 """
@@ -20,13 +21,13 @@ from pipelines.data.headers import TAIL_BYTES
 # EXIF 2.3, tag 0x0112: upright = stored, transposed, then its rows reversed, then its columns reversed.
 TRANSPOSED, ROWS_REVERSED, COLUMNS_REVERSED = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
 
-# Markers of ITU-T T.81, table B.1. Frames: baseline, extended and progressive, all Huffman-coded. Those that are passed
-# over hold tables (DHT, DQT), the restart interval (DRI), comments and what applications leave (APP0 to APP15).
+# Markers of ITU-T T.81, table B.1. Frames: baseline, extended and progressive, all Huffman-coded. Skipped segments are
+# tables (DHT, DQT), the restart interval (DRI), comments and application data (APP0 to APP15).
 _FRAMES, _SCAN, _APP1, _APP14 = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1, 0xEE
-_PASSED = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {_APP1, _APP14})
-_SEGMENT = struct.Struct(">BBH")  # FF, marker, length with its own two bytes
+_SKIPPED = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {_APP1, _APP14})
+_SEGMENT = struct.Struct(">BBH")  # FF, marker, length including its own two bytes
 _FRAME = struct.Struct(">BHHB")  # precision, height, width, number of components
-# Ids and sampling factors of the components. Other samplings exist, and decoders interpolate those as they please.
+# Ids and sampling factors of the components. Decoders interpolate other samplings differently.
 _COMPONENTS = (
     (b"\1\2\3", b"\x22\x11\x11"),  # 4:2:0
     (b"\1\2\3", b"\x21\x11\x11"),  # 4:2:2
@@ -37,7 +38,7 @@ _COMPONENTS = (
 
 @dataclass(frozen=True, slots=True)
 class PlainJpeg:
-    """height, width in pixels as stored; orientation 1 to 8 as `decode.exif_orientation` gives it."""
+    """height, width in pixels as stored; orientation 1 to 8 as in `decode.exif_orientation`."""
 
     height: int
     width: int
@@ -50,7 +51,7 @@ class PlainJpeg:
 
 
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
-    """What the header of a plain and whole JPEG says, or None for anything else. Never raises."""
+    """The header of a plain and complete JPEG, or None for anything else. Never raises."""
     if data[:2] != b"\xff\xd8":
         return None
     position, frame, exif = 2, None, None
@@ -59,23 +60,23 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
         start, position = position + _SEGMENT.size, position + 2 + length
         if prefix != 0xFF or length < 2:
             return None
-        if marker in _PASSED:
+        if marker in _SKIPPED:
             continue
         if marker in _FRAMES:
             if frame is not None or (frame := _frame(data[start:position])) is None:
                 return None
         elif marker == _APP1:
             if data.startswith(b"Exif\0\0", start):
-                if exif is not None:  # one that is continued
+                if exif is not None:  # split over several segments
                     return None
                 exif = data[start:position]
         elif marker == _APP14:
             if data.startswith(b"Adobe", start) and data[start + 11 : start + 12] != b"\x01":
-                return None  # not YCbCr, whatever the components are called
+                return None  # not YCbCr, whatever the component ids
         elif marker == _SCAN:
-            # Inside compressed data FF is followed by 00 or a restart marker, so this is the end of the picture.
-            whole = data.rfind(b"\xff\xd9", max(position, len(data) - TAIL_BYTES)) >= 0
-            return PlainJpeg(*frame, _orientation(exif)) if frame is not None and whole else None
+            # Inside compressed data FF is followed by 00 or a restart marker, so this is the end of the image.
+            complete = data.rfind(b"\xff\xd9", max(position, len(data) - TAIL_BYTES)) >= 0
+            return PlainJpeg(*frame, _orientation(exif)) if frame is not None and complete else None
         else:
             return None
     return None
@@ -100,13 +101,13 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
         return None
     precision, height, width, count = _FRAME.unpack_from(segment)
     ids_and_sampling = segment[6::3], segment[7::3]
-    common = ids_and_sampling in _COMPONENTS and len(segment) == _FRAME.size + 3 * count
-    return (height, width) if common and precision == 8 and height and width else None
+    known = ids_and_sampling in _COMPONENTS and len(segment) == _FRAME.size + 3 * count
+    return (height, width) if known and precision == 8 and height and width else None
 
 
 def _orientation(exif: bytes | None) -> int:
     if exif is None:
         return 1
     image = Image.Image()
-    image.info["exif"] = exif  # as Pillow's JPEG reader leaves it there
+    image.info["exif"] = exif  # as Pillow's JPEG reader stores it
     return exif_orientation(image)

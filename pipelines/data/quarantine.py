@@ -1,4 +1,4 @@
-"""Images that turned bad after the data set was indexed: what takes their place, and where that is written down."""
+"""Images that became bad after the data set was indexed: their replacement, and the file that lists them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEFT_OUT, REPLACED = "left out", "replaced by grey"
 
 
 class Entry(NamedTuple):
-    """A bad image, why, and what became of it."""
+    """A bad image, the reason, and whether it was left out or replaced."""
 
     image: str
     reason: str
@@ -26,17 +26,17 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """A file with a line for every bad image, written by whichever thread or process meets one.
+    """A JSON Lines file with one line per bad image, appended to by any thread or process.
 
-    path  of the file; it need not exist
-    most  images that may be bad; one more is an error
+    path  the file; it need not exist
+    most  maximum number of bad images; one more is an error
     """
 
     path: str
     most: int
 
     def note(self, entry: Entry) -> None:
-        """Writes an image down, once. Raises DataError where they are too many, or cannot be written down."""
+        """Records an image once. Raises DataError if there are more than `most`, or if the file cannot be written."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             with open(descriptor, "r+b", buffering=0) as file:
@@ -48,14 +48,14 @@ class Ledger:
                     file.write(json.dumps(entry._asdict()).encode() + b"\n")
                     return
         except OSError as error:
-            raise DataError(f"{entry.reason}; and it cannot be noted in {self.path} ({error.strerror})") from error
+            raise DataError(f"{entry.reason}; and it cannot be recorded in {self.path} ({error.strerror})") from error
         raise DataError(
-            f"{entry.reason}; with the {self.most:,} bad images in {self.path} these are too many: see whether the "
-            f"disk is well, fix the files, and resume with --resume"
+            f"{entry.reason}; {self.path} already lists {self.most:,} bad images, the maximum: check the disk, fix the "
+            f"files, and resume with --resume"
         )
 
     def entries(self) -> list[Entry]:
-        """All bad images so far, in the order in which they were met. Raises OSError."""
+        """All bad images so far, in the order in which they were recorded. Raises OSError."""
         try:
             with open(self.path, "rb") as file:
                 return _entries(file.read())
@@ -64,16 +64,16 @@ class Ledger:
 
 
 def grey(height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8: what takes the place of a bad image of that size.
+    """(H, W, 3) uint8: the replacement of a bad image of that size.
 
-    The same on every backend, and in every epoch, whatever has become of the file. Another image would do as well, but
-    as a positive of itself under two numbers it would also be its own negative.
+    It is the same on every backend and in every epoch, whatever happened to the file. Another image of the data set
+    would then be in it twice, and so be its own negative.
     """
     return np.full((height, width, 3), 128, dtype=np.uint8)
 
 
 def _entries(lines: bytes) -> list[Entry]:
-    """One for every whole line; a machine that went down may have left a torn one."""
+    """One entry per complete line; a crash of the machine may have left a torn one."""
     entries = []
     for line in lines.splitlines():
         try:

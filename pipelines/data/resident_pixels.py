@@ -16,20 +16,20 @@ from torch import Tensor
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
 
-# What may be filled: the rest is for the encoders, their activations and the optimiser.
+# Share that the images may fill: the rest is for the encoders, their activations and the optimiser.
 SHARE_OF_FREE_MEMORY = 0.6
-_IMAGES_A_TASK = 256
-# Sides up to which a CPU crops by dense matrix products over whole images: 0.03 ms of one core an image at 32 px, but
-# 4 ms at 224 px, where cropping one by one takes 0.2.
+_IMAGES_PER_TASK = 256
+# Largest side at which a CPU crops by dense matrix products over whole images: 0.03 ms of one core per image at 32 px,
+# but 4 ms at 224 px, where cropping one by one takes 0.2 ms.
 DENSE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentPixels:
-    """Decoded images in device memory, one behind another.
+    """Decoded images in device memory, concatenated.
 
     pixels   uint8, contiguous: (N, H, 3, W) if planar, else flat (sum of H·W·3,)
-    offsets  (N,) int64, where each image begins
+    offsets  (N,) int64, start of each image
     sizes    (N, 2) int32, height and width
     planar   whether a row of an image is (3, W) rather than (W, 3): images of one size, on a CPU only small ones
     """
@@ -41,7 +41,7 @@ class ResidentPixels:
 
 
 def load(index: ImageIndex, device: torch.device, workers: int) -> ResidentPixels:
-    """Decodes every image. Raises DataError where one is bad, and where they do not fit."""
+    """Decodes every image. Raises DataError if one is bad, or if they do not fit."""
     needed, free = resident_bytes(index), free_memory_bytes(device)
     if needed > SHARE_OF_FREE_MEMORY * free:
         fitting = max(1, int(len(index) * SHARE_OF_FREE_MEMORY * free / needed))
@@ -67,14 +67,14 @@ def resident_bytes(index: ImageIndex) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What can still be allocated on a device."""
+    """Free memory of a device; of the host for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers: int) -> Tensor:
-    """Every decoded image, one behind another: flat uint8 on the host."""
+    """All decoded images, concatenated: flat uint8 on the host."""
     if index.pixels is not None:
         return torch.from_numpy(index.pixels).flatten()
     flat = np.empty(total_bytes, dtype=np.uint8)
@@ -84,8 +84,8 @@ def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers:
             pixels = index.read(i)
             flat[offsets[i] : offsets[i] + pixels.size] = pixels.reshape(-1)
 
-    starts = range(0, len(index), _IMAGES_A_TASK)
+    starts = range(0, len(index), _IMAGES_PER_TASK)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for _ in pool.map(read, [range(start, min(start + _IMAGES_A_TASK, len(index))) for start in starts]):
+        for _ in pool.map(read, [range(start, min(start + _IMAGES_PER_TASK, len(index))) for start in starts]):
             pass
     return torch.from_numpy(flat)

@@ -1,4 +1,4 @@
-"""Every file of a data set read and decoded once: what it is, what it holds, and what is wrong with it.
+"""Scans a data set: reads and decodes every file once, and records its format, statistics and defects.
 
 N files · H, W height and width of an upright image
 """
@@ -22,14 +22,14 @@ from pipelines.data.manifest import ScanManifest
 from pipelines.errors import DataError
 from pipelines.workers import start_worker
 
-FILES_A_TASK = 64  # a few milliseconds of work and more, against 0.2 ms of handing over
+FILES_PER_TASK = 64  # at least a few milliseconds of work, against 0.2 ms of overhead
 DIGEST_BYTES = 16
 
 Advance = Callable[[int, int], None]  # files and bad files since the last call
 
 
-class _Found(NamedTuple):
-    """One file. An image has a kind and a histogram (3, 256); a bad file has a reason instead."""
+class _FileScan(NamedTuple):
+    """The result for one file. An image has a kind and a histogram (3, 256), a bad file a reason instead."""
 
     stat: tuple[int, int]
     digest: bytes
@@ -39,8 +39,8 @@ class _Found(NamedTuple):
     reason: str = ""
 
 
-class _Part(NamedTuple):
-    """What a task found out; columns as in `ScanManifest`, kinds by name, the histograms of its images added up."""
+class _TaskScan(NamedTuple):
+    """The result of a task: columns as in `ScanManifest`, kinds by name, and the sum of its images' histograms."""
 
     stats: np.ndarray
     sizes: np.ndarray
@@ -55,84 +55,84 @@ def scan(
 ) -> ScanManifest:
     """Reads and decodes every file once.
 
-    train, others  absolute paths; the pixels of `train` alone are counted in the histogram
+    train, others  absolute paths; only pixels of `train` are counted in the histogram
     workers        processes, or 0 to work in this one. (Threads decode as fast on two cores above 100 pixels; at 32
-                   pixels processes are a quarter faster, and more cores than that would wait for the interpreter.)
-    advance        told about progress
+                   pixels processes are a quarter faster, and with more cores threads wait for the interpreter lock.)
+    advance        called with progress
 
-    The result does not depend on the number of workers. Raises DataError where a process dies.
+    The result does not depend on the number of workers. Raises DataError if a process dies.
     """
     paths = (*train, *others)
     tasks = [*_cut(train), *_cut(others)]
-    parts: list[_Part] = []
-    for part in _run(tasks, workers):
-        parts.append(part)
-        advance(len(part.kinds), len(part.bad))
-    kind_names = tuple(sorted({"", *(kind for part in parts for kind in part.kinds)}))
+    results: list[_TaskScan] = []
+    for result in _run(tasks, workers):
+        results.append(result)
+        advance(len(result.kinds), len(result.bad))
+    kind_names = tuple(sorted({"", *(kind for result in results for kind in result.kinds)}))
     number = {name: i for i, name in enumerate(kind_names)}
-    assert len(number) <= 256, "formats times modes"
+    assert len(number) <= 256, "more kinds than uint8 can number"
     starts = np.cumsum([0, *(len(task) for task in tasks)]).tolist()
-    of_train = sum(1 for start in starts[:-1] if start < len(train))
+    train_tasks = sum(1 for start in starts[:-1] if start < len(train))
     return ScanManifest(
         paths=paths,
-        stats=np.concatenate([part.stats for part in parts]),
-        sizes=np.concatenate([part.sizes for part in parts]),
-        kinds=np.array([number[kind] for part in parts for kind in part.kinds], dtype=np.uint8),
+        stats=np.concatenate([result.stats for result in results]),
+        sizes=np.concatenate([result.sizes for result in results]),
+        kinds=np.array([number[kind] for result in results for kind in result.kinds], dtype=np.uint8),
         kind_names=kind_names,
-        digests=np.concatenate([part.digests for part in parts]),
+        digests=np.concatenate([result.digests for result in results]),
         training=np.arange(len(paths)) < len(train),
-        histogram=np.stack([part.histogram for part in parts[:of_train]]).sum(axis=0),
-        bad=tuple((start + i, reason) for start, part in zip(starts, parts, strict=False) for i, reason in part.bad),
+        histogram=np.stack([result.histogram for result in results[:train_tasks]]).sum(axis=0),
+        bad=tuple((start + i, reason) for start, task in zip(starts, results, strict=False) for i, reason in task.bad),
     )
 
 
 def _cut(paths: Sequence[str]) -> list[Sequence[str]]:
-    return [paths[start : start + FILES_A_TASK] for start in range(0, len(paths), FILES_A_TASK)]
+    return [paths[start : start + FILES_PER_TASK] for start in range(0, len(paths), FILES_PER_TASK)]
 
 
-def _run(tasks: list[Sequence[str]], workers: int) -> Iterator[_Part]:
+def _run(tasks: list[Sequence[str]], workers: int) -> Iterator[_TaskScan]:
     """The results of all tasks, in order."""
     if workers == 0:
-        yield from map(_scan_part, tasks)
+        yield from map(_scan_task, tasks)
         return
     context = get_context("forkserver")  # a clean process: this one may run threads
     context.set_forkserver_preload(["pipelines.data.scan"])  # imports torch once
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=start_worker, initargs=(0,))
     done = 0
     try:
-        for part in pool.map(_scan_part, tasks):
-            yield part
+        for result in pool.map(_scan_task, tasks):
+            yield result
             done += 1
     except BrokenProcessPool as error:
         first = printable(tasks[done][0])
         raise DataError(
-            f"a process that reads images died, at {first} or soon after: see whether memory ran out, or find the file "
-            f"that ends it with --workers 0"
+            f"a process that reads images died, at {first} or soon after: check whether memory ran out, or find the "
+            f"file that crashes it with --workers 0"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _scan_part(paths: Sequence[str]) -> _Part:
-    found = [_scan_file(path) for path in paths]
-    histograms = [one.histogram for one in found if one.histogram is not None]
-    return _Part(
-        stats=np.array([one.stat for one in found], dtype=np.int64),
-        sizes=np.array([one.size for one in found], dtype=np.int32),
-        digests=np.frombuffer(b"".join(one.digest for one in found), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
-        kinds=[one.kind for one in found],
+def _scan_task(paths: Sequence[str]) -> _TaskScan:
+    files = [_scan_file(path) for path in paths]
+    histograms = [file.histogram for file in files if file.histogram is not None]
+    return _TaskScan(
+        stats=np.array([file.stat for file in files], dtype=np.int64),
+        sizes=np.array([file.size for file in files], dtype=np.int32),
+        digests=np.frombuffer(b"".join(file.digest for file in files), dtype=np.uint8).reshape(-1, DIGEST_BYTES),
+        kinds=[file.kind for file in files],
         histogram=np.stack([np.zeros((3, 256), dtype=np.int64), *histograms]).sum(axis=0),
-        bad=[(i, one.reason) for i, one in enumerate(found) if one.reason],
+        bad=[(i, file.reason) for i, file in enumerate(files) if file.reason],
     )
 
 
-def _scan_file(path: str) -> _Found:
-    """Never raises: whatever is wrong with a file becomes its reason."""
+def _scan_file(path: str) -> _FileScan:
+    """Never raises: any defect of the file becomes its reason."""
     stat, digest = (-1, -1), bytes(DIGEST_BYTES)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a listed pipe must not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for the writer of a pipe
         try:
-            status = os.fstat(descriptor)  # before the content: a file that is written to meanwhile will look changed
+            status = os.fstat(descriptor)  # before the content, so that a file written to meanwhile counts as changed
             stat = status.st_size, status.st_mtime_ns
             with open(descriptor, "rb", closefd=False) as file:
                 data = file.read()
@@ -141,20 +141,20 @@ def _scan_file(path: str) -> _Found:
         digest = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
         pixels = decode(data, path)
     except OSError as error:
-        return _Found(stat, digest, reason=str(bad_image(path, ValueError(error.strerror or str(error)))))
+        return _FileScan(stat, digest, reason=str(bad_image(path, ValueError(error.strerror or str(error)))))
     except DataError as error:
-        return _Found(stat, digest, reason=str(error))
+        return _FileScan(stat, digest, reason=str(error))
     with open_image(io.BytesIO(data)) as image:
         kind = f"{image.format} {image.mode}"
     histogram = np.array(Image.fromarray(pixels).histogram(), dtype=np.int64).reshape(3, 256)
-    return _Found(stat, digest, (pixels.shape[0], pixels.shape[1]), kind, histogram)
+    return _FileScan(stat, digest, (pixels.shape[0], pixels.shape[1]), kind, histogram)
 
 
-# ---- what follows from it --------------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, of values in 0..1; from exact counts (3, 256)."""
+    """Mean and standard deviation of each channel over all pixels, scaled to 0..1, from exact counts (3, 256)."""
     values = np.arange(256) / 255
     count = histogram.sum(axis=1)
     mean = histogram @ values / count
@@ -163,7 +163,7 @@ def mean_and_std(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float,
 
 
 def duplicates(manifest: ScanManifest) -> list[np.ndarray]:
-    """Positions of the good files whose content is the same, byte for byte: an array for each such content."""
+    """Positions of good files with identical bytes: one array per group of duplicates."""
     good = np.flatnonzero(manifest.sizes.min(axis=1) > 0)
     keys = np.ascontiguousarray(manifest.digests[good]).view(f"V{DIGEST_BYTES}").ravel()
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)

@@ -1,10 +1,10 @@
-"""`shapes`: ten classes of drawn grey shapes, made in memory: a data set small enough for a test, and a real task.
+"""`shapes`: ten classes of grey shapes drawn in memory. Small enough for a test, but a real task.
 
 N images · S side in pixels
 
-What an image shows is its class; everything else is chance: place, size, rotation, polarity (light on dark or dark on
-light), contrast, background, noise. Neither a mean nor a colour tells the classes or the images apart, so that raw
-pixels are a poor guide (see `tests/pipelines/data/test_shapes.py`), and features that ignore the rest are a good one.
+The kind of shape is the class; everything else is random: position, size, rotation, polarity (light on dark or dark on
+light), contrast, background, noise. Neither mean nor colour separates the classes or the images. So raw pixels classify
+poorly (see `tests/pipelines/data/test_shapes.py`), and features invariant to the rest classify well.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CHUNK = 512  # images drawn at a time: bounds the temporaries to some 20 MB at s
 
 
 def make_shapes(count: int, size: int = 32, seed: int = 0, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images `start` to `start + count` of the endless sequence that `seed` names; image i shows class i mod 10.
+    """Images `start` to `start + count` of the infinite sequence of `seed`; image i has class i mod 10.
 
-    Image i is a pure function of (seed, size, i): ranges that do not overlap share no random number.
+    Image i is a pure function of (seed, size, i): disjoint ranges share no random numbers.
 
     Returns (count, size, size, 3) uint8 with three equal channels, and (count,) int64 labels.
     """
@@ -39,7 +39,7 @@ def make_shapes(count: int, size: int = 32, seed: int = 0, start: int = 0) -> tu
 
 def _draw(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
     """(N,) indices → (N, S, S) uint8: coverage of each pixel from the signed distance to the shape, then noise."""
-    # One generator an image. Its uniform numbers are 53 bits of a raw word: a stream that NumPy keeps stable.
+    # One generator per image. Its uniform numbers are 53 bits of a raw word, a stream that NumPy keeps stable.
     draws = np.stack([np.random.Generator(np.random.Philox(key=[seed, i])).random(7 + size * size) for i in indices])
     radius, angle, across, down, polarity, contrast, background = draws[:, :7].T[:, :, None, None]
     radius = _between(radius, RADIUS)
@@ -47,7 +47,7 @@ def _draw(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
     contrast = np.where(polarity < 0.5, -1, 1) * _between(contrast, CONTRAST)
     noise = NOISE * (draws[:, 7:].reshape(-1, size, size) - 0.5)
 
-    # Pixel centres in [-1, 1], moved by a place that keeps the bounding circle inside, turned, in units of the radius.
+    # Pixel centres in [-1, 1], shifted so that the bounding circle stays inside, rotated, in units of the radius.
     axis = (2 * np.arange(size) + 1) / size - 1
     u = (axis[None, None, :] - (1 - radius) * (2 * across - 1)) / radius
     v = (axis[None, :, None] - (1 - radius) * (2 * down - 1)) / radius
@@ -97,10 +97,10 @@ def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) ->
 def _star(x: np.ndarray, y: np.ndarray, r: np.ndarray, points: int, inner: float) -> np.ndarray:
     """Distance to the line through a tip (1, 0) and a notch at radius `inner`, every point folded into that sector."""
     sector = np.pi / points
-    turn = np.abs(np.mod(np.arctan2(y, x) + sector, 2 * sector) - sector)
+    folded = np.abs(np.mod(np.arctan2(y, x) + sector, 2 * sector) - sector)
     notch_x, notch_y = inner * np.cos(sector), inner * np.sin(sector)
     normal = np.array([notch_y, 1 - notch_x]) / np.hypot(notch_y, 1 - notch_x)
-    return (r * np.cos(turn) - 1) * normal[0] + r * np.sin(turn) * normal[1]
+    return (r * np.cos(folded) - 1) * normal[0] + r * np.sin(folded) * normal[1]
 
 
 def _between(uniform: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

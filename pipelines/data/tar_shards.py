@@ -1,11 +1,11 @@
-"""Tar archives of images as WebDataset lays them out: found, indexed, and never extracted.
+"""Tar archives of images in WebDataset layout: listed, indexed, and never extracted.
 
 An archive is a sequence of samples, files whose names agree up to the first dot after the last slash: `0042.jpg` is an
-image and `0042.cls` its label. Where no image has a `.cls`, the folders inside of the archives are the classes, if
-every image lies directly in one of at least two that stand side by side. Other files are passed over.
+image and `0042.cls` its label. If no image has a `.cls`, the folders inside the archives are the classes, provided that
+every image is directly in one of at least two sibling folders. Other files are skipped.
 
-Images are read where they lie, at their offsets, so archives may lie on a slow or a shared disk. Only uncompressed
-archives can be: what is compressed has no offsets.
+Images are read in place, at their offsets, so archives may be on a slow or a shared disk. This needs uncompressed
+archives: compressed members have no offsets.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pipelines.data.headers import MAX_THREADS, read_part_header
 from pipelines.data.index import PackedRecords
 from pipelines.errors import DataError
 
-CLASS_NAMES = "classes.txt"  # beside the archives: the name of class 0, of class 1, …, one a line
+CLASS_NAMES = "classes.txt"  # next to the archives: the names of class 0, class 1, …, one per line
 MAX_LABEL_BYTES = 256
 MAX_ARCHIVES = 10**6
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Shards(NamedTuple):
-    """Archives in order, absolute paths: what pretraining sees, and what is evaluated on, if anything."""
+    """Absolute paths of the archives, in order: those for pretraining, and those for evaluation, if any."""
 
     train: tuple[str, ...]
     test: tuple[str, ...] = ()
@@ -42,10 +42,10 @@ class Shards(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """N images of some archives, before any of them is looked at.
+    """N images of some archives, before any of them is read.
 
-    files    `paths` is SHARD/MEMBER for messages and order, `classes` what the archives say of each image
-    records  where they lie
+    files    `paths` is SHARD/MEMBER for messages and order, `classes` the class of each image
+    records  their offsets and lengths
     """
 
     files: ImageFiles
@@ -56,13 +56,13 @@ class Members:
 
 
 def find_shards(data: str) -> Shards | None:
-    """The archives that `data` stands for, or None where it is something else.
+    """The archives of `data`, or None if it is something else.
 
-    data  a `.tar`, a pattern such as `train-{000000..000146}.tar`, or a folder of archives. In a folder with `train`
-          and `val` (`valid`, `validation`, `test`) in it, or of archives with those words in their names, the others
-          are evaluated on.
+    data  a `.tar`, a pattern such as `train-{000000..000146}.tar`, or a folder of archives. A folder may contain
+          folders `train` and `val` (`valid`, `validation`, `test`), or archives with those words in their names; then
+          the latter are the test split.
 
-    Raises DataError where an archive of a pattern is missing, or a folder holds both archives and compressed ones.
+    Raises DataError if an archive of a pattern is missing, or a folder contains both plain and compressed archives.
     """
     path = os.path.abspath(os.path.expanduser(data))
     if _RANGE.search(data):
@@ -74,9 +74,9 @@ def find_shards(data: str) -> Shards | None:
     if not os.path.isdir(path):
         return None
     below = {name: os.path.join(path, name) for name in ("train", *TEST_FOLDERS)}
-    parts = {name: _archives(folder) for name, folder in below.items() if os.path.isdir(folder)}
-    if parts.get("train"):
-        return Shards(parts["train"], next((parts[name] for name in TEST_FOLDERS if parts.get(name)), ()))
+    splits = {name: _archives(folder) for name, folder in below.items() if os.path.isdir(folder)}
+    if splits.get("train"):
+        return Shards(splits["train"], next((splits[name] for name in TEST_FOLDERS if splits.get(name)), ()))
     here = _archives(path)
     if not here:
         return None
@@ -97,17 +97,17 @@ def _archives(folder: str) -> tuple[str, ...]:
 
 
 def _expand(pattern: str) -> tuple[str, ...]:
-    """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar: every one of them has to be there."""
-    found = _RANGE.search(pattern)
-    if found is None:
+    """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar, all of which must exist."""
+    match = _RANGE.search(pattern)
+    if match is None:
         if not os.path.isfile(pattern):
-            raise DataError(f"the archive {printable(pattern)} does not exist; expected every one of the pattern")
+            raise DataError(f"the archive {printable(pattern)} does not exist; expected every archive of the pattern")
         return (pattern,)
-    first, last = (int(number) for number in found.groups())
+    first, last = (int(number) for number in match.groups())
     if last < first or last - first >= MAX_ARCHIVES:
-        raise DataError(f"{printable(found.group())} names no archives; expected a range such as {{000..146}}")
-    width = len(found[1])
-    before, after = pattern[: found.start()], pattern[found.end() :]
+        raise DataError(f"{printable(match.group())} is not a valid range; expected one such as {{000..146}}")
+    width = len(match[1])
+    before, after = pattern[: match.start()], pattern[match.end() :]
     return tuple(path for number in range(first, last + 1) for path in _expand(f"{before}{number:0{width}d}{after}"))
 
 
@@ -117,19 +117,19 @@ def _is_compressed(name: str) -> bool:
 
 def _compressed(path: str) -> DataError:
     return DataError(
-        f"{printable(path)} is compressed, and images are read where they lie in an archive: unpack it, or repack it "
+        f"{printable(path)} is compressed, and images are read in place from archives: decompress it, or repack it "
         f"with `python tools/make_shards.py`"
     )
 
 
-# ---- what is in them -------------------------------------------------------------------------------------------------
+# ---- their contents --------------------------------------------------------------------------------------------------
 
 
 def list_members(archives: Sequence[str]) -> Members:
     """Every image of the archives, in their order. Raises DataError for an archive that is damaged or holds none."""
     with ThreadPoolExecutor(min(MAX_THREADS, len(archives))) as pool:
-        found = list(pool.map(_list_archive, archives))
-    images = [(file, image) for file, (images, _) in enumerate(found) for image in images]
+        contents = list(pool.map(_list_archive, archives))
+    images = [(file, image) for file, (images, _) in enumerate(contents) for image in images]
     if not images:
         raise DataError(
             f"{printable(archives[0])} {f'and {len(archives) - 1:,} more hold' if len(archives) > 1 else 'holds'} no "
@@ -145,11 +145,11 @@ def list_members(archives: Sequence[str]) -> Members:
     )
     paths = tuple(f"{archives[file]}/{image.name}" for file, image in images)
     classes = _classes([image for _, image in images], archives)
-    return Members(ImageFiles(paths, classes, sum(skipped for _, skipped in found)), records)
+    return Members(ImageFiles(paths, classes, sum(skipped for _, skipped in contents)), records)
 
 
 def read_sizes(records: PackedRecords) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Sizes (N, 2) int32 of all images, and (position, reason) of each bad one, whose size is given as 0×0."""
+    """Sizes (N, 2) int32 of all images, and (position, reason) of each bad one, whose size is 0×0."""
     sizes, bad = np.zeros((len(records.names), 2), dtype=np.int32), []
 
     def of_archive(file: int) -> list[tuple[int, str]]:
@@ -180,7 +180,7 @@ class _Image(NamedTuple):
 
 
 def _list_archive(path: str) -> tuple[list[_Image], int]:
-    """The images of an archive in order, and how many other members there are. Only its headers are read."""
+    """The images of an archive in order, and the number of other members. Reads headers only."""
     images: list[tuple[str, tarfile.TarInfo]] = []
     labels: dict[str, str] = {}
     skipped = 0
@@ -200,17 +200,19 @@ def _list_archive(path: str) -> tuple[list[_Image], int]:
                     images.append((key, member))
                 else:
                     skipped += 1
-            ends = _ends_with_zeros(path)
+            complete = _ends_with_zeros(path)
     except (OSError, tarfile.TarError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{printable(path)} is no readable tar archive ({printable(reason)}); copy it again") from error
-    if not ends:
-        raise DataError(f"{printable(path)} lacks the end of a tar archive: it was cut short; copy it again")
+        raise DataError(
+            f"{printable(path)} is not a readable tar archive ({printable(reason)}); copy it again"
+        ) from error
+    if not complete:
+        raise DataError(f"{printable(path)} has no end-of-archive marker: it is truncated; copy it again")
     return [_Image(m.name, m.offset_data, m.size, labels.get(key)) for key, m in images], skipped
 
 
 def _ends_with_zeros(path: str) -> bool:
-    """Whether the two empty blocks that end an archive are there."""
+    """Whether the file ends with the two zero blocks that end an archive."""
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - 2 * tarfile.BLOCKSIZE))
@@ -237,8 +239,8 @@ def _classes(images: Sequence[_Image], archives: Sequence[str]) -> tuple[str, ..
 def labels_of(archives: Sequence[str], files: ImageFiles) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """(N,) int64 labels, or None, and the names of the classes.
 
-    Labels that are numbers are counted from 0 where `classes.txt` beside the archives names them. Raises DataError
-    where that file and the labels do not fit.
+    With a `classes.txt` next to the archives, labels are line numbers of that file, from 0. Raises DataError if a label
+    is not one.
     """
     path = Path(archives[0]).with_name(CLASS_NAMES)
     if files.classes is None or not path.is_file():
@@ -247,6 +249,6 @@ def labels_of(archives: Sequence[str], files: ImageFiles) -> tuple[np.ndarray | 
     number_of = {str(number): number for number in range(len(names))}
     odd = sorted(set(files.classes) - number_of.keys())
     if odd or len(set(names)) != len(names):
-        found = f"an image has the label {printable(odd[0])}" if odd else "one name stands there twice"
-        raise DataError(f"{printable(str(path))} names {len(names)} classes, and {found}; fix or remove the file")
+        problem = f"an image has the label {printable(odd[0])}" if odd else "one name is listed twice"
+        raise DataError(f"{printable(str(path))} names {len(names)} classes, and {problem}; fix or remove the file")
     return np.array([number_of[name] for name in files.classes], dtype=np.int64), names

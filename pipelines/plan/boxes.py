@@ -1,4 +1,4 @@
-"""RandomResizedCrop boxes (Szegedy et al., "Going deeper with convolutions", CVPR 2015, as torchvision draws them).
+"""RandomResizedCrop boxes (Szegedy et al., "Going deeper with convolutions", CVPR 2015), drawn as in torchvision.
 
 B images · a box is (top, left, height, width) in whole pixels of the upright image.
 """
@@ -20,11 +20,11 @@ def sample_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Boxes of both views.
+    """Samples the boxes of both views.
 
-    An attempt draws an area uniform in `scale` of the image and an aspect ratio log-uniform in `ratio`; the first of
-    ten that fits is placed uniformly; when none fits, the largest centred box of a permitted ratio is taken. Attempt
-    number is the Philox slot, and its four words are (area, ratio, top, left).
+    An attempt draws an area uniform in `scale` of the image and an aspect ratio log-uniform in `ratio`. The first of
+    ten attempts that fits gets a uniform position; if none fits, the box is the largest centred one of a permitted
+    ratio. The attempt number is the Philox slot, and its four words are (area, ratio, top, left).
 
     samples  (B,) positions in the data set; sizes  (B, 2) height and width
     Returns (2, B, 4) int32.

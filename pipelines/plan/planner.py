@@ -1,4 +1,4 @@
-"""Which images a step sees and what happens to them, worked out on the host."""
+"""The plan of every step: which images, which crops and which colours, computed on the host."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Planner:
     """Plans of a run: `plan(step)` is a pure function of (seed, step), the sizes of the images and the settings.
 
     sizes             (N, 2) int32 height and width of every image, upright
-    batch_size        B images a step, over all ranks; N must be at least B
-    shuffle_keys      whether the key batch gets an order of its own (needed where batch norm looks at groups)
-    rank, world_size  whose share of every step the plans are: one run of B/R rows. Joined in the order of the ranks
-                      they are the plan of a single one, whatever their number
-    order             epoch → (N,) int64, the images in the order of an epoch (`order.orders`); unset, any of all
+    batch_size        B images per step, over all ranks; N must be at least B
+    shuffle_keys      whether the key batch has its own order (needed if batch norm normalises groups of the batch)
+    rank, world_size  whose share of every step to plan: B/R contiguous rows. Concatenated in rank order, the shares are
+                      the plan of a single rank, for any number of ranks
+    order             epoch → (N,) int64, the order of the images in an epoch (`order.orders`); by default `epoch_order`
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Planner:
 
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of a step, on all ranks."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def key_order(self, step: int) -> np.ndarray:
         """(B,) int64: the order of a step's key batch, over all ranks."""
         if not self.shuffle_keys:
             return np.arange(self.batch_size)
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=place, epoch=epoch)
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return permutation(self.seed, Domain.SHUFFLE, self.batch_size, slot=batch, epoch=epoch)
 
     def shares(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(B/R,) int64 each: the images of the rows of this rank's query batch and of its key batch."""
@@ -71,10 +71,10 @@ class Planner:
         if self.world_size > 1 and self.shuffle_keys:
             indices = np.concatenate([queries, keys])
             views = [
-                (part[:1] for part in self._views(epoch, queries)),
-                (part[1:] for part in self._views(epoch, keys)),
+                (array[:1] for array in self._views(epoch, queries)),
+                (array[1:] for array in self._views(epoch, keys)),
             ]
-            boxes, params = (np.concatenate(parts, axis=1) for parts in zip(*views, strict=True))
+            boxes, params = (np.concatenate(arrays, axis=1) for arrays in zip(*views, strict=True))
         else:
             indices = queries
             boxes, params = self._views(epoch, queries)
@@ -91,9 +91,9 @@ class Planner:
 
 
 def eval_plans(sizes: np.ndarray, positions: np.ndarray, batch_size: int, side: int) -> Iterator[BatchPlan]:
-    """Every image of `positions` exactly once, one centred view each, in order; the last plan may be smaller.
+    """Plans with one centred view of every image of `positions`, once and in order; the last plan may be smaller.
 
-    Crops of up to 64 pixels take the largest centred square; larger ones 224/256 of it, as the resize to 256 and
+    Crops of up to 64 pixels use the largest centred square, larger ones 224/256 of it, like the resize to 256 and
     centre crop to 224 pixels of ImageNet evaluation. Plans have boxes (1, B, 4) and no colour.
     """
     fraction = 1.0 if side <= 64 else 224 / 256

@@ -1,4 +1,4 @@
-"""Time to accuracy: read from metrics as a person would, resumed where it was stopped, and honest where it failed."""
+"""Time to accuracy: learning curves from metrics, archives of images, interrupted and failed runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# 12 steps an epoch of 50 images each: 600 images, which take 60 s at 10 images/s
+# 12 steps of 50 images per epoch: 600 images, which take 60 s at 10 images/s
 METRICS = """\
 {"step": 0, "epoch": 0, "knn_top1_percent": 20.0, "knn_pixels_top1_percent": 35.0}
 {"step": 10, "epoch": 0, "loss": 6.0, "lr": 0.06, "images_per_s": 5.0, "data_wait_percent": 1.0}
@@ -42,60 +42,60 @@ METRICS = """\
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> list[Evaluation]:
+def curve(tmp_path: Path) -> list[Evaluation]:
     (tmp_path / "metrics.jsonl").write_text(METRICS)
     return evaluations(read_metrics(tmp_path / "metrics.jsonl"), batch_size=50)
 
 
-def test_minutes_are_those_of_training_alone(found: list[Evaluation]) -> None:
+def test_only_training_minutes_count(curve: list[Evaluation]) -> None:
     first = (500 / 5 + 100 / 10) / 60
-    assert [e.epoch for e in found] == [0, 1, 2, 3]
-    assert [e.training_minutes for e in found] == pytest.approx([0, first, first + 1, first + 1.5])
-    assert [e.knn_percent for e in found] == [20.0, 34.0, 41.0, 39.5]
+    assert [e.epoch for e in curve] == [0, 1, 2, 3]
+    assert [e.training_minutes for e in curve] == pytest.approx([0, first, first + 1, first + 1.5])
+    assert [e.knn_percent for e in curve] == [20.0, 34.0, 41.0, 39.5]
 
 
-def test_a_target_is_reached_where_it_first_shows_and_stays_reached(found: list[Evaluation]) -> None:
-    at_35, at_41 = first_at(found, 35.0), first_at(found, 41.0)
+def test_a_target_is_reached_at_the_first_evaluation_with_that_accuracy(curve: list[Evaluation]) -> None:
+    at_35, at_41 = first_at(curve, 35.0), first_at(curve, 41.0)
     assert at_35 is not None
     assert at_41 is not None
     assert (at_35.epoch, at_41.epoch) == (2, 2)  # exactly 41 is enough
-    assert first_at(found, 41.1) is None
+    assert first_at(curve, 41.1) is None
     assert first_at([], 1.0) is None
 
 
-def test_the_median_is_told_only_where_every_seed_arrived(found: list[Evaluation]) -> None:
-    slow = [Evaluation(e.epoch, 3 * e.training_minutes, e.knn_percent - 2) for e in found]
-    runs = {0: {"evaluations": found}, 1: {"evaluations": slow}}
+def test_the_median_is_reported_only_if_every_seed_reached_the_target(curve: list[Evaluation]) -> None:
+    slow = [Evaluation(e.epoch, 3 * e.training_minutes, e.knn_percent - 2) for e in curve]
+    runs = {0: {"evaluations": curve}, 1: {"evaluations": slow}}
     both, one = accuracy._reached(39.0, runs), accuracy._reached(40.0, runs)
     assert both["epochs"] == {0: 2, 1: 2}
-    assert both["median_training_minutes"] == pytest.approx(2 * found[2].training_minutes)  # of t and 3t
+    assert both["median_training_minutes"] == pytest.approx(2 * curve[2].training_minutes)  # of t and 3t
     assert one["epochs"] == {0: 2, 1: None}
     assert one["training_minutes"][1] is None
     assert (one["reached_by"], one["seeds"], one["median_training_minutes"]) == (1, 2, None)
 
 
-def test_the_picture_holds_a_panel_for_every_recipe(found: list[Evaluation], tmp_path: Path) -> None:
+def test_the_picture_has_a_panel_per_recipe(curve: list[Evaluation], tmp_path: Path) -> None:
     targets = {"cifar10-demo": (35.0, 80.0), "cifar10-demo-symmetric": (85.3,)}
-    draw({"cifar10-demo": {0: found}}, targets, tmp_path / "one.png")
-    draw({"cifar10-demo": {0: found, 1: found}, "cifar10-demo-symmetric": {0: []}}, targets, tmp_path / "two.png")
+    draw({"cifar10-demo": {0: curve}}, targets, tmp_path / "one.png")
+    draw({"cifar10-demo": {0: curve, 1: curve}, "cifar10-demo-symmetric": {0: []}}, targets, tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert two.height == one.height
         assert two.width > 1.8 * one.width
 
 
-def test_a_session_that_was_killed_counts_until_its_last_sign_of_life(tmp_path: Path) -> None:
+def test_a_session_that_was_killed_counts_until_its_last_write(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     sessions, began = Sessions(run), time.time() - 1000
     (tmp_path / "run.sessions.json").write_text(json.dumps([{"began": began, "seconds": None}]))
-    assert sessions.seconds() == [0.0]  # no metrics: it cannot be known that it did anything
+    assert sessions.seconds() == [0.0]  # no metrics: nothing shows that it did anything
     (run / "metrics.jsonl").write_text(METRICS)
     os.utime(run / "metrics.jsonl", (began + 70, began + 70))
     assert sessions.seconds() == pytest.approx([70])
-    with sessions.one():
+    with sessions.record():
         time.sleep(0.05)
     assert sessions.seconds() == pytest.approx([70, 0.05], abs=0.2)
-    sessions.forget()
+    sessions.reset()
     assert sessions.seconds() == []
 
 
@@ -104,7 +104,7 @@ def test_a_session_that_was_killed_counts_until_its_last_sign_of_life(tmp_path: 
 
 @pytest.fixture
 def pack(tmp_path: Path) -> Callable[..., Path]:
-    """A tar file with train and test, two classes of two images each, and what is added to it."""
+    """Writes a tar file with train and test, two classes of two images each, and an optional extra member."""
 
     def make(name: str = "images.tar.xz", folder: str = "", extra: tarfile.TarInfo | None = None) -> Path:
         png = io.BytesIO()
@@ -125,18 +125,18 @@ def pack(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("folder", ["", "cifar10/"])
 def test_an_archive_is_unpacked_once_and_trained_from(pack: Callable[..., Path], tmp_path: Path, folder: str) -> None:
     path = pack(folder=folder)
-    there = unpacked(str(path), tmp_path / "cache")
-    assert there is not None
-    dataset = load_dataset(there, data_root=tmp_path / "cache")
+    folder_path = unpacked(str(path), tmp_path / "cache")
+    assert folder_path is not None
+    dataset = load_dataset(folder_path, data_root=tmp_path / "cache")
     assert dataset.test is not None
     assert (len(dataset.train), len(dataset.test), dataset.train.class_names) == (4, 4, ("cat", "dog"))
-    before = os.stat(there).st_ctime_ns
-    assert unpacked(str(path), tmp_path / "cache") == there
-    assert os.stat(there).st_ctime_ns == before
+    before = os.stat(folder_path).st_ctime_ns
+    assert unpacked(str(path), tmp_path / "cache") == folder_path
+    assert os.stat(folder_path).st_ctime_ns == before
     assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 1
 
 
-def test_what_is_no_archive_is_left_as_it_is(tmp_path: Path) -> None:
+def test_paths_that_are_no_archives_are_returned_unchanged(tmp_path: Path) -> None:
     assert unpacked(None) is None
     assert unpacked("cifar10") == "cifar10"
     assert unpacked(str(tmp_path)) == str(tmp_path)
@@ -161,7 +161,7 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile
     ],
     ids=["outside", "link", "folder link", "hard link", "pipe", "device"],
 )
-def test_a_hostile_member_refuses_the_archive(
+def test_an_archive_with_a_hostile_member_is_refused(
     pack: Callable[..., Path], tmp_path: Path, hostile: tarfile.TarInfo
 ) -> None:
     path, cache = pack(extra=hostile), tmp_path / "deep" / "cache"
@@ -175,10 +175,10 @@ def test_a_hostile_member_refuses_the_archive(
 @pytest.mark.parametrize("kept", ["half", "members", "nothing"])
 def test_an_archive_that_ends_early_is_refused(pack: Callable[..., Path], tmp_path: Path, name: str, kept: str) -> None:
     path = pack(name)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     with tarfile.open(path) as archive:
-        third = archive.getmembers()[2].offset if name == "images.tar" else len(whole) - 20
-    path.write_bytes(whole[: {"half": len(whole) // 2, "members": third, "nothing": 0}[kept]])
+        third = archive.getmembers()[2].offset if name == "images.tar" else len(content) - 20
+    path.write_bytes(content[: {"half": len(content) // 2, "members": third, "nothing": 0}[kept]])
     with pytest.raises(DataError, match="cannot be unpacked"):
         unpacked(str(path), tmp_path / "cache")
     assert list((tmp_path / "cache" / "unpacked").iterdir()) == []
@@ -202,7 +202,7 @@ def test_a_missing_archive_is_a_data_error(tmp_path: Path) -> None:
         (accuracy.Settings(targets="80;82"), "--targets 80;82"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings: accuracy.Settings, message: str) -> None:
+def test_invalid_settings_are_refused(settings: accuracy.Settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         accuracy.main(settings, Console(file=io.StringIO()))
 
@@ -219,8 +219,8 @@ def test_the_runs_are_the_recipes_unless_made_smaller(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_invocation_says_what_it_has_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    """SIGTERM in the first of two runs; then the rest; then nothing is left to do; then other settings are refused."""
+def test_a_stopped_invocation_reports_its_results_and_the_next_one_resumes(tmp_path: Path) -> None:
+    """SIGTERM in the first of two runs; then the rest; then nothing to do; then other settings are refused."""
     flags = ["--quick", "--epochs", "4", "--limit", "128", "--device", "cpu", "--targets", "5,99.9"]
     flags += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
     command, environment = [sys.executable, "benchmarks/accuracy.py", *flags], {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -232,13 +232,13 @@ def test_a_stopped_invocation_says_what_it_has_and_the_next_one_goes_on(tmp_path
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said[-2000:]
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output[-2000:]
     partial = json.loads((tmp_path / "accuracy.json").read_text())["recipes"]
     assert partial["cifar10-demo"]["runs"]["0"]["state"] == "preempted"
     assert partial["cifar10-demo"]["runs"]["0"]["final_percent"] is None
     assert partial["cifar10-demo-symmetric"]["runs"]["0"]["state"] == "not begun"
-    assert "not begun" in said
+    assert "not begun" in output
 
     settings = accuracy.Settings(
         quick=True, epochs=4, limit=128, device="cpu", targets="5,99.9", runs=tmp_path / "runs", out=tmp_path
@@ -270,7 +270,7 @@ def test_a_stopped_invocation_says_what_it_has_and_the_next_one_goes_on(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     run = tmp_path / "cifar10-demo-1ep-seed0"
     settings = accuracy.Settings(
         quick=True, recipes="cifar10-demo", epochs=1, limit=64, device="cpu", targets="10", runs=tmp_path

@@ -1,4 +1,4 @@
-"""End to end: energy is that of the window, shares compare like with like, and every row is accounted for."""
+"""End to end: energy of the sampled window, readings of loaders and steps, and a row for every pipeline."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from rich.console import Console
 
 from benchmarks import train
 from benchmarks.measure import end_to_end
-from benchmarks.measure.end_to_end import PLAIN, Case, Engine, Images, measure, open_case, step_only
-from benchmarks.measure.ladder import CONFIGS, synthetic_views
+from benchmarks.measure.end_to_end import PLAIN, Case, Images, measure, open_case, step_only
+from benchmarks.measure.engines import Engine
 from benchmarks.measure.plain import Task
 from benchmarks.measure.power import Sample, Sampler, read_samples
+from benchmarks.measure.variants import CONFIGS, synthetic_views
 from fastmoco.errors import ConfigError, DivergedError
 from pipelines.backends.select import PIPELINES
 from pipelines.data.dataset import load_dataset
@@ -34,23 +35,23 @@ CPU = torch.device("cpu")
 TASK = replace(CONFIGS["cifar"], side=16, batch_size=4, queue=16, bn_splits=2)
 
 
-def test_energy_is_the_integral_of_power_where_the_driver_keeps_no_counter() -> None:
+def test_energy_is_the_integral_of_power_without_a_counter_in_the_driver() -> None:
     """100 W for a second, then 300 W at the end of the next: 100 J and 200 J."""
     samples = [Sample(10.0, 100.0), Sample(11.0, 100.0), Sample(11.5), Sample(12.0, 300.0)]
     assert read_samples(samples) == {"joules": 300.0, "power_w": 150.0}
 
 
-def test_the_drivers_counter_of_energy_goes_before_the_integral() -> None:
+def test_the_drivers_energy_counter_takes_precedence_over_the_integral() -> None:
     samples = [Sample(0.0, 100.0, 5_000.0, 80.0, 3e9), Sample(2.0, 100.0, 5_500.0, 100.0, 4e9)]
     expected = {"joules": 500.0, "power_w": 250.0, "gpu_utilisation_percent": 90.0, "nvml_used_bytes": 4e9}
     assert read_samples(samples) == expected
 
 
-def test_a_gpu_that_does_not_answer_has_no_numbers_rather_than_zeros() -> None:
+def test_values_that_a_gpu_does_not_report_are_missing_rather_than_zero() -> None:
     assert read_samples([Sample(0.0), Sample(1.0)]) == {}
 
 
-def test_sampling_goes_on_beside_the_work_and_ends_with_it() -> None:
+def test_sampling_runs_during_the_block_and_ends_with_it() -> None:
     begun = time.perf_counter()
     with Sampler(lambda: Sample(time.perf_counter(), 50.0), period_s=0.005) as sampler:
         while len(sampler.samples) < 5:
@@ -62,7 +63,7 @@ def test_sampling_goes_on_beside_the_work_and_ends_with_it() -> None:
     assert len(sampler.samples) == count
 
 
-def test_an_error_of_the_driver_is_not_lost_in_the_thread() -> None:
+def test_an_error_of_the_driver_is_raised_from_the_thread() -> None:
     answers = iter([Sample(0.0)])
 
     def query() -> Sample:
@@ -73,13 +74,13 @@ def test_an_error_of_the_driver_is_not_lost_in_the_thread() -> None:
 
 
 def _engine(seconds: float = 0.0, loss: float = 1.0) -> Engine:
-    """A step that takes so long and does nothing."""
+    """A step that only sleeps."""
     views = synthetic_views(TASK, CPU, torch.float32, channels_last=True)
     return Engine(lambda _: time.sleep(seconds), lambda: loss, views, False, {"host_bytes": 7e9}, 0.0)
 
 
-def test_what_a_loader_takes_shows_as_waiting_and_as_a_lower_share_of_the_step() -> None:
-    """10 ms for a batch and 20 ms for a step: a third of the time is waiting, two thirds of the rate are left."""
+def test_a_slow_loader_shows_as_waiting_and_as_a_lower_share_of_the_step() -> None:
+    """10 ms per batch and 20 ms per step: a third of the time is waiting, and two thirds of the rate remain."""
     engine = _engine(0.02)
 
     def slow() -> Iterator[Any]:
@@ -95,7 +96,7 @@ def test_what_a_loader_takes_shows_as_waiting_and_as_a_lower_share_of_the_step()
     assert loaded["images_per_s"] == pytest.approx(TASK.batch_size / loaded["step_ms"] * 1e3)
 
 
-def test_a_reading_counts_what_step_and_loader_hold_and_what_it_takes_itself() -> None:
+def test_a_reading_includes_the_memory_of_step_loader_and_iterator() -> None:
     engine = _engine()
 
     def large() -> Iterator[Any]:
@@ -103,7 +104,7 @@ def test_a_reading_counts_what_step_and_loader_hold_and_what_it_takes_itself() -
         yield from itertools.cycle(engine.synthetic)
         del block
 
-    reading = measure(Case(large, engine, TASK.batch_size, held={"host_bytes": 1e9}), 0.01, CPU)
+    reading = measure(Case(large, engine, TASK.batch_size, memory={"host_bytes": 1e9}), 0.01, CPU)
     assert 8e9 + (30 << 20) < reading["host_bytes"] < 8e9 + (200 << 20)
 
 
@@ -112,12 +113,12 @@ def test_batches_are_counted_in_whole_rounds_of_the_workers() -> None:
     assert measure(Case(lambda: itertools.cycle(engine.synthetic), engine, 4, round_of=7), 0.01, CPU)["steps"] % 7 == 0
 
 
-def test_a_step_that_has_diverged_is_not_measured() -> None:
+def test_a_diverged_step_is_an_error() -> None:
     with pytest.raises(DivergedError, match="loss is nan"):
         measure(step_only(_engine(loss=math.nan), TASK), 0.01, CPU)
 
 
-def test_the_plain_loader_gives_what_the_plain_step_wants(tmp_path: Path) -> None:
+def test_the_plain_loader_delivers_float32_in_nchw(tmp_path: Path) -> None:
     images = Images(load_dataset("shapes", data_root=tmp_path, limit=16).train, tmp_path, 0)
     cases = {name: open_case(name, images, TASK, CPU, torch.bfloat16, 0, None) for name in ("dataloader", PLAIN)}
     plain, ours = (next(cases[name].batches()) for name in (PLAIN, "dataloader"))
@@ -125,7 +126,7 @@ def test_the_plain_loader_gives_what_the_plain_step_wants(tmp_path: Path) -> Non
     assert plain.query.is_contiguous()
     assert plain.key.is_contiguous()
     assert ours.query.is_contiguous(memory_format=torch.channels_last)
-    assert plain.key_order.tolist() == list(range(4))  # it shuffles the keys itself
+    assert plain.key_order.tolist() == list(range(4))  # the plain step shuffles the keys itself
 
 
 def _main(settings: train.Settings, folder: Path) -> tuple[dict[str, Any], str]:
@@ -134,7 +135,7 @@ def _main(settings: train.Settings, folder: Path) -> tuple[dict[str, Any], str]:
     return result, (folder / "table.txt").read_text(encoding="utf-8")
 
 
-def test_a_missing_backend_is_a_row_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_backend_is_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = end_to_end.open_source
 
     def refuse(name: str, *others: Any) -> Any:
@@ -168,14 +169,14 @@ def test_settings_that_cannot_be_measured_are_refused(settings: train.Settings, 
 
 @pytest.mark.parametrize("batch", [96, 3000])
 def test_the_queue_is_a_multiple_of_any_batch(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the plain step needs it; seen in the task with which the first engine would be built."""
+    """The plain step requires it; checked in the task of the first engine."""
     seen: list[Task] = []
 
-    def stop(settings: Any, task: Task, *_: Any) -> Callable[[], None]:
+    def stop(task: Task, *_: Any, **__: Any) -> Callable[[], None]:
         seen.append(task)
         raise ConfigError("far enough")
 
-    monkeypatch.setattr(train, "_run_config", stop)
+    monkeypatch.setattr(train, "resolve_task", stop)
     with pytest.raises(ConfigError, match="far enough"):
         train.main(train.Settings(data="shapes", batch_size=batch, device="cpu"), Console(quiet=True))
     assert seen[0].queue % batch == 0
@@ -184,7 +185,7 @@ def test_the_queue_is_a_multiple_of_any_batch(batch: int, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_the_script_measures_or_lists_every_pipeline(tmp_path: Path) -> None:
-    """As people start it: as a file, whose folder holds a pipelines.py that must not hide the package."""
+    """Started as a file, as in its documentation."""
     command = [sys.executable, "benchmarks/train.py", "--quick", "--device", "cpu", "--workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

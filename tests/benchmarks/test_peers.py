@@ -1,4 +1,4 @@
-"""The peers do the work that they are measured at: their losses, queues and averages, their images, and the script."""
+"""The peers: their losses, queues, averages and images, and the script."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import compare_peers as peers
-from benchmarks.measure.ladder import synthetic_views
 from benchmarks.measure.plain import Task
-from benchmarks.measure.sample_data import draw_jpegs, open_index
+from benchmarks.measure.sample_data import generate_jpegs, open_index
+from benchmarks.measure.variants import synthetic_views
 from benchmarks.peers.demo import EPOCHS, DemoStep, default_loading, demo_dataset
 from benchmarks.peers.lightly import LightlyStep, lightly_dataset
 from benchmarks.peers.loader import LabelledImages, Loading, decoded, endless_views, tuned
@@ -41,8 +41,8 @@ needs_lightly = pytest.mark.skipif(importlib.util.find_spec("lightly") is None, 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
     folder = tmp_path_factory.mktemp("images")
-    draw_jpegs(folder / "drawn", 20, (32, 32))
-    return open_index(str(folder / "drawn"), 8, None, folder)
+    generate_jpegs(folder / "generated", 20, (32, 32))
+    return open_index(str(folder / "generated"), 8, None, folder)
 
 
 def views() -> Views:
@@ -56,8 +56,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
 
 
-def by_hand(step: Any, queue: Tensor, batch: Views, *, symmetric: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """The loss of the first step, and the weights after it: p - lr (g + wd p)."""
+def first_step(step: Any, queue: Tensor, batch: Views, *, symmetric: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Expected loss of the first step, and the weights after it: p - lr (g + wd p)."""
     encoder = copy.deepcopy(step.query)
     q, k = F.normalize(encoder(batch.query), dim=1), F.normalize(step.key(batch.key), dim=1).detach()
     loss = info_nce(q, k, queue)
@@ -70,13 +70,13 @@ def by_hand(step: Any, queue: Tensor, batch: Views, *, symmetric: bool = False) 
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_first_step_of_the_authors_code_is_infonce_and_sgd(symmetric: bool) -> None:
+def test_the_first_step_of_the_demo_is_infonce_and_sgd(symmetric: bool) -> None:
     torch.manual_seed(0)
     step, batch = DemoStep(TASK, CPU, steps_per_epoch=5, symmetric=symmetric), views()
-    step.query.eval()  # running statistics: an embedding is then the image's own, in any order of the batch
+    step.query.eval()  # running statistics: an embedding does not depend on the rest of the batch
     step.key.eval()
     keys = [F.normalize(step.key(x), dim=1) for x in ([batch.query] if symmetric else []) + [batch.key]]
-    loss, weights = by_hand(step, step.queue.clone(), batch, symmetric=symmetric)
+    loss, weights = first_step(step, step.queue.clone(), batch, symmetric=symmetric)
     step(batch)
     assert step.read_loss() == pytest.approx(float(loss), rel=1e-5)
     torch.testing.assert_close([p.detach() for p in step.query.parameters()], weights, rtol=1e-4, atol=1e-6)
@@ -93,7 +93,7 @@ def test_the_first_step_of_lightly_is_infonce_and_sgd(symmetric: bool) -> None:
     step.query.eval()
     step.key.eval()
     bank = step._criterion.memory_bank.bank
-    if symmetric:  # its second loss finds the first one's keys in the bank
+    if symmetric:  # its second loss sees the first one's keys in the bank
         with torch.no_grad():
             q, k = (F.normalize(step.query(x), dim=1) for x in (batch.query, batch.key))
         after = torch.cat([k, bank[len(k) :]])
@@ -101,13 +101,13 @@ def test_the_first_step_of_lightly_is_infonce_and_sgd(symmetric: bool) -> None:
         step(batch)
         assert step.read_loss() == pytest.approx(float(expected), rel=1e-5)
         return
-    loss, weights = by_hand(step, bank.T.clone(), batch)
+    loss, weights = first_step(step, bank.T.clone(), batch)
     step(batch)
     assert step.read_loss() == pytest.approx(float(loss), rel=1e-5)
     torch.testing.assert_close([p.detach() for p in step.query.parameters()], weights, rtol=1e-4, atol=1e-6)
 
 
-def test_the_demos_learning_rate_falls_along_a_cosine_epoch_by_epoch() -> None:
+def test_the_demos_learning_rate_follows_a_cosine_per_epoch() -> None:
     step, batch, rates = DemoStep(TASK, CPU, steps_per_epoch=2), views(), []
     for _ in range(5):
         step(batch)
@@ -119,10 +119,10 @@ def test_the_demos_learning_rate_falls_along_a_cosine_epoch_by_epoch() -> None:
 
 @pytest.mark.slow
 @needs_lightly
-def test_lightlys_key_encoder_follows_and_its_bank_takes_in_the_keys() -> None:
+def test_lightlys_key_encoder_is_averaged_and_its_bank_receives_the_keys() -> None:
     torch.manual_seed(0)
     step, batch = LightlyStep(TASK, CPU), views()
-    step(batch)  # both encoders were equal: the average is of what they started with
+    step(batch)  # both encoders were equal, so the first average changes nothing
     before = [p.clone() for p in step.key.parameters()]
     query = [p.detach().clone() for p in step.query.parameters()]
     step(batch)
@@ -135,7 +135,7 @@ def test_lightlys_key_encoder_follows_and_its_bank_takes_in_the_keys() -> None:
     torch.testing.assert_close(bank.bank.norm(dim=1), torch.ones(TASK.queue))
 
 
-def test_an_epoch_of_a_peer_holds_every_image_once_and_the_next_has_another_order(images: ImageIndex) -> None:
+def test_an_epoch_of_a_peer_has_every_image_once_and_the_next_has_another_order(images: ImageIndex) -> None:
     index = ImageIndex.from_pixels("numbers", np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3))
     dataset = LabelledImages(index, _number)
     torch.manual_seed(0)
@@ -144,14 +144,14 @@ def test_an_epoch_of_a_peer_holds_every_image_once_and_the_next_has_another_orde
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     seven = endless_views(dataset, 7, CPU, Loading(workers=0))
-    assert len({int(v) for _ in range(2) for v in next(seven).key.flatten()}) == 14  # the last six fill no batch
+    assert len({int(v) for _ in range(2) for v in next(seven).key.flatten()}) == 14  # the last six are dropped
 
 
 def _number(image: Any) -> list[Tensor]:
     return [torch.tensor([image.getpixel((0, 0))[0]])] * 2
 
 
-def test_decoding_beforehand_changes_no_image(images: ImageIndex) -> None:
+def test_decoding_in_advance_changes_no_image(images: ImageIndex) -> None:
     from_files, in_memory = LabelledImages(images), LabelledImages(decoded(images))
     assert len(from_files) == len(in_memory) == 20
     for i in (0, 19):
@@ -199,7 +199,7 @@ def test_the_queue_is_a_multiple_of_the_keys_of_a_step(batch: int, symmetric: bo
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_not_installed_is_a_row_that_says_how_to_install_it(
+def test_a_peer_that_is_not_installed_is_listed_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "lightly.transforms", None)
@@ -213,8 +213,8 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_how_to_install_it(
 
 
 @pytest.mark.slow
-def test_the_script_measures_everyone_and_divides_by_each(images: ImageIndex, tmp_path: Path) -> None:
-    """As people start it, with the workers of all in processes."""
+def test_the_script_measures_all_rows_and_their_ratios(images: ImageIndex, tmp_path: Path) -> None:
+    """Started as in its documentation, with worker processes."""
     assert images.paths is not None
     folder = str(Path(images.paths[0]).parent)
     flags = ["--quick", "--device", "cpu", "--data", folder, "--out", str(tmp_path)]
@@ -243,6 +243,6 @@ def test_the_script_measures_everyone_and_divides_by_each(images: ImageIndex, tm
         pairs = zip(rows[ours]["images_per_s"]["values"], rows[peer]["images_per_s"]["values"], strict=True)
         assert result["ratios"][ours][peer]["values"] == pytest.approx([a / b for a, b in pairs])
     tuning = rows["authors-best"]["tuning"]
-    assert set(tuning) == {"1", "2"}  # one worker was given: half of it is one too
+    assert set(tuning) == {"1", "2"}  # one worker was set: half of it is one too
     fastest = max(tuning, key=lambda n: tuning[n])
     assert rows["authors-best"]["terms"].endswith(f" {fastest} worker" + ("" if fastest == "1" else "s"))

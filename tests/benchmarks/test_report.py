@@ -1,4 +1,4 @@
-"""The report and the README say what the results say, name what limits, and name no folder of the machine."""
+"""The report and the README agree with the results, report bottlenecks, and contain no paths of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pipelines, readme_numbers, report
+from benchmarks import loaders, readme_numbers, report
 from benchmarks.measure import end_to_end
 from benchmarks.measure.harness import run_script
 from benchmarks.report import write_report
@@ -17,7 +17,7 @@ from benchmarks.reporting.collected import Collection, keep, newest_by_hardware,
 from benchmarks.reporting.page import Bullets, Code, Heading, Picture, Table, Text, as_html, as_markdown
 from fastmoco.errors import ConfigError
 from pipelines.errors import DataError
-from tests import benchmark_results as made
+from tests.benchmarks import sample_results as samples
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "2026-11-21-0123456"
@@ -25,17 +25,17 @@ COMMIT = "2026-11-21-0123456"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a suite leaves behind: a result of every script, and a part that failed."""
+    """Output of a suite: a result of every script, and a part that failed."""
     folder = tmp_path / "elsewhere" / "out"
-    made.write(
+    samples.write(
         folder,
-        pipelines=made.pipelines(),
-        step=made.step(),
-        train=made.train(),
-        peers=made.peers(),
-        accuracy0=made.accuracy(0, 4.0, 82.0),
-        accuracy1=made.accuracy(1, 6.0, 83.0),
-        scaling=made.scaling(),
+        pipelines=samples.pipelines(),
+        step=samples.step(),
+        train=samples.train(),
+        peers=samples.peers(),
+        accuracy0=samples.accuracy(0, 4.0, 82.0),
+        accuracy1=samples.accuracy(1, 6.0, 83.0),
+        scaling=samples.scaling(),
     )
     failed = {"part": "step", "number": 1, "state": "failed", "seconds": 3.0, "limit_s": 60.0, "message": "disk full"}
     (folder / "step" / "part.json").write_text(json.dumps(failed))
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_has_headlines_limits_tables_pictures_failures_and_commands(folder: Path) -> None:
+def test_the_page_has_headlines_bottlenecks_tables_pictures_failures_and_commands(folder: Path) -> None:
     page, html = report.main(report.Settings(results=folder))
     text = page.read_text(encoding="utf-8")
     assert "`resident`: **500 images/s**, 5.0 times a plain DataLoader" in text
@@ -53,43 +53,43 @@ def test_the_page_has_headlines_limits_tables_pictures_failures_and_commands(fol
     assert "to 80 % kNN, cifar10-demo, 200 epochs: **5.00 min**, 82.5 % at the end, 2 seeds" in text
     assert "`resident` **the input** (50% of the step's own rate, waits 40 % of the time)" in text
     assert "| trainstep | + no stored logits, no host read | 60.0 (54.0–66.0) | 3.00× |" in text
-    assert "Not measured: dali, because nvidia.dali is not installed" in text
+    assert "Not measured: dali (nvidia.dali is not installed" in text
     assert "step: disk full" in text
     assert "uv run python benchmarks/script.py" in text
     for name in re.findall(r"\]\((\S+\.svg)\)", text):
         assert (folder / name).read_text(encoding="utf-8").startswith("<svg")
-    whole = html.read_text(encoding="utf-8")
-    assert whole.count("<svg") == text.count(".svg)") >= 5
-    assert not re.search(r'(src|href)="(?!#)', whole.replace("http://www.w3.org", ""))
-    names = re.findall(r'\bid="([^"]+)"', whole)
+    html_text = html.read_text(encoding="utf-8")
+    assert html_text.count("<svg") == text.count(".svg)") >= 5
+    assert not re.search(r'(src|href)="(?!#)', html_text.replace("http://www.w3.org", ""))
+    names = re.findall(r'\bid="([^"]+)"', html_text)
     assert len(names) == len(set(names))
 
 
-def test_a_target_that_a_seed_missed_is_not_called_reached(folder: Path) -> None:
-    made.write(folder, accuracy2=made.accuracy(2, None, 79.0))
+def test_a_target_that_a_seed_missed_is_not_reported_as_reached(folder: Path) -> None:
+    samples.write(folder, accuracy2=samples.accuracy(2, None, 79.0))
     lines = [str(line) for line in headlines.headlines(read(folder))]
     assert "to 80 % kNN, cifar10-demo, 200 epochs: **reached by 2 of 3**, 82.0 % at the end" in lines
 
 
-def test_a_run_on_a_few_images_is_in_the_tables_and_no_headline(tmp_path: Path) -> None:
-    result = made.accuracy(0, 4.0, 82.0)
+def test_a_run_on_few_images_is_in_the_tables_but_no_headline(tmp_path: Path) -> None:
+    result = samples.accuracy(0, 4.0, 82.0)
     result["recipes"]["cifar10-demo"]["runs"]["0"]["config"]["limit"] = 2500
-    folder = made.write(tmp_path / "out", accuracy=result)
+    folder = samples.write(tmp_path / "out", accuracy=result)
     assert headlines.headlines(read(folder)) == []
     text = report.main(report.Settings(results=folder))[0].read_text(encoding="utf-8")
     assert "cifar10-demo, 200 epochs, 2,500 images" in text
 
 
-def test_a_loader_that_costs_nothing_leaves_the_step_as_the_limit() -> None:
-    words = headlines.bottlenecks(Collection({"train": made.train(0.97)}))
-    assert "`resident` **the step** (97% of the step's own rate" in words[0]
+def test_with_a_loader_that_costs_nothing_the_step_is_the_bottleneck() -> None:
+    limits = headlines.bottlenecks(Collection({"train": samples.train(0.97)}))
+    assert "`resident` **the step** (97% of the step's own rate" in limits[0]
 
 
-def test_the_names_of_the_controls_are_those_of_the_scripts() -> None:
-    assert (headlines.CONTROL, headlines.PLAIN) == (pipelines.CONTROL, end_to_end.PLAIN)
+def test_the_names_of_the_baselines_are_those_of_the_scripts() -> None:
+    assert (headlines.BASELINE, headlines.PLAIN) == (loaders.BASELINE, end_to_end.PLAIN)
 
 
-def test_what_is_kept_is_one_file_that_says_the_same_and_names_no_folder(folder: Path, tmp_path: Path) -> None:
+def test_committed_results_are_one_file_with_the_same_content_and_without_paths(folder: Path, tmp_path: Path) -> None:
     written = report.main(report.Settings(results=folder, commit="test-cpu"), tmp_path / "results")
     kept = tmp_path / "results" / "test-cpu" / f"{COMMIT}.json"
     assert kept in written
@@ -108,22 +108,22 @@ def test_what_is_kept_is_one_file_that_says_the_same_and_names_no_folder(folder:
     assert all((kept.parent / name).is_file() for name in re.findall(r"\]\((\S+\.svg)\)", page))
 
 
-def test_quick_results_are_marked_and_not_kept(tmp_path: Path) -> None:
-    result = made.pipelines()
+def test_quick_results_are_marked_and_not_committed(tmp_path: Path) -> None:
+    result = samples.pipelines()
     result["settings"]["quick"] = True
-    folder = made.write(tmp_path / "out", pipelines=result)
+    folder = samples.write(tmp_path / "out", pipelines=result)
     assert "Measured with --quick" in report.main(report.Settings(results=folder))[0].read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="--quick"):
         keep(folder, "test-cpu", tmp_path / "results")
 
 
 @pytest.mark.parametrize("hardware", ["", "../elsewhere", "H200", "a/b"])
-def test_a_name_of_hardware_that_is_no_folder_is_refused(folder: Path, hardware: str) -> None:
-    with pytest.raises(ConfigError, match="small letters"):
+def test_a_hardware_name_that_is_no_folder_name_is_refused(folder: Path, hardware: str) -> None:
+    with pytest.raises(ConfigError, match="lower-case letters"):
         keep(folder, hardware)
 
 
-def test_an_empty_folder_and_a_damaged_file_are_told_apart(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_damaged_file_are_different_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no results"):
         read(tmp_path)
     (tmp_path / "step.json").write_text("{")
@@ -131,11 +131,11 @@ def test_an_empty_folder_and_a_damaged_file_are_told_apart(tmp_path: Path) -> No
         read(tmp_path)
 
 
-def test_the_newest_of_each_result_counts(tmp_path: Path) -> None:
-    old, new = made.pipelines(200.0), made.pipelines(700.0)
+def test_the_latest_version_of_each_result_counts(tmp_path: Path) -> None:
+    old, new = samples.pipelines(200.0), samples.pipelines(700.0)
     new["environment"]["date"] = "2026-12-01T00:00:00+00:00"
-    keep(made.write(tmp_path / "old", pipelines=old, step=made.step()), "test-cpu", tmp_path / "results")
-    keep(made.write(tmp_path / "new", pipelines=new), "test-cpu", tmp_path / "results")
+    keep(samples.write(tmp_path / "old", pipelines=old, step=samples.step()), "test-cpu", tmp_path / "results")
+    keep(samples.write(tmp_path / "new", pipelines=new), "test-cpu", tmp_path / "results")
     ((hardware, collection),) = newest_by_hardware(tmp_path / "results")
     assert hardware == "test-cpu"
     assert set(collection.results) == {"pipelines/pipelines", "step/step"}
@@ -147,7 +147,7 @@ def test_the_readme_is_written_once_and_then_agrees(folder: Path, tmp_path: Path
     keep(folder, "test-cpu", results)
     readme.write_text(f"# A\n\n{readme_numbers.BEGIN}\nold: 9,999\n{readme_numbers.END}\n\nThe end.\n")
     check = readme_numbers.Settings(check=True)
-    with pytest.raises(ConfigError, match="other numbers"):
+    with pytest.raises(ConfigError, match="differs from benchmarks/results"):
         readme_numbers.main(check, readme, results)
     assert readme_numbers.main(readme_numbers.Settings(), readme, results)
     text = readme.read_text(encoding="utf-8")
@@ -157,13 +157,13 @@ def test_the_readme_is_written_once_and_then_agrees(folder: Path, tmp_path: Path
     assert text.endswith("\n\nThe end.\n")
     assert not readme_numbers.main(check, readme, results)
     readme.write_text(text.replace("500 images/s", "501 images/s"))
-    with pytest.raises(ConfigError, match="other numbers"):
+    with pytest.raises(ConfigError, match="differs from benchmarks/results"):
         readme_numbers.main(check, readme, results)
 
 
-def test_a_readme_without_a_place_for_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# A\n")
-    with pytest.raises(ConfigError, match="no place for numbers"):
+    with pytest.raises(ConfigError, match="no markers for the numbers"):
         readme_numbers.main(readme_numbers.Settings(), tmp_path / "README.md", tmp_path)
 
 
@@ -177,16 +177,14 @@ def test_the_committed_results_make_reports(tmp_path: Path) -> None:
         assert page.read_text(encoding="utf-8") == file.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_reported_is_one_line_and_an_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: report.main(report.Settings(results=tmp_path)))
     assert ended.value.code == 2
     assert re.fullmatch(r".*: error: .* holds no results: .*\n", capsys.readouterr().err)
 
 
-def test_a_page_shows_text_as_it_stands() -> None:
+def test_text_is_escaped() -> None:
     blocks = [
         Heading("A < B"),
         Text("`a<b>` and **bold** & more"),

@@ -1,4 +1,4 @@
-"""The roofline: what is counted agrees with torch's counter and with sums by hand, and rates stand at their share."""
+"""The roofline: FLOPs agree with torch's counter, bytes with the formulas, and rates are shares of the bound."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from benchmarks import roofline
-from benchmarks.measure.ladder import CONFIGS, step_flops
 from benchmarks.measure.plain import Task
 from benchmarks.measure.traffic import Ceilings, Kernel, count_step, group_of, groups_of
+from benchmarks.measure.variants import CONFIGS, step_flops
 from fastmoco.errors import ConfigError
 from fastmoco.model.encoder import build_encoder
-from tests import benchmark_results as made
+from tests.benchmarks import sample_results as samples
 
-TINY = Task(**made.TASK)
+TINY = Task(**samples.TASK)
 
 
 def quiet() -> Console:
@@ -28,31 +28,31 @@ def quiet() -> Console:
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("cifar", 16), ("r50", 8)])
-def test_flops_agree_with_torchs_counter_to_the_last(name: str, batch_size: int) -> None:
+def test_flops_equal_those_of_torchs_counter(name: str, batch_size: int) -> None:
     task = replace(CONFIGS[name], batch_size=batch_size)
     assert sum(kernel.flops for kernel in count_step(task, 2)) == step_flops(task)
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_bytes_of_the_stem_and_the_update_are_those_of_the_formulas(element_bytes: int) -> None:
-    found = groups_of(count_step(TINY, element_bytes), Ceilings(1.0, 1.0))
+    groups = groups_of(count_step(TINY, element_bytes), Ceilings(1.0, 1.0))
     views, maps, weight = 8 * 3 * 8 * 8, 8 * 64 * 8 * 8, 64 * 3 * 3 * 3
-    assert found["stem, 3×3 convolutions"].bytes == 3 * element_bytes * (views + maps + weight)
-    assert found["stem, 3×3 convolutions"].flops == 3 * 2 * maps * 3 * 3 * 3  # two forwards, one gradient
+    assert groups["stem, 3×3 convolutions"].bytes == 3 * element_bytes * (views + maps + weight)
+    assert groups["stem, 3×3 convolutions"].flops == 3 * 2 * maps * 3 * 3 * 3  # two forwards, one gradient
     # two forwards of three passes, one backward of five
-    assert found["stem, batch norm"].bytes == (2 * 3 + 5) * element_bytes * maps
+    assert groups["stem, batch norm"].bytes == (2 * 3 + 5) * element_bytes * maps
     parameters = sum(p.numel() for p in build_encoder("resnet18", stem="cifar", dim=16).parameters())
-    assert found["update"].bytes == 36 * parameters
-    assert found["loss"].flops == 2 * (2 * 8 * 64 * 16 + 2 * 8 * 16)
+    assert groups["update"].bytes == 36 * parameters
+    assert groups["loss"].flops == 2 * (2 * 8 * 64 * 16 + 2 * 8 * 16)
 
 
-def test_casts_are_counted_in_16_bits_alone() -> None:
+def test_casts_are_counted_in_16_bits_only() -> None:
     ceilings = Ceilings(1.0, 1.0)
     exact, low = (groups_of(count_step(TINY, size), ceilings)["weights"].bytes for size in (4, 2))
     assert low == pytest.approx(exact * (12 + 3 * 6) / 12)
 
 
-def test_a_step_takes_the_sum_of_what_limits_each_kernel() -> None:
+def test_the_minimum_time_is_the_sum_over_kernels() -> None:
     ceilings = Ceilings(flop_per_s=100.0, bytes_per_s=10.0)
     kernels = [Kernel("products", "", 1000.0, 20.0), Kernel("sums", "", 0.0, 40.0)]
     whole = group_of(kernels, ceilings)
@@ -67,14 +67,14 @@ def test_a_step_takes_the_sum_of_what_limits_each_kernel() -> None:
     assert group_of(kernels, Ceilings(1e6, 10.0)).bound == "memory"
 
 
-def test_what_step_and_train_wrote_is_placed_under_ceilings_measured_now(tmp_path: Path) -> None:
-    results = made.write(tmp_path / "in", step=made.step(60.0), train=made.train(0.5))
+def test_results_of_step_and_train_are_compared_with_measured_ceilings(tmp_path: Path) -> None:
+    results = samples.write(tmp_path / "in", step=samples.step(60.0), train=samples.train(0.5))
     out = tmp_path / "out"
     roofline.main(roofline.Settings(results=results, quick=True, device="cpu", out=out), quiet())
     result = json.loads((out / "roofline.json").read_text())
     assert set(result["ceilings"]) == {"fp32", "bf16", "copy"}
-    ladder, trained = result["steps"]
-    assert [(point["name"], point["format"]) for point in ladder["points"]] == [
+    ablation, trained = result["steps"]
+    assert [(point["name"], point["format"]) for point in ablation["points"]] == [
         ("plain", "fp32"),
         ("trainstep", "bf16"),
     ]
@@ -90,21 +90,23 @@ def test_what_step_and_train_wrote_is_placed_under_ceilings_measured_now(tmp_pat
             assert point["share_of_roof"] == pytest.approx(point["images_per_s"] * at["seconds"] / TINY.batch_size)
             assert sum(group["seconds"] for group in at["groups"].values()) == pytest.approx(at["seconds"])
         picture = (out / f"roofline-{placed['name']}.svg").read_text(encoding="utf-8")
-        words = " ".join(text for text in ET.fromstring(picture).itertext())
-        assert all(point["name"] in words for point in placed["points"])
-        assert "GB/s" in words
+        labels = " ".join(text for text in ET.fromstring(picture).itertext())
+        assert all(point["name"] in labels for point in placed["points"])
+        assert "GB/s" in labels
 
 
 def test_a_folder_without_a_step_is_refused(tmp_path: Path) -> None:
-    made.write(tmp_path, pipelines=made.pipelines())
+    samples.write(tmp_path, pipelines=samples.pipelines())
     with pytest.raises(ConfigError, match=r"no result of step\.py"):
         roofline.main(roofline.Settings(results=tmp_path, quick=True, device="cpu"), quiet())
 
 
-def test_a_large_copy_and_product_are_measured_in_their_own_units() -> None:
-    found = roofline.measure_ceilings(torch.device("cpu"), roofline.Settings(quick=True, seconds=0.01, repetitions=1))
-    assert 1e8 < found["copy"].median < 1e13
-    assert 1e8 < found["fp32"].median < 1e14
+def test_ceilings_of_copies_and_products_are_plausible() -> None:
+    ceilings = roofline.measure_ceilings(
+        torch.device("cpu"), roofline.Settings(quick=True, seconds=0.01, repetitions=1)
+    )
+    assert 1e8 < ceilings["copy"].median < 1e13
+    assert 1e8 < ceilings["fp32"].median < 1e14
 
 
 @pytest.mark.slow

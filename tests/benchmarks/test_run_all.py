@@ -1,20 +1,19 @@
-"""The suite goes on after failures, stops what takes too long, skips what is done, and tells all of it."""
+"""The suite continues after failures, stops parts at their limits, skips what is done, and reports all of it."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tyro
 
@@ -65,7 +64,7 @@ def record(settings: Settings, name: str) -> dict[str, Any]:
     return json.loads((settings.out / name / "part.json").read_text())
 
 
-def test_a_failure_is_recorded_and_the_rest_goes_on(
+def test_a_failure_is_recorded_and_the_other_parts_run(
     settings: Settings, scripts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = main(settings, [part("bad", "fails.py"), part("good")], scripts)
@@ -79,7 +78,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(
     assert "done in" in lines[1]
 
 
-def test_what_is_done_is_skipped_and_what_failed_is_tried_again(settings: Settings, scripts: Path) -> None:
+def test_parts_that_are_done_are_skipped_and_failed_ones_are_repeated(settings: Settings, scripts: Path) -> None:
     parts = [part("good"), part("bad", "fails.py"), part("report", again=True)]
     main(settings, parts, scripts)
     (scripts / "fails.py").write_text(WRITES)
@@ -89,14 +88,14 @@ def test_what_is_done_is_skipped_and_what_failed_is_tried_again(settings: Settin
     assert (settings.out / "runs.txt").read_text() == "xxxx"  # good once, bad once, report twice
 
 
-def test_another_command_is_run_although_a_part_of_this_name_is_done(settings: Settings, scripts: Path) -> None:
+def test_a_part_is_repeated_if_its_command_has_changed(settings: Settings, scripts: Path) -> None:
     main(settings, [part("good")], scripts)
     records = main(replace(settings, quick=True), [part("good")], scripts)
     assert records[0]["state"] == "done"
     assert "--quick" in record(settings, "good")["command"]
 
 
-def test_a_part_is_stopped_at_its_limit_with_all_it_started(settings: Settings, scripts: Path) -> None:
+def test_a_part_is_stopped_at_its_limit_with_its_child_processes(settings: Settings, scripts: Path) -> None:
     began = time.monotonic()
     records = main(replace(settings, patience=0.02), [part("long", "hangs.py", limit_s=100.0), part("good")], scripts)
     assert [r["state"] for r in records] == ["timed out", "done"]
@@ -107,26 +106,27 @@ def test_a_part_is_stopped_at_its_limit_with_all_it_started(settings: Settings, 
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet counts."""
-    for _ in range(50):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    """Whether a process ends within 5 s, possibly as a zombie."""
+    try:
+        process = psutil.Process(pid)
+        for _ in range(50):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.1)
+        process.kill()
+    except psutil.NoSuchProcess:
+        return True
     return False
 
 
-def test_a_suite_that_is_stopped_stops_its_part_and_does_not_call_it_done(settings: Settings, scripts: Path) -> None:
+def test_a_suite_that_is_stopped_stops_its_part_and_does_not_record_it_as_done(
+    settings: Settings, scripts: Path
+) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from benchmarks import run_all
-from tests.test_benchmarks_run_all import part
+from tests.benchmarks.test_run_all import part
 settings = run_all.Settings(suite="cpu", out=Path({str(settings.out)!r}), data=("/",))
 with run_all._stoppable():
     run_all.main(settings, [part("long", "hangs.py")], Path({str(scripts)!r}))
@@ -143,7 +143,7 @@ with run_all._stoppable():
     assert not (settings.out / "long" / "part.json").exists()
 
 
-def test_a_part_without_its_images_or_its_input_is_skipped_and_says_so(
+def test_a_part_without_its_images_or_its_input_is_skipped_with_a_reason(
     settings: Settings, scripts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [part("needs-images", needs="cifar10"), part("needs-step", after="step"), part("good")]
@@ -154,16 +154,16 @@ def test_a_part_without_its_images_or_its_input_is_skipped_and_says_so(
     assert "skipped: there is no result of step" in out
 
 
-def test_missing_libraries_are_named_with_their_remedy(
+def test_missing_libraries_are_reported_with_the_command_that_installs_them(
     settings: Settings, scripts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_all, "_installed", lambda module: False)
     main(settings, [part("good")], scripts)
     out = capsys.readouterr().out
-    assert all(f"uv sync {what}" in out for what in ("--extra dali", "--extra ffcv", "--group bench"))
+    assert all(f"uv sync {flags}" in out for flags in ("--extra dali", "--extra ffcv", "--group bench"))
 
 
-def test_quick_runs_on_drawn_images_where_there_are_none(
+def test_quick_runs_without_data_on_generated_images(
     settings: Settings, scripts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(run_all.DEFAULT_DATA, raising=False)
@@ -176,9 +176,9 @@ def test_quick_runs_on_drawn_images_where_there_are_none(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"out": None}, "--out"), ({"data": ()}, "FASTMOCO_TEST_DATA"), ({"part": 99}, "--part 99 is none of cpu's")],
+    [({"out": None}, "--out"), ({"data": ()}, "FASTMOCO_TEST_DATA"), ({"part": 99}, "--part 99 does not exist in cpu")],
 )
-def test_settings_that_cannot_be_run_are_refused(
+def test_invalid_settings_are_refused(
     settings: Settings, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(run_all.DEFAULT_DATA, raising=False)
@@ -186,9 +186,7 @@ def test_settings_that_cannot_be_run_are_refused(
         main(replace(settings, **change))
 
 
-def test_images_are_found_in_a_folder_of_folders_by_name_and_in_tar_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_found_by_name_in_folders_and_tar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_all, "unpacked", lambda data: archives.unpacked(data, tmp_path / "cache"))
     for name in ("all/imagenet-60", "imagenette", "train"):
         (tmp_path / name).mkdir(parents=True)
@@ -196,13 +194,13 @@ def test_images_are_found_in_a_folder_of_folders_by_name_and_in_tar_files(
     with tarfile.open(tmp_path / "cifar10-jpeg.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "train", "train")
         archive.add(tmp_path / "train", "test")
-    places = [str(tmp_path / name) for name in ("all", "imagenette", "cifar10-jpeg.tar.xz")]
-    assert find_images("imagenet-60", places) == places[0] + "/imagenet-60"
-    assert find_images("imagenette", places) == places[1]
-    found = find_images("cifar10", places)
-    assert found is not None
-    assert (Path(found) / "test" / "a.txt").read_text() == "an image"
-    assert find_images("stl10", places) is None
+    data = [str(tmp_path / name) for name in ("all", "imagenette", "cifar10-jpeg.tar.xz")]
+    assert find_images("imagenet-60", data) == data[0] + "/imagenet-60"
+    assert find_images("imagenette", data) == data[1]
+    folder = find_images("cifar10", data)
+    assert folder is not None
+    assert (Path(folder) / "test" / "a.txt").read_text() == "an image"
+    assert find_images("stl10", data) is None
 
 
 def test_the_parts_are_listed_with_their_limits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +210,7 @@ def test_the_parts_are_listed_with_their_limits(capsys: pytest.CaptureFixture[st
     assert all(entry.name in out for entry in GPU)
 
 
-def test_the_limits_of_the_suites_are_those_promised() -> None:
+def test_the_limits_of_the_suites_are_those_in_the_documentation() -> None:
     assert sum(entry.limit_s for entry in CPU) <= 20 * 60
     for number in {entry.number for entry in GPU}:
         assert sum(entry.limit_s for entry in GPU if entry.number == number) <= 9 * 60
@@ -222,19 +220,19 @@ def test_the_limits_of_the_suites_are_those_promised() -> None:
 
 
 @pytest.mark.parametrize("script", sorted({entry.script for entry in (*CPU, *GPU)}))
-def test_every_script_knows_the_flags_it_is_given(script: str) -> None:
+def test_every_script_accepts_the_flags_of_the_suites(script: str) -> None:
     settings = importlib.import_module(f"benchmarks.{script.removesuffix('.py')}").Settings
     for entry in (*CPU, *GPU):
         if entry.script == script:
             assert tyro.cli(settings, args=[*entry.arguments], console_outputs=False)
-            found = tyro.cli(settings, args=[*entry.arguments, *entry.quick], console_outputs=False)
-            assert found.quick if entry.quick else not hasattr(found, "quick")
+            quick = tyro.cli(settings, args=[*entry.arguments, *entry.quick], console_outputs=False)
+            assert quick.quick if entry.quick else not hasattr(quick, "quick")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_real_parts_run_in_processes_of_their_own_and_end_in_a_report(tmp_path: Path) -> None:
-    """The parts have tests of their own, so the cheapest two will do."""
+def test_real_parts_run_in_separate_processes_and_end_in_a_report(tmp_path: Path) -> None:
+    """The scripts have their own tests, so the two cheapest parts are enough."""
     chosen = [entry for entry in CPU if entry.name in ("roofline", "report")]
     chosen[0] = replace(chosen[0], arguments=("--out", "{out}"), after=None)
     settings = Settings(suite="cpu", quick=True, out=tmp_path, patience=5.0)

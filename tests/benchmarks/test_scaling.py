@@ -1,4 +1,4 @@
-"""How cost grows: one thing changes along an axis, ratios are to the first point, and what is left out is said."""
+"""Scaling: one parameter changes along an axis, ratios are to the first point, and omissions are reported."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import torch
 from rich.console import Console
 
 from benchmarks import scaling
-from benchmarks.measure.ladder import Variant
 from benchmarks.measure.plain import Task
+from benchmarks.measure.variants import Variant
 from fastmoco.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {"batch": "batch_size", "queue": "queue", "size": "side"}
 
 
-class _Climber:
-    """A step of 1 ms for every image of it, and ten for the plain one, which fits no batch above 64."""
+class _Runner:
+    """A step of 1 ms per image, and 10 ms for the plain one, which runs out of memory above a batch of 64."""
 
     tasks: list[Task] = []  # noqa: RUF012 - of all that were built
 
-    def __init__(self, rung: Variant, task: Task, *_: Any) -> None:
-        if rung.name == "plain" and task.batch_size > 64:
+    def __init__(self, variant: Variant, task: Task, *_: Any) -> None:
+        if variant.name == "plain" and task.batch_size > 64:
             raise torch.OutOfMemoryError("no memory")
         self.tasks.append(task)
-        self._ms, self._batch = task.batch_size * (10.0 if rung.name == "plain" else 1.0), task.batch_size
+        self._ms, self._batch = task.batch_size * (10.0 if variant.name == "plain" else 1.0), task.batch_size
         self.memory = {"peak_resident_bytes": 1e6 * task.queue}
 
     def __call__(self) -> dict[str, float]:
@@ -42,10 +42,10 @@ class _Climber:
 
 
 @pytest.fixture
-def climbers(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    monkeypatch.setattr(scaling, "Runner", _Climber)
-    monkeypatch.setattr(_Climber, "tasks", [])
-    return _Climber.tasks
+def built_tasks(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    monkeypatch.setattr(scaling, "Runner", _Runner)
+    monkeypatch.setattr(_Runner, "tasks", [])
+    return _Runner.tasks
 
 
 def _main(settings: scaling.Settings, folder: Path) -> tuple[dict[str, Any], str]:
@@ -54,7 +54,9 @@ def _main(settings: scaling.Settings, folder: Path) -> tuple[dict[str, Any], str
     return result, (folder / "table.txt").read_text(encoding="utf-8")
 
 
-def test_growth_is_to_the_first_point_of_the_same_case_in_the_same_round(tmp_path: Path, climbers: list[Task]) -> None:
+def test_ratios_are_to_the_first_point_of_the_same_case_in_the_same_round(
+    tmp_path: Path, built_tasks: list[Task]
+) -> None:
     _, table = _main(scaling.Settings(axis="batch"), tmp_path)
     axis = json.loads((tmp_path / "scaling-cifar.json").read_text())["axes"]["batch"]
     rows = {(row["case"], row["point"]): row for row in axis["rows"]}
@@ -64,25 +66,27 @@ def test_growth_is_to_the_first_point_of_the_same_case_in_the_same_round(tmp_pat
         assert row["ratio_to_first"]["values"] == pytest.approx([batch / 16] * 3)
         assert row["images_per_s"]["values"] == pytest.approx([1e3 * batch / ms for ms in row["step_ms"]["values"]])
     assert "8.00×" in table
-    assert "plain at 128: too little memory" in table
+    assert "plain at 128 (too little memory" in table
 
 
 @pytest.mark.parametrize("axis", FIELDS)
-def test_one_thing_changes_along_an_axis(axis: str, tmp_path: Path, climbers: list[Task]) -> None:
+def test_one_parameter_changes_along_an_axis(axis: str, tmp_path: Path, built_tasks: list[Task]) -> None:
     result, _ = _main(scaling.Settings(axis=axis, batch_size=32), tmp_path)
     start = Task(**result["task"])
-    assert {replace(task, **{FIELDS[axis]: getattr(start, FIELDS[axis])}) for task in climbers} == {start}
-    points = [getattr(task, FIELDS[axis]) for task in climbers]
+    assert {replace(task, **{FIELDS[axis]: getattr(start, FIELDS[axis])}) for task in built_tasks} == {start}
+    points = [getattr(task, FIELDS[axis]) for task in built_tasks]
     assert points == [row["point"] for row in result["axes"][axis]["rows"]]
     assert len(set(points)) == 4
-    for task in climbers:  # what the plain step and split batch norm ask for
+    for task in built_tasks:  # required by the plain step and split batch norm
         assert task.queue % task.batch_size == 0
         assert task.batch_size % task.bn_splits == 0
         assert task.batch_size // task.bn_splits >= 2
 
 
 @pytest.mark.parametrize("config", ["cifar", "r50"])
-def test_the_recipes_own_batches_can_be_halved_and_doubled(config: Any, tmp_path: Path, climbers: list[Task]) -> None:
+def test_the_recipes_own_batches_can_be_halved_and_doubled(
+    config: Any, tmp_path: Path, built_tasks: list[Task]
+) -> None:
     batch = {"cifar": 512, "r50": 256}[config]
     result, _ = _main(scaling.Settings(config=config, axis="batch,queue", batch_size=batch), tmp_path)
     assert [row["point"] for row in result["axes"]["batch"]["rows"]][:4] == [batch // 4, batch // 2, batch, 2 * batch]
@@ -105,7 +109,7 @@ def test_settings_that_cannot_be_measured_are_refused(settings: scaling.Settings
 
 @pytest.mark.slow
 def test_the_script_measures_steps_and_loaders(tmp_path: Path) -> None:
-    """As people start it: as a file, whose folder holds a pipelines.py that must not hide the package."""
+    """Started as a file, as in its documentation."""
     flags = ["--quick", "--device", "cpu", "--axis", "queue,workers", "--pipelines", "torch,dataloader"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The command line: whatever is wrong is said in one line, with the right exit code, and nothing is lost."""
+"""The command line reports errors in one line with the right exit code, and destroys no data."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ TINY += ["--device", "cpu", "--pipeline", "resident", "--workers", "1"]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]):
-    """Runs `fastmoco train` with tiny settings and more flags: the exit code, and what was said."""
+    """Run `fastmoco train` with tiny settings and more flags; returns the exit code and the output."""
 
     def call(*arguments: str | Path) -> tuple[int, str]:
         capsys.readouterr()
         code = main(["train", *TINY, *map(str, arguments)])
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         if code == ExitCode.DONE:
-            return code, said.out
-        assert said.err.count("\n") == 1, said.err
-        assert said.err.startswith(("fastmoco: error: ", "fastmoco: stopped: "))
-        assert "Traceback" not in said.out + said.err
-        return code, said.err
+            return code, captured.out
+        assert captured.err.count("\n") == 1, captured.err
+        assert captured.err.startswith(("fastmoco: error: ", "fastmoco: stopped: "))
+        assert "Traceback" not in captured.out + captured.err
+        return code, captured.err
 
     return call
 
@@ -45,7 +45,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is done, on shapes."""
+    """A completed run on shapes."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["train", *TINY, "--out", str(out)]) == ExitCode.DONE
     return out
@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--batch-sise", "8"], "unknown argument '--batch-sise'; did you mean --batch-size?"),
         (["--batch-size"], "--batch-size"),
@@ -82,32 +82,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments_are_2(run, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_bad_arguments_are_2(run, tmp_path: Path, arguments: list[str], message: str) -> None:
     out = tmp_path / "run"
     code, line = run("--out", out, *arguments)
     assert code == ExitCode.CONFIG
-    assert said in line
+    assert message in line
     assert not out.exists() or [path.name for path in out.iterdir()] == [".lock"], "nothing was written"
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean train?"),
         (["train", "shapse"], "unknown recipe 'shapse'; did you mean 'shapes'"),
         (["recipes", "mnits"], "unknown recipe 'mnits'; did you mean 'mnist'"),
-        (["recipes", "mnist", "now"], "fastmoco recipes takes one name at most; found 'mnist now'"),
+        (["recipes", "mnist", "now"], "fastmoco recipes takes at most one name, got 'mnist now'"),
     ],
 )
-def test_unknown_words_are_2_with_the_nearest(capsys, argv: list[str], said: str) -> None:
+def test_unknown_names_are_2_with_the_closest(capsys, argv: list[str], message: str) -> None:
     assert main(argv) == ExitCode.CONFIG
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"model": {"moco_kk": 5}}', "the configuration has no field 'moco_kk'; did you mean 'moco_k'?"),
         ('{"modle": {}}', "the configuration has no group 'modle'; did you mean 'model'?"),
@@ -118,15 +118,15 @@ def test_unknown_words_are_2_with_the_nearest(capsys, argv: list[str], said: str
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
-def test_a_bad_config_file_is_2(run, tmp_path: Path, content: str | bytes, said: str) -> None:
+def test_a_bad_config_file_is_2(run, tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     code, line = run("--config", path, "--out", tmp_path / "run")
     assert code == ExitCode.CONFIG
-    assert said in line
+    assert message in line
 
 
-def test_defaults_recipe_file_and_flags_win_in_that_order(tmp_path: Path) -> None:
+def test_flags_override_file_recipe_and_defaults(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(RunConfig().replace(moco_k=77, lr=0.5).to_json())
     assert parse_train([]) == RunConfig()
@@ -144,14 +144,14 @@ def test_help_lists_the_commands_and_every_flag(capsys) -> None:
     assert "train [RECIPE] [FLAGS]" in capsys.readouterr().out
     assert main([]) == ExitCode.CONFIG
     capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         main(["train", "--help"])
-    assert left.value.code in (0, None)
+    assert exited.value.code in (0, None)
     text = capsys.readouterr().out
     assert [name for name in RunConfig().flat() if "--" + name.replace("_", "-") not in text] == []
 
 
-def test_recipes_are_listed_with_what_to_expect(capsys) -> None:
+def test_recipes_are_listed_with_expected_accuracies(capsys) -> None:
     assert main(["recipes"]) == ExitCode.DONE
     out = capsys.readouterr().out
     assert "cifar10-demo " in out
@@ -161,12 +161,12 @@ def test_recipes_are_listed_with_what_to_expect(capsys) -> None:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_data_that_is_not_there_is_3(run, tmp_path: Path) -> None:
+def test_missing_data_is_3(run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
     (tmp_path / "noise.bin").write_bytes(bytes(100))
-    for data, said in {
+    for data, message in {
         tmp_path / "empty": "holds no images (0 other files)",
         tmp_path / "texts": "holds no images (1 other file)",
         tmp_path / "noise.bin": "is neither a folder nor a list",
@@ -176,7 +176,7 @@ def test_data_that_is_not_there_is_3(run, tmp_path: Path) -> None:
     }.items():
         code, line = run("--data", data, "--out", tmp_path / "run")
         assert code == ExitCode.DATA
-        assert said in line
+        assert message in line
     assert not (tmp_path / "run").exists()
 
 
@@ -198,21 +198,18 @@ def test_a_bad_image_is_3_by_its_header(run, tmp_path: Path) -> None:
     assert "x.jpg" in out
 
 
-def test_a_bad_image_is_3_in_the_middle_and_training_goes_on_once_mended(run, tmp_path: Path) -> None:
-    """Its header is in order, so nothing but training finds it; what was done before it stays."""
-    folder, out, whole = (
-        fill(tmp_path / "data", *(f"{i:02}.png" for i in range(16))),
-        tmp_path / "run",
-        tmp_path / "whole",
-    )
+def test_a_bad_image_in_mid_training_is_3_and_training_resumes_once_it_is_fixed(run, tmp_path: Path) -> None:
+    """Its header is valid, so only decoding in training detects it; earlier progress is kept."""
+    folder = fill(tmp_path / "data", *(f"{i:02}.png" for i in range(16)))
+    out, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     sizes = np.full((16, 2), (4, 3), dtype=np.int32)
     planner = Planner(sizes, seed=0, batch_size=8, augmentation=CIFAR, shuffle_keys=True)
-    path = folder / f"{planner.indices(1)[0]:02}.png"  # first met in the second step
+    path = folder / f"{planner.indices(1)[0]:02}.png"  # first read in the second step
     flags = ["--data", folder, "--pipeline", "torch", "--workers", "0", "--checkpoint-every", "1", "--epochs", "2"]
-    assert run(*flags, "--out", whole)[0] == ExitCode.DONE
+    assert run(*flags, "--out", uninterrupted)[0] == ExitCode.DONE
 
     good = path.read_bytes()
-    path.write_bytes(good[:-20] + bytes([good[-20] ^ 0xFF]) + good[-19:])  # the checksum of its only data
+    path.write_bytes(good[:-20] + bytes([good[-20] ^ 0xFF]) + good[-19:])  # breaks the checksum of its pixel data
     code, line = run(*flags, "--out", out)
     assert code == ExitCode.DATA
     assert f"{path.name} is not a usable image" in line
@@ -221,16 +218,16 @@ def test_a_bad_image_is_3_in_the_middle_and_training_goes_on_once_mended(run, tm
     assert path.name in status["message"]
 
     path.write_bytes(good)
-    code, said = run(*flags, "--out", out, "--resume")
+    code, output = run(*flags, "--out", out, "--resume")
     assert code == ExitCode.DONE
-    assert "resumed at step 1 of 4" in said
-    assert (out / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+    assert "resumed at step 1 of 4" in output
+    assert (out / "backbone.safetensors").read_bytes() == (uninterrupted / "backbone.safetensors").read_bytes()
 
 
 # ---- the folder of the run -------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_in_use_is_2_and_stays_as_it_is(run, tmp_path: Path, finished: Path) -> None:
+def test_a_folder_that_is_not_empty_is_2_and_is_unchanged(run, tmp_path: Path, finished: Path) -> None:
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"precious")
     for out in (tmp_path / "holiday", finished):
@@ -256,7 +253,7 @@ def test_nothing_to_resume_is_2(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "messages"),
     [
         (["--arch", "resnet34"], ["arch is 'resnet34' and was 'resnet18'"]),
         (["--moco-k", "8"], ["moco_k is 8 and was 16"]),
@@ -268,13 +265,13 @@ def test_nothing_to_resume_is_2(run, tmp_path: Path) -> None:
     ids=lambda flags: " ".join(flags),
 )
 def test_resuming_as_another_run_is_4_and_names_the_fields(
-    run, finished: Path, flags: list[str], said: list[str]
+    run, finished: Path, flags: list[str], messages: list[str]
 ) -> None:
     checkpoints = snapshot(finished / "checkpoints")
     code, line = run("--out", finished, "--resume", *flags)
     assert code == ExitCode.CHECKPOINT
-    for words in said:
-        assert words in line
+    for message in messages:
+        assert message in line
     assert snapshot(finished / "checkpoints") == checkpoints
 
 
@@ -287,7 +284,7 @@ def test_resuming_on_other_images_is_4(run, tmp_path: Path) -> None:
     assert "was trained on other images (16 images, " in line
 
 
-def test_a_damaged_checkpoint_is_passed_over_or_4(run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_or_4(run, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run("--out", out)[0] == ExitCode.DONE
     older, newer = sorted((out / "checkpoints").glob("*.safetensors"))
@@ -295,14 +292,14 @@ def test_a_damaged_checkpoint_is_passed_over_or_4(run, tmp_path: Path) -> None:
         damaged = bytearray(path.read_bytes())
         damaged[len(damaged) // 2] ^= 1
         path.write_bytes(damaged)
-        code, said = run("--out", out, "--resume")
+        code, output = run("--out", out, "--resume")
         if path == newer:
             assert code == ExitCode.DONE
-            assert f"{newer.name} is damaged" in said
-            assert "resumed at step 0 of 2" in said
+            assert f"{newer.name} is damaged" in output
+            assert "resumed at step 0 of 2" in output
             newer.write_bytes(bytes(10))
     assert code == ExitCode.CHECKPOINT
-    assert "none of the 2 checkpoints" in said
+    assert "none of the 2 checkpoints" in output
 
 
 def test_resuming_a_finished_run_changes_nothing(run, finished: Path) -> None:
@@ -337,10 +334,10 @@ def test_divergence_is_5_and_leaves_a_clean_checkpoint(run, tmp_path: Path) -> N
         assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point()), path
     lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(record.get("skipped_steps", 0) for record in lines) >= 3
-    assert any(record.get("loss", 0) is None for record in lines), "null, for NaN is not JSON"
+    assert any(record.get("loss", 0) is None for record in lines), "null, since NaN is not valid JSON"
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, tmp_path: Path) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastmoco.train.Trainer.run", lambda _: np.zeros(1)[2])
     with pytest.raises(IndexError):
         main(["train", *TINY, "--out", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""Help, lists and wrong arguments are answered at once: nothing is loaded that takes seconds."""
+"""Help, lists and invalid arguments are instant: no slow module is imported."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from pipelines.data.named import LOADERS
 from pipelines.data.names import ARRAYS
 
 ROOT = Path(__file__).parents[2]
-SLOW = ["torch", "torchvision", "matplotlib", "sklearn", "tensorboard", "numpy"]  # to load; torch alone takes seconds
-CPU_S = 1.5  # of a whole process; it takes a tenth to a third of a second, and with torch several
+SLOW = ["torch", "torchvision", "matplotlib", "sklearn", "tensorboard", "numpy"]  # to import; torch alone takes seconds
+MAX_CPU_S = 1.5  # of a whole process; it takes 0.1 to 0.3 s, and several seconds with torch
 
 DONE, CONFIG, DATA = ExitCode.DONE, ExitCode.CONFIG, ExitCode.DATA
 CASES: dict[str, tuple[ExitCode, str]] = {
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[ExitCode, str]] = {
     "recipes": (DONE, "cifar10-demo-symmetric"),
     "recipes imagenet-v2": (DONE, "fastmoco train imagenet-v2"),
     "recipes --help": (DONE, "usage: fastmoco recipes [NAME]"),
-    "recipes a b": (CONFIG, "takes one name at most"),
+    "recipes a b": (CONFIG, "takes at most one name"),
     "recipes mnits": (CONFIG, "unknown recipe 'mnits'; did you mean 'mnist'"),
     "train --help": (DONE, "--batch-size"),
     "train shapes -h": (DONE, "--batch-size"),
@@ -85,22 +85,22 @@ CASES: dict[str, tuple[ExitCode, str]] = {
     "views shapes --out v.jpg": (CONFIG, "expected the name of a .png file"),
 }
 
-# Each of the command lines, one after the other: the exit code, what was said, and what was loaded for it.
+# Runs the command lines one after the other: exit code, output and slow modules imported.
 SCRIPT = """
 import contextlib, io, json, sys
 from fastmoco.cli import main
 
 slow, lines = json.loads(sys.argv[1])
-found = [["", 0, "", [name for name in slow if name in sys.modules]]]
+results = [["", 0, "", [name for name in slow if name in sys.modules]]]
 for line in lines:
-    said, before = io.StringIO(), set(sys.modules)
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output, before = io.StringIO(), set(sys.modules)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             code = main(line.split())
-        except SystemExit as left:
-            code = left.code or 0
-    found.append([line, code, said.getvalue(), [name for name in slow if name in set(sys.modules) - before]])
-print(json.dumps(found))
+        except SystemExit as exited:
+            code = exited.code or 0
+    results.append([line, code, output.getvalue(), [name for name in slow if name in set(sys.modules) - before]])
+print(json.dumps(results))
 """
 
 
@@ -112,34 +112,34 @@ def python(*arguments: str, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By command line: exit code, what was said, what was loaded. All from one process, in an empty folder."""
-    (_, _, _, by_import), *found = json.loads(
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Exit code, output and imported slow modules by command line; all from one process, in an empty folder."""
+    (_, _, _, by_import), *rows = json.loads(
         python("-c", SCRIPT, json.dumps([SLOW, list(CASES)]), cwd=tmp_path_factory.mktemp("empty"))
     )
-    assert by_import == [], "by fastmoco.cli alone"
-    return {line: rest for line, *rest in found}
+    assert by_import == [], "imported by fastmoco.cli"
+    return {line: rest for line, *rest in rows}
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_an_answer_loads_nothing_slow(answers: dict[str, Any], line: str) -> None:
-    code, said, loaded = answers[line]
-    expected, words = CASES[line]
-    assert loaded == []
-    assert code == expected, said
-    assert words in said
-    if said.startswith("fastmoco: "):
-        assert said.count("\n") == 1
+def test_no_slow_module_is_imported(results: dict[str, Any], line: str) -> None:
+    code, output, imported = results[line]
+    expected, text = CASES[line]
+    assert imported == []
+    assert code == expected, output
+    assert text in output
+    if output.startswith("fastmoco: "):
+        assert output.count("\n") == 1
 
 
-def test_the_package_loads_nothing_slow(tmp_path: Path) -> None:
-    loaded = f"print([name for name in {SLOW} if name in sys.modules])"
-    assert python("-c", f"import fastmoco, sys; fastmoco.load_backbone; {loaded}", cwd=tmp_path) == "[]\n"
+def test_the_package_imports_no_slow_module(tmp_path: Path) -> None:
+    imported = f"print([name for name in {SLOW} if name in sys.modules])"
+    assert python("-c", f"import fastmoco, sys; fastmoco.load_backbone; {imported}", cwd=tmp_path) == "[]\n"
 
 
 @pytest.mark.parametrize("line", ["--help", "recipes", "train --help", "eval --help"])
-def test_the_time_of_a_whole_process(line: str, tmp_path: Path) -> None:
-    """CPU time, which is the same on a busy machine; the best of three."""
+def test_cpu_time_of_a_whole_process(line: str, tmp_path: Path) -> None:
+    """CPU time, which hardly depends on the load of the machine; the best of three."""
 
     def once() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -147,24 +147,24 @@ def test_the_time_of_a_whole_process(line: str, tmp_path: Path) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(once() for _ in range(3)) < CPU_S
+    assert min(once() for _ in range(3)) < MAX_CPU_S
 
 
-def test_names_known_beforehand_are_those_of_what_is_loaded_later() -> None:
+def test_names_for_validation_match_the_modules_imported_later() -> None:
     assert tuple(LOADERS) == ARRAYS
     assert ARCHITECTURES.keys() == SHAPES.keys()
     assert all(isinstance(format_of(target), Format) for target in EXPORT_TARGETS)
     assert get_args(Aug) == tuple(AUGMENTATIONS)
 
 
-def test_errors_that_only_torch_has_keep_their_exit_code() -> None:
+def test_exit_codes_of_torch_errors() -> None:
     assert exit_code(torch.OutOfMemoryError("no memory")) == ExitCode.DEVICE
     assert isinstance(error_named("OutOfMemoryError", "no memory"), torch.OutOfMemoryError)
     assert isinstance(error_named("KeyError", "x"), RankLostError)
     assert exit_code(KeyError()) is None
 
 
-def test_two_pipelines_are_checked_one_by_one() -> None:
+def test_compared_pipelines_are_validated() -> None:
     assert ViewsOptions(data="shapes", compare="torch, resident").pipelines == ["torch", "resident"]
     assert ViewsOptions(data="shapes", pipeline="dali").pipelines == ["dali"]
     with pytest.raises(ConfigError, match=r"--compare is 'resdent', expected one of .* did you mean resident"):

@@ -1,4 +1,4 @@
-"""A picture shows the views that a run with the same seed sees; a comparison, how far two pipelines are apart."""
+"""`fastmoco views` draws the views of a run with the same seed, and the differences of two pipelines."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs `fastmoco views`: the exit code, and what was said in all."""
+    """Run `fastmoco views`; returns the exit code and all output."""
 
     def call(*arguments: str | Path) -> tuple[int, str]:
         code = main(["views", *map(str, arguments), "--device", "cpu", "--data-root", str(tmp_path / "cache")])
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
 
     return call
 
@@ -54,16 +54,16 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("aug", get_args(Aug))
 def test_views_of_every_augmentation(aug: str, folder, tmp_path, run):
-    code, said = run(folder, "-o", tmp_path / "v.png", "--aug", aug, "--count", "4", "--crop-size", "32")
-    assert code == ExitCode.DONE, said
+    code, output = run(folder, "-o", tmp_path / "v.png", "--aug", aug, "--count", "4", "--crop-size", "32")
+    assert code == ExitCode.DONE, output
     assert len(np.unique(pixels(tmp_path / "v.png"))) > 20
 
 
 def test_the_views_are_those_of_training(folder, tmp_path, run, monkeypatch):
-    """A run of another batch size and shuffled keys, on another pipeline, sees these very views in that epoch."""
+    """A run with another batch size and shuffled keys sees exactly these views in that epoch."""
     drawn = []
     monkeypatch.setattr(module, "views_grid", lambda query, key, *_, **__: drawn.append((query, key)))
-    code, said = run(
+    code, output = run(
         folder,
         "-o",
         tmp_path / "v.png",
@@ -79,7 +79,7 @@ def test_the_views_are_those_of_training(folder, tmp_path, run, monkeypatch):
         "6",
     )
     assert code == ExitCode.DONE
-    assert "6 of epoch 3, seed 5" in said
+    assert "6 of epoch 3, seed 5" in output
     index = load_dataset(str(folder), data_root=tmp_path).train
     planner = Planner(index.sizes, seed=5, batch_size=10, augmentation=V2, shuffle_keys=True)
     source = open_source("torch", index, 16, CPU, 0)
@@ -91,9 +91,9 @@ def test_the_views_are_those_of_training(folder, tmp_path, run, monkeypatch):
 
 def test_the_same_seed_draws_the_same_picture(folder, tmp_path, run):
     def draw(name: str, *flags: str) -> np.ndarray:
-        code, said = run(folder, "-o", tmp_path / name, "--crop-size", "16", *flags)
+        code, output = run(folder, "-o", tmp_path / name, "--crop-size", "16", *flags)
         assert code == ExitCode.DONE
-        assert str(tmp_path / name) in said
+        assert str(tmp_path / name) in output
         return pixels(tmp_path / name)
 
     first = draw("a.png")
@@ -102,26 +102,26 @@ def test_the_same_seed_draws_the_same_picture(folder, tmp_path, run):
     assert (first == draw("c.png", "--pipeline", "resident")).all()
     assert (first != draw("d.png", "--seed", "1")).any()
     assert (first != draw("e.png", "--epoch", "1")).any()
-    control = draw("f.png", "--pipeline", "dataloader")
-    assert (first != control).any()
-    assert (control == draw("g.png", "--pipeline", "dataloader")).all()
+    baseline = draw("f.png", "--pipeline", "dataloader")
+    assert (first != baseline).any()
+    assert (baseline == draw("g.png", "--pipeline", "dataloader")).all()
 
 
 def test_two_pipelines_compared(folder, tmp_path, run):
-    code, said = run(
+    code, output = run(
         folder, "-o", tmp_path / "c.png", "--compare", "torch, resident", "--crop-size", "16", "--count", "5"
     )
     assert code == ExitCode.DONE
-    apart = [float(number) for number in re.findall(r"apart +([\d.]+) on average", said)]
-    assert len(apart) == 2
-    assert max(apart) < 1
-    code, said = run(folder, "-o", tmp_path / "c.png", "--compare", "torch,dataloader", "--crop-size", "16")
-    apart = [float(number) for number in re.findall(r"apart +([\d.]+) on average", said)]
-    assert min(apart) > 5
+    means = [float(number) for number in re.findall(r"difference +mean ([\d.]+)", output)]
+    assert len(means) == 2
+    assert max(means) < 1
+    code, output = run(folder, "-o", tmp_path / "c.png", "--compare", "torch,dataloader", "--crop-size", "16")
+    means = [float(number) for number in re.findall(r"difference +mean ([\d.]+)", output)]
+    assert min(means) > 5
 
 
 def test_a_comparison_shows_eight_times_the_difference(tmp_path):
-    """Rows of a known colour: both views of both pipelines, and their distances, under one another."""
+    """Rows of known colours: both views of both pipelines, each pair followed by its difference."""
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     values = [(200, 100, 50), (40, 60, 80)], [(210, 98, 50), (40, 63, 80)]
 
@@ -156,8 +156,8 @@ def test_a_comparison_shows_eight_times_the_difference(tmp_path):
         (["--pipeline", "ffcv"], "ffcv"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_line(folder, run, flags, message):
-    code, said = run(folder, *flags)
+def test_errors_are_reported_in_one_line(folder, run, flags, message):
+    code, output = run(folder, *flags)
     assert code in (ExitCode.CONFIG, ExitCode.DATA)
-    assert re.search(message, said), said
-    assert said.count("\n") == 1
+    assert re.search(message, output), output
+    assert output.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The map puts like by like, always in the same way, and is drawn with and without labels."""
+"""The embedding plot keeps clusters together, is deterministic, and is drawn with and without labels."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import torch
 from PIL import Image
 
 from fastmoco.errors import ConfigError
-from fastmoco.evaluation.embedding_plot import LEAST_POINTS, draw, project
+from fastmoco.evaluation.embedding_plot import MIN_POINTS, draw, project
 from fastmoco.evaluation.options import check_method
 
 
 def clouds(count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Three far clouds on the sphere; the length of a feature does not count."""
+    """Three distant clusters on the sphere, with features of random norm, which must not matter."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 3
     features = torch.eye(3, 16)[labels] + 0.05 * torch.randn(count, 16, generator=generator)
     return features * (1 + 50 * torch.rand(count, 1, generator=generator)), labels.numpy()
 
 
-def test_like_lies_by_like() -> None:
+def test_neighbours_are_of_the_same_cluster() -> None:
     features, labels = clouds(60)
     points = project(features)
     assert points.shape == (60, 2)
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
     assert (labels[distances.argmin(1)] == labels).all()
-    assert (points == project(features)).all(), "the same seed, the same map"
+    assert (points == project(features)).all(), "deterministic for a seed"
 
 
-@pytest.mark.parametrize("features", [torch.ones(LEAST_POINTS, 4), torch.zeros(9, 3), torch.eye(LEAST_POINTS)])
-def test_few_or_equal_points_have_a_map_too(features: torch.Tensor) -> None:
+@pytest.mark.parametrize("features", [torch.ones(MIN_POINTS, 4), torch.zeros(9, 3), torch.eye(MIN_POINTS)])
+def test_few_or_equal_points_are_projected(features: torch.Tensor) -> None:
     points = project(features)
     assert points.shape == (len(features), 2)
     assert np.isfinite(points).all()
 
 
 @pytest.mark.parametrize(("classes", "labelled"), [(3, True), (12, True), (200, True), (0, False)])
-def test_the_map_is_drawn_in_the_colours_of_the_classes(tmp_path: Path, classes: int, labelled: bool) -> None:
+def test_points_are_coloured_by_class(tmp_path: Path, classes: int, labelled: bool) -> None:
     points = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
     names = tuple(f"_name$ {i}" for i in range(classes))
     draw(points, np.arange(400) % classes if labelled else None, names, "title", tmp_path / "m.png")
@@ -54,6 +54,6 @@ def test_the_map_is_drawn_in_the_colours_of_the_classes(tmp_path: Path, classes:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")
-def test_umap_names_its_package_where_it_is_missing() -> None:
+def test_a_missing_umap_package_is_named() -> None:
     with pytest.raises(ConfigError, match="pip install umap-learn, or --map tsne"):
         check_method("umap")

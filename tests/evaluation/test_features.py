@@ -1,4 +1,4 @@
-"""Features of every image exactly once, equal to a direct computation whatever the batches."""
+"""Every image is extracted exactly once, and features equal a direct computation for any batch size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def index() -> ImageIndex:
 
 
 def direct(index: ImageIndex, positions: np.ndarray, side: int) -> Tensor:
-    """(N, 3, S, S): the largest centred square, resized, normalised, one image at a time."""
+    """(N, 3, S, S): the largest centre square, resized and normalised, one image at a time."""
     views = []
     for i in positions:
         square = torch.from_numpy(index.read(i)[:, 2:14].copy()).permute(2, 0, 1)[None].double()
@@ -46,21 +46,23 @@ def test_equals_a_direct_computation(index: ImageIndex, monkeypatch, batch: int,
         seen.append(images.shape)
         return images.flatten(1)
 
-    found = extract(function, source, index, positions, 8, CIFAR_MEAN, CIFAR_STD)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, direct(index, positions, 8).flatten(1), rtol=0, atol=0.03)  # half a grey level
+    extracted = extract(function, source, index, positions, 8, CIFAR_MEAN, CIFAR_STD)
+    assert extracted.dtype == torch.float32
+    torch.testing.assert_close(
+        extracted, direct(index, positions, 8).flatten(1), rtol=0, atol=0.03
+    )  # half a grey level
     assert set(seen) == {torch.Size([min(batch, count), 3, 8, 8])}, "a compiled function would compile again"
 
 
-def test_low_precision_features_come_back_as_float32(index: ImageIndex) -> None:
+def test_low_precision_features_are_returned_as_float32(index: ImageIndex) -> None:
     source = ResidentCrops(index, 8, CPU, 1)
-    found = extract(lambda x: x.mean((2, 3)).bfloat16(), source, index, np.arange(5), 8, CIFAR_MEAN, CIFAR_STD)
-    assert found.dtype == torch.float32
-    assert found.shape == (5, 3)
-    assert not found.requires_grad
+    extracted = extract(lambda x: x.mean((2, 3)).bfloat16(), source, index, np.arange(5), 8, CIFAR_MEAN, CIFAR_STD)
+    assert extracted.dtype == torch.float32
+    assert extracted.shape == (5, 3)
+    assert not extracted.requires_grad
 
 
-def test_normalised_is_the_normalisation_of_training() -> None:
+def test_normalisation_equals_that_of_training() -> None:
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8))
     views = normalised(crops, CIFAR_MEAN, CIFAR_STD)
     assert views.is_contiguous(memory_format=torch.channels_last)

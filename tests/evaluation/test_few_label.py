@@ -1,4 +1,4 @@
-"""Stratified draws of labels, and the mean and spread over them."""
+"""Stratified label draws, and the mean and standard deviation over them."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ def test_draws_are_stratified_and_without_repetition(text: str, counts: tuple[in
     assert tuple(np.bincount(LABELS[rows]).tolist()) == counts
 
 
-def test_a_seed_draws_the_same_and_another_one_others() -> None:
+def test_draws_are_a_function_of_the_seed() -> None:
     first, again, other = (draw_labelled(LABELS, Amount.parse("10%"), NAMES, seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("21-per-class", "the class 'eel' has 20 labelled images, fewer than asked for: use 20-per-class"),
-        ("1%", "the class 'dog' has 40 labelled images, of which the share leaves none: use 1-per-class"),
+        ("21-per-class", "the class 'eel' has 20 labelled images, fewer than requested: use 20-per-class"),
+        ("1%", "the class 'dog' has 40 labelled images, and the percentage rounds to 0: use 1-per-class"),
     ],
 )
-def test_a_class_with_too_few_images_is_named(text: str, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_a_class_with_too_few_images_is_named(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         draw_labelled(LABELS, Amount.parse(text), NAMES, seed=0)
 
 
 @pytest.mark.parametrize("text", ["", "0%", "101%", "-1%", "5", "0-per-class", "1.5-per-class", "ten%"])
-def test_amounts_that_make_no_sense(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected a share such as 1% or 10%"):
+def test_invalid_amounts_are_rejected(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a percentage such as 1% or 10%"):
         Amount.parse(text)
 
 
-def test_more_labels_are_better_and_vary_less() -> None:
-    features, labels, queries, asked = blobs(700, 1000)
+def test_more_labels_give_higher_accuracy_and_less_variance() -> None:
+    features, labels, queries, query_labels = blobs(700, 1000)
     names = tuple(map(str, range(7)))
 
     def probe(text: str, seeds: int):
         amount = Amount.parse(text)
         draws = [draw_labelled(labels.numpy(), amount, names, seed) for seed in range(seeds)]
-        return few_label(features, labels, queries, asked, draws, amount, 7)
+        return few_label(features, labels, queries, query_labels, draws, amount, 7)
 
     few, many = probe("1-per-class", 5), probe("50-per-class", 5)
     assert (few.labels, many.labels) == (7, 350)
@@ -76,11 +76,11 @@ def test_more_labels_are_better_and_vary_less() -> None:
 
 
 def test_only_the_drawn_labels_are_used() -> None:
-    """Wrong labels elsewhere change nothing."""
-    features, labels, queries, asked = blobs(200, 200)
+    """Wrong labels of other images have no effect."""
+    features, labels, queries, query_labels = blobs(200, 200)
     amount, names = Amount.parse("5-per-class"), tuple(map(str, range(7)))
     draws = [draw_labelled(labels.numpy(), amount, names, 0)]
-    lies = torch.zeros_like(labels)
-    lies[draws[0]] = labels[draws[0]]
-    honest = few_label(features, labels, queries, asked, draws, amount, 7)
-    assert few_label(features, lies, queries, asked, draws, amount, 7) == honest
+    corrupted = torch.zeros_like(labels)
+    corrupted[draws[0]] = labels[draws[0]]
+    expected = few_label(features, labels, queries, query_labels, draws, amount, 7)
+    assert few_label(features, corrupted, queries, query_labels, draws, amount, 7) == expected

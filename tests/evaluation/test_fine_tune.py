@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns what frozen features do not tell, and leaves the backbone it started from alone."""
+"""Fine-tuning learns a task, and does not modify the original backbone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def striped(count: int) -> ImageIndex:
-    """Three classes: stripes across, stripes down, or none, of a random colour."""
+    """Three classes in random colours: horizontal stripes, vertical stripes, none."""
     generator = np.random.default_rng(0)
     labels = np.arange(count) % 3
     pixels = generator.integers(60, 120, (count, 1, 1, 3)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
@@ -48,7 +48,7 @@ def labelled(index: ImageIndex) -> LabelledViews:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_learns_and_the_original_stays(backbone: torch.nn.Module, dtype: torch.dtype) -> None:
+def test_it_learns_and_the_original_is_unchanged(backbone: torch.nn.Module, dtype: torch.dtype) -> None:
     index = striped(96)
     before = copy.deepcopy(backbone.state_dict())
     model = fine_tune(backbone, 64, 3, labelled(index), replace(FINE_TUNE, epochs=4), dtype, CPU)
@@ -62,12 +62,12 @@ def test_it_learns_and_the_original_stays(backbone: torch.nn.Module, dtype: torc
     assert measure(scores, torch.from_numpy(index.labels)).top1_percent > 90
 
 
-def test_batch_norm_statistics_follow_the_new_images(backbone: torch.nn.Module) -> None:
+def test_batch_norm_statistics_are_updated(backbone: torch.nn.Module) -> None:
     model = fine_tune(
         backbone, 64, 3, labelled(striped(32)), replace(FINE_TUNE, epochs=1, lr=1e-12), torch.float32, CPU
     )
-    moved = [name for name, buffer in model.backbone.named_buffers() if (buffer != backbone.state_dict()[name]).any()]
-    assert any(name.endswith("running_mean") for name in moved)
+    updated = [name for name, buffer in model.backbone.named_buffers() if (buffer != backbone.state_dict()[name]).any()]
+    assert any(name.endswith("running_mean") for name in updated)
 
 
 def test_divergence_names_the_flag(backbone: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Alignment, uniformity and effective rank against values worked out by hand."""
+"""Alignment, uniformity and effective rank against hand-computed values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROSS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
 
 
 def test_alignment_of_equal_orthogonal_and_opposite_pairs() -> None:
-    q = 5 * torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # the length does not count
+    q = 5 * torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])  # the norm must not matter
     k = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
     assert alignment(q, q) == 0
     assert alignment(q, k) == pytest.approx((0 + 2 + 4) / 3)
@@ -22,7 +22,7 @@ def test_alignment_of_equal_orthogonal_and_opposite_pairs() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_uniformity_of_four_points_on_a_circle(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 6 pairs 4 are at squared distance 2 and 2 at 4."""
+    """4 of the 6 pairs have squared distance 2, the others 4."""
     monkeypatch.setattr(module, "_CHUNK", chunk)
     assert uniformity(3 * CROSS) == pytest.approx(math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6))
     assert uniformity(CROSS, t=0.5) == pytest.approx(math.log((4 * math.exp(-1) + 2 * math.exp(-2)) / 6))
@@ -47,7 +47,7 @@ def test_effective_rank_counts_the_directions() -> None:
     assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75)
 
 
-def test_shapes_and_numbers_that_make_no_sense_are_refused() -> None:
+def test_invalid_shapes_and_values_are_rejected() -> None:
     with pytest.raises(ValueError, match="pairs"):
         alignment(torch.zeros(3, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="2 embeddings"):

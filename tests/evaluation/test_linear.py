@@ -1,4 +1,4 @@
-"""The linear probe: the minimum that scikit-learn finds, the authors' schedule, and every image once an epoch."""
+"""The linear probe: scikit-learn's optimum, the authors' schedule, and every image once per epoch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def trained(features: Tensor, labels: Tensor, classes: int, sgd: Sgd) -> torch.n
     return fit_linear(batches, steps, features.shape[1], classes, sgd, CPU)
 
 
-def test_full_batches_reach_the_minimum_that_scikit_learn_finds() -> None:
+def test_full_batches_reach_the_optimum_of_scikit_learn() -> None:
     """The same objective: mean cross-entropy + ½ wd ‖W‖², which is scikit-learn's with C = 1 / (N · wd)."""
-    features, labels, queries, asked = blobs(600, 2000)
+    features, labels, queries, query_labels = blobs(600, 2000)
     decay = 1e-2
     sgd = Sgd(lr=1.0, epochs=300, batch_size=600, schedule="constant", weight_decay=decay)
     layer = trained(features, labels, 7, sgd)
-    theirs = LogisticRegression(C=1 / (len(features) * decay), tol=1e-8, max_iter=2000)
-    theirs.fit(features.double().numpy(), labels)
-    torch.testing.assert_close(layer.weight.detach().double(), torch.from_numpy(theirs.coef_), rtol=0, atol=1e-4)
-    # an intercept may be shifted by what is added to all classes alike
-    shift = layer.bias.detach().double() - torch.from_numpy(theirs.intercept_)
+    reference = LogisticRegression(C=1 / (len(features) * decay), tol=1e-8, max_iter=2000)
+    reference.fit(features.double().numpy(), labels)
+    torch.testing.assert_close(layer.weight.detach().double(), torch.from_numpy(reference.coef_), rtol=0, atol=1e-4)
+    # intercepts are defined up to a constant added to all classes
+    shift = layer.bias.detach().double() - torch.from_numpy(reference.intercept_)
     torch.testing.assert_close(shift, shift.mean().expand_as(shift), rtol=0, atol=1e-4)
-    ours = measure(layer(queries), asked).top1_percent
-    assert 60 < ours < 95, "a task on which classifiers differ"
-    assert ours == pytest.approx(100 * theirs.score(queries.numpy(), asked.numpy()), abs=0.1)
+    top1 = measure(layer(queries), query_labels).top1_percent
+    assert 60 < top1 < 95, "the task is neither trivial nor impossible"
+    assert top1 == pytest.approx(100 * reference.score(queries.numpy(), query_labels.numpy()), abs=0.1)
 
 
 def test_the_authors_schedule_ends_near_the_unregularised_optimum() -> None:
-    """lr 30 with steps at 60 and 80 %: on average-pooled features, which are small, as good as logistic regression."""
-    features, labels, queries, asked = blobs(2000, 2000, scale=0.1)
+    """lr 30 with steps at 60 and 80 %, on features as small as pooled ones: as good as logistic regression."""
+    features, labels, queries, query_labels = blobs(2000, 2000, scale=0.1)
     layer = trained(features, labels, 7, Sgd(epochs=30))
-    theirs = LogisticRegression(C=1e4, max_iter=2000).fit(features.numpy(), labels)
-    ours = measure(layer(queries), asked).top1_percent
-    assert ours == pytest.approx(100 * theirs.score(queries.numpy(), asked.numpy()), abs=1.5)
+    reference = LogisticRegression(C=1e4, max_iter=2000).fit(features.numpy(), labels)
+    top1 = measure(layer(queries), query_labels).top1_percent
+    assert top1 == pytest.approx(100 * reference.score(queries.numpy(), query_labels.numpy()), abs=1.5)
 
 
 def test_learning_rates_are_those_of_the_authors() -> None:
@@ -57,15 +57,15 @@ def test_learning_rates_are_those_of_the_authors() -> None:
     assert Sgd(epochs=1).lr_at(0, steps) == 30
 
 
-def test_every_image_once_an_epoch_in_orders_of_their_own() -> None:
+def test_every_image_once_per_epoch_in_different_orders() -> None:
     features = torch.arange(23.0)[:, None]
     batches, steps = cached_batches(features, torch.arange(23), Sgd(epochs=3, batch_size=8))
-    found = list(batches)
+    collected = list(batches)
     assert steps == 3
-    assert [len(labels) for _, labels in found] == [8, 8, 7] * 3
-    for rows, labels in found:
+    assert [len(labels) for _, labels in collected] == [8, 8, 7] * 3
+    for rows, labels in collected:
         assert (rows[:, 0] == labels).all()
-    orders = [torch.cat([labels for _, labels in found[e * 3 : e * 3 + 3]]).tolist() for e in range(3)]
+    orders = [torch.cat([labels for _, labels in collected[e * 3 : e * 3 + 3]]).tolist() for e in range(3)]
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
 

@@ -1,4 +1,4 @@
-"""What evaluation measures on each kind of data set, and that it leaves no trace in the encoder."""
+"""Online evaluation with and without labels; it does not change the encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastmoco.config import DataConfig, RunConfig, RunOptions
 from fastmoco.distributed.world import World
-from fastmoco.evaluation import online as online
+from fastmoco.evaluation import online
 from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
 from fastmoco.evaluation.knn import knn_accuracy
 from fastmoco.evaluation.online import OnlineEvaluator
@@ -47,7 +47,7 @@ def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encoder() -> Encoder:
-    """Trained for a few batches' worth of statistics, so that batch norm in evaluation differs from training."""
+    """An encoder with updated batch norm statistics, so that evaluation differs from training."""
     torch.manual_seed(0)
     built = build_encoder("resnet18", width=0.125, stem="cifar", dim=16, bn_splits=2)
     built.train()
@@ -62,9 +62,9 @@ def features(encoder: Encoder, index: ImageIndex, positions: np.ndarray) -> torc
     pixels = torch.from_numpy(index.pixels[positions]).permute(0, 3, 1, 2)  # pyright: ignore[reportOptionalSubscript]
     encoder.eval()
     with torch.no_grad():
-        found = encoder.features((pixels / 255 - mean) / std)
+        extracted = encoder.features((pixels / 255 - mean) / std)
     encoder.train()
-    return found
+    return extracted
 
 
 def labels(index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
@@ -72,48 +72,46 @@ def labels(index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(index.labels[positions])
 
 
-def test_with_a_test_split_the_training_images_answer(encoder: Encoder) -> None:
+def test_with_a_test_split_the_training_images_are_the_bank(encoder: Encoder) -> None:
     dataset = Dataset(shapes(120), shapes(40, 120))
     evaluator = evaluator_of(dataset)
     bank, test = np.arange(120), np.arange(40)
     assert dataset.test is not None
-    sets = (dataset.train, bank), (dataset.test, test)
-    expected = [(features(encoder, *s), labels(*s)) for s in sets]
+    subsets = (dataset.train, bank), (dataset.test, test)
+    expected = [(features(encoder, *s), labels(*s)) for s in subsets]
     accuracy = knn_accuracy(*expected[0], *expected[1], k=5, temperature=0.1, num_classes=10)
     assert evaluator.has_labels
-    assert evaluator.evaluate(encoder) == {
-        "knn_top1_percent": pytest.approx(accuracy, abs=2.6)
-    }  # one image on the edge
+    assert evaluator.evaluate(encoder) == {"knn_top1_percent": pytest.approx(accuracy, abs=2.6)}  # up to one image
     pixels = evaluator.pixels()
     assert pixels is not None
     assert 10 < pixels < 100
 
 
-def test_without_a_test_split_a_tenth_asks_and_is_not_its_own_answer(encoder: Encoder) -> None:
-    """Classes that take turns, as in shapes, where image i is of class i mod 10, must all be asked for."""
+def test_without_a_test_split_a_tenth_is_held_out_of_the_bank(encoder: Encoder) -> None:
+    """Queries cover many classes even if image i is of class i mod 10, as in shapes."""
     evaluator = evaluator_of(Dataset(shapes(200)))
-    assert evaluator._sets is not None
-    bank_positions, queries = (s.positions for s in evaluator._sets)
+    assert evaluator._subsets is not None
+    bank_positions, queries = (s.positions for s in evaluator._subsets)
     assert len(queries) == 20
     np.testing.assert_array_equal(np.sort(np.concatenate([queries, bank_positions])), np.arange(200))
     assert len(set((queries % 10).tolist())) >= 6
     assert 0 <= evaluator.evaluate(encoder)["knn_top1_percent"] < 100
 
 
-def test_a_bank_apart_from_the_training_images(encoder: Encoder) -> None:
-    """STL-10: pretraining without labels, evaluation with another, labelled part."""
+def test_a_bank_separate_from_the_training_images(encoder: Encoder) -> None:
+    """STL-10: pretraining on unlabelled images, evaluation with a separate labelled split."""
     dataset = Dataset(shapes(64, labelled=False), shapes(40, 500), bank=shapes(100, 200))
     evaluator = evaluator_of(dataset)
     assert evaluator.has_labels
     assert set(evaluator.evaluate(encoder)) == {"knn_top1_percent"}
 
 
-def test_without_labels_it_measures_pairs_and_their_spread(encoder: Encoder) -> None:
+def test_without_labels_it_measures_alignment_uniformity_and_rank(encoder: Encoder) -> None:
     dataset = Dataset(shapes(64, labelled=False))
     evaluator = evaluator_of(dataset)
     assert not evaluator.has_labels
     assert evaluator.pixels() is None
-    found = evaluator.evaluate(encoder)
+    metrics = evaluator.evaluate(encoder)
 
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
@@ -132,14 +130,14 @@ def test_without_labels_it_measures_pairs_and_their_spread(encoder: Encoder) -> 
         "uniformity": uniformity(q),
         "effective_rank": effective_rank(q - q.mean(0)),
     }
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert metrics == pytest.approx(expected, rel=1e-4)
     shuffled = F.normalize(k.roll(1, 0), dim=1)
     assert alignment(q, k) < alignment(q, shuffled), "views of one image are closer than views of two"
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_evaluation_leaves_no_trace(encoder: Encoder, labelled: bool, dtype: torch.dtype) -> None:
+def test_evaluation_does_not_change_the_encoder(encoder: Encoder, labelled: bool, dtype: torch.dtype) -> None:
     evaluator = evaluator_of(Dataset(shapes(64, labelled=labelled)), dtype=dtype)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     first, rng = evaluator.evaluate(encoder), torch.random.get_rng_state()
@@ -152,7 +150,7 @@ def test_evaluation_leaves_no_trace(encoder: Encoder, labelled: bool, dtype: tor
     assert torch.equal(rng, torch.random.get_rng_state())
 
 
-def test_train_mode_comes_back_when_evaluation_fails(encoder: Encoder, monkeypatch) -> None:
+def test_training_mode_is_restored_if_evaluation_fails(encoder: Encoder, monkeypatch) -> None:
     evaluator = evaluator_of(Dataset(shapes(64)))
     monkeypatch.setattr(encoder, "features", lambda _: torch.empty(0).sum(3))
     with pytest.raises(IndexError):

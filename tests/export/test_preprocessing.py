@@ -1,4 +1,4 @@
-"""What load_backbone hands out sees images as every evaluation does."""
+"""The preprocessing of load_backbone gives the views of every evaluation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ ODD = {file.name: file for file in good_files()}
 
 
 def evaluated(kind: type[ResidentCrops] | type[TorchCrops], index: ImageIndex, side: int) -> Tensor:
-    """(N, 3, S, S) as the evaluation of a run makes them."""
+    """(N, 3, S, S): the views of an evaluation."""
     source = kind(index, side, CPU, 0)
     plans = eval_plans(index.sizes, np.arange(len(index)), len(index), side)
     return normalised(next(iter(source.crops(plans))).images[0], IMAGENET_MEAN, IMAGENET_STD)
 
 
-def grey_levels(found: Tensor, expected: Tensor) -> Tensor:
-    return (found - expected).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
+def grey_levels(actual: Tensor, expected: Tensor) -> Tensor:
+    """Absolute differences of pixel values from 0 to 255."""
+    return (actual - expected).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
 
 
 def real_images(test_data: Path, tmp_path: Path, name: str) -> ImageIndex:
@@ -47,7 +48,7 @@ def real_images(test_data: Path, tmp_path: Path, name: str) -> ImageIndex:
 
 @pytest.mark.parametrize(("name", "side"), [("cifar10", 32), ("photographs", 224), ("photographs", 64)])
 def test_real_images_as_in_an_evaluation(test_data: Path, tmp_path: Path, name: str, side: int) -> None:
-    """From files and from tensors, one grey level; where large JPEGs are decoded at reduced size, that difference."""
+    """Equal to one grey level from files and from tensors; a larger difference if JPEGs are decoded at reduced size."""
     index = real_images(test_data, tmp_path, name)
     assert index.paths is not None
     assert len(index) >= 10
@@ -69,24 +70,24 @@ def test_odd_files_have_the_colours_and_the_orientation_of_the_pipelines(name: s
     file = ODD[name]
     preprocess = Preprocessing(16, IMAGENET_MEAN, IMAGENET_STD)
     with Image.open(io.BytesIO(file.data)) as image:
-        found = preprocess(image)
+        actual = preprocess(image)
     expected = preprocess(torch.from_numpy(file.pixels.copy()).permute(2, 0, 1))
-    assert grey_levels(found, expected).mean() <= file.tolerance + 1e-4
+    assert grey_levels(actual, expected).mean() <= file.tolerance + 1e-4
 
 
 @pytest.mark.parametrize(("side", "fraction"), [(32, 1.0), (64, 1.0), (72, 224 / 256), (224, 224 / 256)])
 @pytest.mark.parametrize("size", [(300, 200), (201, 333), (20, 20), (1, 9)])
-def test_the_centred_square_is_resized_and_normalised(side: int, fraction: float, size: tuple[int, int]) -> None:
-    """Against Pillow, whose antialiased bilinear filter torch's follows to a grey level."""
+def test_the_centre_square_is_resized_and_normalised(side: int, fraction: float, size: tuple[int, int]) -> None:
+    """Against Pillow, whose antialiased bilinear filter agrees with torch's to one grey level."""
     pixels = picture(300, 340)[: size[0], : size[1]]
     length = max(1, round(fraction * min(size)))
     top, left = (size[0] - length) // 2, (size[1] - length) // 2
     crop = Image.fromarray(pixels).crop((left, top, left + length, top + length))
     expected = np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR)) / 255
-    found = Preprocessing(side, CIFAR_MEAN, CIFAR_STD)(Image.fromarray(pixels)).permute(1, 2, 0)
-    apart = np.abs(found.numpy() * np.array(CIFAR_STD) + CIFAR_MEAN - expected)
-    assert found.dtype == torch.float32
-    assert apart.max() * 255 < 1.01
+    actual = Preprocessing(side, CIFAR_MEAN, CIFAR_STD)(Image.fromarray(pixels)).permute(1, 2, 0)
+    difference = np.abs(actual.numpy() * np.array(CIFAR_STD) + CIFAR_MEAN - expected)
+    assert actual.dtype == torch.float32
+    assert difference.max() * 255 < 1.01
 
 
 def test_batches_and_grey_pictures() -> None:
@@ -100,6 +101,6 @@ def test_batches_and_grey_pictures() -> None:
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(1, 8, 8).byte(), torch.zeros(8, 8).byte()])
-def test_what_is_no_image_is_refused(image: Tensor) -> None:
+def test_invalid_images_are_rejected(image: Tensor) -> None:
     with pytest.raises(ValueError, match="expected a PIL image or uint8 RGB"):
         Preprocessing(8, CIFAR_MEAN, CIFAR_STD)(image)

@@ -1,4 +1,4 @@
-"""Philox against its authors' known answers and Triton's; what is made from it: numbers in [0, 1) and permutations."""
+"""Philox against its authors' known answers and Triton's; uniform numbers in [0, 1) and permutations."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN, ids=["zeros", "ones", "pi"])
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tuple[int, ...]) -> None:
-    found = philox_words([np.array([c], dtype=np.uint64) for c in counter], key)
-    assert found.dtype == np.uint32
-    assert found[:, 0].tolist() == list(words)
+    actual = philox_words([np.array([c], dtype=np.uint64) for c in counter], key)
+    assert actual.dtype == np.uint32
+    assert actual[:, 0].tolist() == list(words)
 
 
 def test_triton_gives_the_same_words(require_backend) -> None:
-    """So that a kernel can draw the numbers of the host: key = seed | domain << 32."""
+    """Kernels can draw the host's numbers with key = seed | domain << 32."""
     require_backend("triton")
     import triton
     import triton.language as tl
@@ -48,52 +48,52 @@ def test_triton_gives_the_same_words(require_backend) -> None:
         tl.store(out + 3 * count + sample, d.to(tl.int64))
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.empty((4, 16), dtype=torch.int64, device=device)
+    actual = torch.empty((4, 16), dtype=torch.int64, device=device)
     seed, domain = 123456789, Domain.COLOUR
-    draw[(1,)](found, seed | int(domain) << 32, 2, 1, 7, 16)  # pyright: ignore
+    draw[(1,)](actual, seed | int(domain) << 32, 2, 1, 7, 16)  # pyright: ignore
     expected = philox(seed, domain, slot=2, view=1, sample=np.arange(16), epoch=7)
-    np.testing.assert_array_equal(found.cpu().numpy() & 0xFFFFFFFF, expected)
+    np.testing.assert_array_equal(actual.cpu().numpy() & 0xFFFFFFFF, expected)
 
 
 def test_every_number_is_the_same_alone_and_in_an_array() -> None:
-    whole = philox(
+    array = philox(
         5, Domain.BOX, slot=np.arange(3)[:, None, None], view=np.array([0, 1])[:, None], sample=np.arange(7), epoch=4
     )
-    assert whole.shape == (4, 3, 2, 7)
+    assert array.shape == (4, 3, 2, 7)
     for slot, view, sample in np.ndindex(3, 2, 7):
         alone = philox(5, Domain.BOX, slot=slot, view=view, sample=sample, epoch=4)
-        np.testing.assert_array_equal(whole[:, slot, view, sample], alone)
+        np.testing.assert_array_equal(array[:, slot, view, sample], alone)
 
 
-def test_every_coordinate_matters() -> None:
-    """Seed, domain, slot, view, sample, epoch: moving any one of them changes all four words."""
+def test_every_argument_matters() -> None:
+    """Changing any of seed, domain, slot, view, sample or epoch changes all four words."""
     base = philox(1, Domain.BOX)
-    moved = [philox(2, Domain.BOX), philox(1, Domain.ORDER)]
-    moved += [philox(1, Domain.BOX, **{name: 1}) for name in ("slot", "view", "sample", "epoch")]
-    assert len({tuple(words.tolist()) for words in [base, *moved]}) == 7
-    for words in moved:
+    changed = [philox(2, Domain.BOX), philox(1, Domain.ORDER)]
+    changed += [philox(1, Domain.BOX, **{name: 1}) for name in ("slot", "view", "sample", "epoch")]
+    assert len({tuple(words.tolist()) for words in [base, *changed]}) == 7
+    for words in changed:
         assert (words != base).all()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_of_more_than_32_bits_is_refused(seed: int) -> None:
+def test_a_seed_outside_32_bits_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match=rf"seed {seed}: expected a whole number from 0 to 4294967295"):
         philox(seed, Domain.BOX)
 
 
-def test_uniform_lies_in_the_half_open_interval_and_fits_float32() -> None:
+def test_uniform_is_in_the_half_open_interval_and_exact_in_float32() -> None:
     extremes = uniform(np.array([0, 255, 256, 2**32 - 1], dtype=np.uint32))
     np.testing.assert_array_equal(extremes, [0, 0, 2**-24, 1 - 2**-24])
     np.testing.assert_array_equal(extremes.astype(np.float32).astype(np.float64), extremes)
 
 
 def test_uniform_is_uniform_and_its_words_are_independent() -> None:
-    """40,000 numbers a word: χ² of 64 bins within its 10⁻⁶ tail, correlations between words below 5 deviations."""
+    """40,000 numbers per word: χ² of 64 bins within its 10⁻⁶ tail, correlations between words below 5 standard deviations."""
     count, bins = 40_000, 64
     u = uniform(philox(0, Domain.COLOUR, sample=np.arange(count)))
     for word in u:
-        found = np.histogram(word, bins, (0, 1))[0]
-        chi_squared = ((found - count / bins) ** 2 / (count / bins)).sum()
+        counts = np.histogram(word, bins, (0, 1))[0]
+        chi_squared = ((counts - count / bins) ** 2 / (count / bins)).sum()
         assert 22 < chi_squared < 135
     correlation = np.corrcoef(u)
     assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(count)
@@ -108,7 +108,7 @@ def test_a_permutation_holds_every_number_once(seed: int, count: int, epoch: int
 
 
 @given(SEEDS, st.integers(0, 1000))
-def test_every_epoch_slot_and_domain_has_an_order_of_its_own(seed: int, epoch: int) -> None:
+def test_epochs_slots_and_domains_have_different_permutations(seed: int, epoch: int) -> None:
     orders = [
         permutation(seed, Domain.ORDER, 64, epoch=epoch),
         permutation(seed, Domain.ORDER, 64, epoch=epoch + 1),
@@ -118,8 +118,8 @@ def test_every_epoch_slot_and_domain_has_an_order_of_its_own(seed: int, epoch: i
     assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
-def test_every_place_is_equally_likely() -> None:
-    """1,500 orders of 6: each number in each place about 250 times (14.4 is one deviation)."""
+def test_every_position_is_equally_likely() -> None:
+    """1,500 permutations of 6: each number is at each position about 250 times (standard deviation 14.4)."""
     orders = np.stack([permutation(9, Domain.SHUFFLE, 6, epoch=epoch) for epoch in range(1500)])
     counts = np.stack([np.bincount(column, minlength=6) for column in orders.T])
     assert np.abs(counts - 250).max() < 5 * 14.4

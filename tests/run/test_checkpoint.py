@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmoco.errors import CheckpointError
-from fastmoco.files import sha256, sidecar
 from fastmoco.run.checkpoint import load, newest, prune, save, sweep, verify
+from pipelines.files import sha256, sidecar
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A sweep trains every combination once, goes on where it was stopped, and says what came of each."""
+"""A sweep trains every combination once, resumes where it was stopped, and reports all results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sweep(out: Path, *arguments: str) -> int:
     return main(["sweep", "shapes", *FLAGS, "--out", str(out), *arguments])
 
 
-# ---- what is varied --------------------------------------------------------------------------------------------------
+# ---- axes ----------------------------------------------------------------------------------------------------------
 
 
 def test_values_become_flags() -> None:
@@ -42,7 +42,7 @@ def test_values_become_flags() -> None:
     ]
 
 
-def test_a_grid_has_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_grid_has_every_combination_in_its_own_folder(tmp_path: Path) -> None:
     axes = [Axis.parse("moco-m=0,0.9"), Axis.parse("data=/a/b,/a b")]
     cells = plan(axes, parse_train, tmp_path)
     assert [(cell.config.model.moco_m, cell.config.data.data) for cell in cells] == [
@@ -54,7 +54,7 @@ def test_a_grid_has_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["shapes"], "nothing to vary: give --vary, such as fastmoco sweep shapes --vary moco-m=0,0.9,0.99"),
         (["shapes", "--vary"], "--vary needs a value"),
@@ -63,22 +63,22 @@ def test_a_grid_has_every_combination_in_a_folder_of_its_own(tmp_path: Path) -> 
         (["shapes", "--vary", "moco-mm=0"], "no field 'moco_mm'; did you mean 'moco_m'?"),
         (["shapes", "--vary", "moco-m=0,2"], "--moco-m is 2.0, expected a number from 0 to 1"),
         (["shapes", "--vary", "moco-m=0,x"], "could not convert string to float: 'x'"),
-        (["shapes", "--vary", "moco-m=0.9,0.9"], "0.9 is there twice"),
+        (["shapes", "--vary", "moco-m=0.9,0.9"], "0.9 is repeated"),
         (["shapes", "--vary", "moco-m=0,1", "--vary", "moco-m=0.5"], "--vary names a setting twice"),
         (["shapes", "--vary", "symmetric=yes"], "--vary symmetric=yes: expected true or false"),
-        (["shapes", "--vary", "out=a,b"], "the sweep sets --out itself"),
-        (["shapes", "--vary", "moco-m=0", "--resume"], "fastmoco sweep resumes by itself: leave --resume out"),
+        (["shapes", "--vary", "out=a,b"], "the sweep itself sets --out"),
+        (["shapes", "--vary", "moco-m=0", "--resume"], "fastmoco sweep resumes by itself: remove --resume"),
         (["shapse", "--vary", "moco-m=0"], "unknown recipe 'shapse'; did you mean 'shapes'"),
         (["shapes", "--vary", "moco-m=0", "--epohcs", "3"], "unknown argument '--epohcs'; did you mean --epochs"),
     ],
 )
 def test_bad_arguments_are_2_before_anything_runs(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", *arguments]) == ExitCode.CONFIG
     err = capsys.readouterr().err
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -92,10 +92,10 @@ def test_help_is_printed(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
+def test_a_stopped_sweep_is_resumed_and_a_finished_one_is_only_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Stopped in the middle of the second run, by the signal of a scheduler."""
+    """Stopped by SIGTERM, as from a scheduler, in the middle of the second run."""
     monkeypatch.setattr("fastmoco.run.recorder.curves", lambda *arguments: None)
     out, vary = tmp_path / "sweep", ["--vary", "moco-m=0,0.9"]
     batches = 0
@@ -104,7 +104,7 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
         nonlocal batches
         for batch in original(self, start, stop):
             batches += 1
-            if batches == 14:  # of each run, one is for its picture and eight are for its steps
+            if batches == 14:  # one per run is for views.png, eight for its steps
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
@@ -120,17 +120,17 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
 
     first = (folders[0] / "backbone.safetensors").stat().st_mtime_ns
     assert sweep(out, *vary) == ExitCode.DONE
-    said = capsys.readouterr().out
-    assert "sweep 2 of 2, resume: moco-m=0.9" in said
-    assert "sweep 1 of 2" not in said
-    assert f"resumed at step {stopped_at} of 8" in said
+    output = capsys.readouterr().out
+    assert "sweep 2 of 2, resume: moco-m=0.9" in output
+    assert "sweep 1 of 2" not in output
+    assert f"resumed at step {stopped_at} of 8" in output
     assert (folders[0] / "backbone.safetensors").stat().st_mtime_ns == first
     assert read_status(folders[1])["state"] == "done"
 
-    whole = tmp_path / "whole"
-    assert main(["train", "shapes", *FLAGS, "--moco-m", "0.9", "--out", str(whole)]) == ExitCode.DONE
-    ours, theirs = newest(folders[1]), newest(whole)
-    assert all(bool((ours[name] == tensor).all()) for name, tensor in theirs.items())
+    uninterrupted = tmp_path / "uninterrupted"
+    assert main(["train", "shapes", *FLAGS, "--moco-m", "0.9", "--out", str(uninterrupted)]) == ExitCode.DONE
+    resumed, expected = newest(folders[1]), newest(uninterrupted)
+    assert all(bool((resumed[name] == tensor).all()) for name, tensor in expected.items())
 
     capsys.readouterr()
     assert sweep(out, *vary) == ExitCode.DONE
@@ -150,22 +150,22 @@ def test_a_stopped_sweep_goes_on_and_a_finished_one_is_only_read(
 
     assert sweep(out, *vary, "--epochs", "3") == ExitCode.CONFIG
     assert (
-        "holds a finished run of other settings (epochs is 3 and was 2): choose another --out"
+        "contains a finished run with other settings (epochs is 3 and was 2): choose another --out"
         in capsys.readouterr().err
     )
 
 
-class Ledger:
-    """In place of training: writes what a run writes, or fails as told."""
+class FakeTraining:
+    """Replaces training: writes the files of a run, or raises the given error, and records the calls."""
 
     def __init__(self, outcomes: dict[str, Exception | None]) -> None:
         self.outcomes = outcomes
-        self.asked: list[tuple[str, bool, bool]] = []
+        self.calls: list[tuple[str, bool, bool]] = []
 
     def train(self, config: RunConfig) -> None:
         assert config.run.out is not None
         path = Path(config.run.out)
-        self.asked.append((path.name, config.run.resume, config.run.overwrite))
+        self.calls.append((path.name, config.run.resume, config.run.overwrite))
         directory = RunDirectory.open(path, resume=config.run.resume, overwrite=config.run.overwrite)
         error = self.outcomes.get(path.name)
         directory.write_config(config)
@@ -184,36 +184,36 @@ def cells_of(out: Path, *vary: str) -> tuple[list[Axis], list[Cell]]:
     return axes, plan(axes, parse_train, out)
 
 
-def test_a_run_that_diverges_is_a_result_and_an_error_ends_the_sweep(tmp_path: Path) -> None:
-    ledger = Ledger({"moco-m=0": DivergedError("not finite"), "moco-m=0.9": ConfigError("no")})
+def test_divergence_is_an_outcome_and_other_errors_end_the_sweep(tmp_path: Path) -> None:
+    training = FakeTraining({"moco-m=0": DivergedError("not finite"), "moco-m=0.9": ConfigError("no")})
     _, cells = cells_of(tmp_path, "moco-m=0,0.9,0.99")
     with pytest.raises(ConfigError, match="no"):
-        run_sweep(cells, ledger.train, lambda cell, how: None)
+        run_sweep(cells, training.train, lambda cell, mode: None)
     assert [cell.outcome for cell in cells] == ["diverged", "not run", "not run"]
-    assert [name for name, _, _ in ledger.asked] == ["moco-m=0", "moco-m=0.9"]
+    assert [name for name, _, _ in training.calls] == ["moco-m=0", "moco-m=0.9"]
 
-    ledger.outcomes.pop("moco-m=0.9")
+    training.outcomes.pop("moco-m=0.9")
     _, cells = cells_of(tmp_path, "moco-m=0,0.9,0.99")
-    run_sweep(cells, ledger.train, lambda cell, how: None)
-    # The diverged run is not tried again; what failed left no checkpoint, so it starts again in its folder.
-    assert ledger.asked[2:] == [("moco-m=0.9", False, True), ("moco-m=0.99", False, False)]
+    run_sweep(cells, training.train, lambda cell, mode: None)
+    # The diverged run is not repeated; the failed run left no checkpoint, so it starts again in its folder.
+    assert training.calls[2:] == [("moco-m=0.9", False, True), ("moco-m=0.99", False, False)]
     assert [cell.outcome for cell in cells] == ["diverged", "done", "done"]
-    assert [cell.learned_percent for cell in cells] == [None, 90.0, 99.0]
+    assert [cell.knn_percent for cell in cells] == [None, 90.0, 99.0]
 
-    run_sweep(cells, ledger.train, lambda cell, how: None, redo=True)
-    assert ledger.asked[4:] == [(f"moco-m={m}", False, True) for m in ("0", "0.9", "0.99")]
+    run_sweep(cells, training.train, lambda cell, mode: None, redo=True)
+    assert training.calls[4:] == [(f"moco-m={m}", False, True) for m in ("0", "0.9", "0.99")]
 
 
-def test_the_table_and_the_picture_show_what_failed_and_what_is_missing(tmp_path: Path) -> None:
+def test_the_table_and_the_plot_show_failed_and_missing_runs(tmp_path: Path) -> None:
     axes, cells = cells_of(tmp_path, "moco-m=0,0.9,0.95,0.999")
-    ledger = Ledger({"moco-m=0": DivergedError("not finite")})
-    run_sweep(cells[:3], ledger.train, lambda cell, how: None)
+    training = FakeTraining({"moco-m=0": DivergedError("not finite")})
+    run_sweep(cells[:3], training.train, lambda cell, mode: None)
     rows = table(cells, axes).splitlines()
     assert len({len(row) for row in rows[:5]}) == 1, "columns are aligned"
-    assert rows[0].split("  ")[-1] == "the paper's, %"
+    assert rows[0].split("  ")[-1] == "paper, %"
     assert rows[1].split() == ["0", "10.0", "2.500", "diverged", "fails"]
     assert rows[2].split() == ["0.9", "10.0", "90.0", "2.500", "done", "55.2"]
-    assert rows[3].split() == ["0.95", "10.0", "95.0", "2.500", "done"], "the paper has not tried it"
+    assert rows[3].split() == ["0.95", "10.0", "95.0", "2.500", "done"], "not in the paper"
     assert rows[4].split() == ["0.999", "not", "run", "59.0"]
     assert "He et al. 2020" in rows[5]
     draw_sweep(cells, axes, tmp_path / "sweep.png")
@@ -221,10 +221,10 @@ def test_the_table_and_the_picture_show_what_failed_and_what_is_missing(tmp_path
         assert image.width > 1.5 * image.height, "two panels"
 
 
-def test_a_grid_is_a_line_for_each_value_of_the_second_setting(tmp_path: Path) -> None:
+def test_a_grid_is_one_line_per_value_of_the_second_setting(tmp_path: Path) -> None:
     axes, cells = cells_of(tmp_path, "moco-m=0.5,0.9", "moco-k=16,32")
-    run_sweep(cells, Ledger({}).train, lambda cell, how: None)
-    assert paper_percent(cells[0]) == (False, None), "of one setting only"
+    run_sweep(cells, FakeTraining({}).train, lambda cell, mode: None)
+    assert paper_percent(cells[0]) == (False, None), "only for a single setting"
     draw_sweep(cells, axes, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as image:
         assert image.width < 1.5 * image.height
@@ -238,7 +238,7 @@ def test_a_grid_is_a_line_for_each_value_of_the_second_setting(tmp_path: Path) -
     assert all("paper_percent" not in run for run in runs)
 
 
-def test_the_paper_s_figures_are_found_whichever_way_a_number_is_written() -> None:
+def test_published_results_are_found_for_any_spelling_of_a_number() -> None:
     config = RunConfig()
     assert paper_percent(Cell({"moco_m": "0.90"}, config)) == (True, 55.2)
     assert paper_percent(Cell({"moco_m": "0"}, config)) == (True, None)

@@ -144,7 +144,7 @@ def test_quarantine_leaves_bad_images_out_and_lists_them(tmp_path):
 def test_an_existing_file_is_not_replaced(finished, capsys):
     before = finished.read_bytes()
     assert main([str(finished.parent / "data"), str(finished)]) == 3
-    assert "out.beton exists; remove it, or give another name" in capsys.readouterr().err
+    assert "out.beton exists; remove it, or choose another name" in capsys.readouterr().err
     assert finished.read_bytes() == before
 
 
@@ -163,9 +163,10 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def manifest(length, tables, whole):
-    return BetonManifest(dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=whole,
-    class_names=["a"],
-                    names=["one"], stored={}, settings={}, quarantine=[], versions={})
+    return BetonManifest(
+        dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=whole, class_names=["a"], names=["one"],
+        stored={}, settings={}, quarantine=[], versions={},
+    )
 
 def write(path, moment):
     with beton_writer.BetonWriter(path, 2, 100) as writer:
@@ -175,7 +176,7 @@ def write(path, moment):
         if moment == "renaming":
             os.rename = die
         if moment == "renamed":
-            beton_writer._sync_folder = die
+            beton_writer.sync = die
         writer.finish(die if moment == "tables" else manifest)
 
 for path in sys.argv[1:]:

@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from pipelines.augment import torch_ops as augment_torch
+from pipelines.augment import torch_ops
 from pipelines.augment.params import ORDERS, Column, Op, blur_taps, sample_params
 from pipelines.augment.presets import CIFAR, V1, V2, Augmentation, with_scale
 from pipelines.augment.torch_ops import apply, colour
@@ -19,10 +19,10 @@ from pipelines.augment.torch_ops import apply, colour
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
 RECIPES = [V1, V2, CIFAR, SOLARISING]
 JITTER = {
-    Op.BRIGHTNESS: (augment_torch.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
-    Op.CONTRAST: (augment_torch.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
-    Op.SATURATION: (augment_torch.adjust_saturation, TF.adjust_saturation, [0.0, 0.6, 1.0, 1.4, 3.0]),
-    Op.HUE: (augment_torch.adjust_hue, TF.adjust_hue, [-0.5, -0.4, -0.1, 0.0, 1e-3, 0.25, 0.5]),
+    Op.BRIGHTNESS: (torch_ops.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.CONTRAST: (torch_ops.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.SATURATION: (torch_ops.adjust_saturation, TF.adjust_saturation, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    Op.HUE: (torch_ops.adjust_hue, TF.adjust_hue, [-0.5, -0.4, -0.1, 0.0, 1e-3, 0.25, 0.5]),
 }
 
 
@@ -41,7 +41,7 @@ def planar(crops: Tensor) -> Tensor:
 
 
 def neutral(count: int) -> np.ndarray:
-    """Rows that leave an image as it is."""
+    """Rows that leave an image unchanged."""
     rows = np.zeros((count, len(Column)), dtype=np.float32)
     rows[:, Column.ORDER] = ORDERS[0]
     rows[:, Column.BRIGHTNESS : Column.HUE] = 1
@@ -55,8 +55,8 @@ def reference(crop: Tensor, row: np.ndarray, augmentation: Augmentation) -> Tens
     if grey and augmentation.grey_first:
         image = TF.rgb_to_grayscale(image, 3)
     order = int(row[Column.ORDER])
-    for place in range(4):
-        op = Op((order >> 2 * place) & 3)
+    for position in range(4):
+        op = Op((order >> 2 * position) & 3)
         image = JITTER[op][1](image, float(row[Column.BRIGHTNESS + op]))
     if grey and not augmentation.grey_first:
         image = TF.rgb_to_grayscale(image, 3)
@@ -71,23 +71,23 @@ def reference(crop: Tensor, row: np.ndarray, augmentation: Augmentation) -> Tens
     return TF.normalize(image, list(augmentation.mean), list(augmentation.std))
 
 
-def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def assert_near(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # ---- one operation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", Op, ids=lambda op: op.name.lower())
-def test_jitter_operations_are_torchvisions(op: Op) -> None:
-    ours, theirs, factors = JITTER[op]
+def test_jitter_operations_equal_torchvision(op: Op) -> None:
+    ours, torchvisions, factors = JITTER[op]
     images = planar(crops_of(len(factors), 16))
-    expected = torch.stack([theirs(image, factor) for image, factor in zip(images, factors, strict=True)])
-    found = ours(images.clone(), torch.tensor(factors).view(-1, 1, 1, 1))
-    assert_near(found, expected, 2e-6)
+    expected = torch.stack([torchvisions(image, factor) for image, factor in zip(images, factors, strict=True)])
+    actual = ours(images.clone(), torch.tensor(factors).view(-1, 1, 1, 1))
+    assert_near(actual, expected, 2e-6)
 
 
-def test_grey_is_torchvisions() -> None:
+def test_grey_equals_torchvision() -> None:
     images, rows = planar(crops_of(4, 16)), neutral(4)
     expected = images.clone()
     expected[[1, 3]] = TF.rgb_to_grayscale(images[[1, 3]], 3)
@@ -97,21 +97,21 @@ def test_grey_is_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("side", [8, 17, 40, 53, 96])
-def test_blur_is_torchvisions(side: int) -> None:
-    """A width for each view, as many taps as fit, reflection at the border; as on a GPU and as on a CPU.
+def test_blur_equals_torchvision(side: int) -> None:
+    """One sigma per view, as many taps as fit, reflection at the border; the GPU's and the CPU's implementation.
 
-    There 17 and 53 pixels, which have no divisor to be cut by, are one stretch, and 96 are two.
+    On the CPU, sides of 17 and 53 pixels, which have no suitable divisor, are one segment, and 96 is two.
     """
     images, sigmas = planar(crops_of(4, side)), [0.1, 0.7, 1.3, 2.0]
     taps = blur_taps(V2, side)
     assert taps == min(15, 2 * side - 1)
     expected = torch.stack([TF.gaussian_blur(i, [taps, taps], [s, s]) for i, s in zip(images, sigmas, strict=True)])
-    assert_near(augment_torch.blur_as_groups(images, torch.tensor(sigmas), taps), expected, 2e-6)
-    augment_torch.blur_by_bands(images, np.array(sigmas), taps)
+    assert_near(torch_ops.blur_grouped_conv(images, torch.tensor(sigmas), taps), expected, 2e-6)
+    torch_ops.blur_band_matrices(images, np.array(sigmas), taps)
     assert_near(images, expected, 2e-6)
 
 
-def test_solarise_is_torchvisions() -> None:
+def test_solarise_equals_torchvision() -> None:
     images, rows = planar(crops_of(4, 16)), neutral(4)
     rows[[1, 3], Column.SOLARISE] = 1
     plain = images.clone()
@@ -120,13 +120,13 @@ def test_solarise_is_torchvisions() -> None:
     assert torch.equal(images[[1, 3]], TF.solarize(plain[[1, 3]], 0.5))
 
 
-def test_flip_is_torchvisions() -> None:
+def test_flip_equals_torchvision() -> None:
     crops, rows = crops_of(4, 16), neutral(4)
     plain = apply(crops, rows, V2, torch.bfloat16)
     rows[[2, 3], Column.FLIP] = 1
-    found = apply(crops, rows, V2, torch.bfloat16)
-    assert torch.equal(found[:2], plain[:2])
-    assert torch.equal(found[2:], TF.horizontal_flip(plain[2:]))
+    actual = apply(crops, rows, V2, torch.bfloat16)
+    assert torch.equal(actual[:2], plain[:2])
+    assert torch.equal(actual[2:], TF.horizontal_flip(plain[2:]))
 
 
 @pytest.mark.parametrize("order", ORDERS.tolist())
@@ -138,11 +138,9 @@ def test_every_order_of_the_jitter(order: int) -> None:
     assert_near(apply(crops, rows, V2, torch.float32), expected)
 
 
-def test_the_24_orders_are_all_there_and_matter() -> None:
+def test_all_24_orders_exist_and_matter() -> None:
     assert len(set(ORDERS.tolist())) == 24
-    assert {tuple(sorted((order >> 2 * place) & 3 for place in range(4))) for order in ORDERS.tolist()} == {
-        (0, 1, 2, 3)
-    }
+    assert {tuple(sorted((order >> 2 * i) & 3 for i in range(4))) for order in ORDERS.tolist()} == {(0, 1, 2, 3)}
     crops, rows = crops_of(1, 9).repeat(24, 1, 1, 1), neutral(24)
     rows[:, Column.ORDER] = ORDERS
     rows[:, Column.BRIGHTNESS : Column.GREY] = [1.4, 0.6, 1.4, 0.4]
@@ -155,7 +153,7 @@ def test_the_24_orders_are_all_there_and_matter() -> None:
 
 @pytest.mark.parametrize("augmentation", RECIPES, ids=lambda a: a.name)
 @pytest.mark.parametrize("side", [12, 33])
-def test_apply_equals_torchvisions_chain(augmentation: Augmentation, side: int) -> None:
+def test_apply_equals_torchvisions_transforms(augmentation: Augmentation, side: int) -> None:
     crops = crops_of(64, side)
     rows = sample_params(7, 2, np.arange(64), augmentation)[1]
     views = apply(crops, rows, augmentation, torch.float32)
@@ -165,27 +163,27 @@ def test_apply_equals_torchvisions_chain(augmentation: Augmentation, side: int) 
     assert_near(views, expected, 2e-5)  # in units of a standard deviation: 5e-6 of the range of a pixel
 
 
-def test_a_view_is_the_same_in_any_company() -> None:
-    """Groups, and the limit on their bytes, must not show."""
+def test_a_view_does_not_depend_on_the_rest_of_its_batch() -> None:
+    """Groups, and the limit on their bytes, must not affect the result."""
     crops, rows = crops_of(200, 40), sample_params(7, 0, np.arange(200), V2)[0]
     rows[:150, Column.ORDER] = ORDERS[3]  # at 40 pixels a group has 40 views
-    whole = apply(crops, rows, V2, torch.float32)
+    batch = apply(crops, rows, V2, torch.float32)
     for i in (0, 39, 40, 149, 150, 199):
-        assert_near(apply(crops[i : i + 1], rows[i : i + 1], V2, torch.float32)[0], whole[i], 1e-6)
+        assert_near(apply(crops[i : i + 1], rows[i : i + 1], V2, torch.float32)[0], batch[i], 1e-6)
 
 
-def test_source_says_which_crop_a_view_is_of() -> None:
+def test_source_selects_the_crop_of_each_view() -> None:
     crops, rows = crops_of(5, 12), sample_params(1, 0, np.arange(8), V2)[0]
     source = np.array([4, 4, 0, 2, 1, 3, 0, 0])
-    found = apply(crops, rows, V2, torch.float32, source)
-    assert_near(found, apply(crops[source], rows, V2, torch.float32), 1e-6)
+    actual = apply(crops, rows, V2, torch.float32, source)
+    assert_near(actual, apply(crops[source], rows, V2, torch.float32), 1e-6)
 
 
-@pytest.mark.parametrize("layout", ["channels between", "every other"])
+@pytest.mark.parametrize("layout", ["HCW", "every other column"])
 def test_crops_of_any_strides(layout: str) -> None:
     crops, rows = crops_of(6, 12), sample_params(1, 0, np.arange(6), V2)[0]
     strided = torch.empty(12, 12, 3, 12, dtype=torch.uint8).permute(0, 1, 3, 2)[::2]
-    if layout == "every other":
+    if layout == "every other column":
         strided = torch.empty(6, 12, 24, 3, dtype=torch.uint8)[:, :, ::2]
     strided.copy_(crops)
     before = crops.clone()
@@ -199,22 +197,22 @@ def test_a_view_without_colour_is_only_normalised() -> None:
     assert_near(apply(crops, neutral(3), V2, torch.float32), expected, 1e-6)
 
 
-def test_jitter_leaves_its_neighbours_alone() -> None:
-    """One jittered view of the same order number between two that are not."""
+def test_jitter_does_not_change_other_views() -> None:
+    """One jittered view between two without jitter, all with the same order."""
     crops, rows = crops_of(3, 12), neutral(3)
     rows[1, Column.SATURATION] = 1.3
     untouched = apply(crops, neutral(3), V2, torch.float32)
-    found = apply(crops, rows, V2, torch.float32)
-    assert torch.equal(found[[0, 2]], untouched[[0, 2]])
-    assert not torch.equal(found[1], untouched[1])
+    actual = apply(crops, rows, V2, torch.float32)
+    assert torch.equal(actual[[0, 2]], untouched[[0, 2]])
+    assert not torch.equal(actual[1], untouched[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_training_type_is_the_rounded_float32(dtype: torch.dtype) -> None:
+def test_the_training_dtype_is_the_rounded_float32(dtype: torch.dtype) -> None:
     crops, rows = crops_of(6, 12), sample_params(1, 0, np.arange(6), V2)[0]
-    found = apply(crops, rows, V2, dtype)
-    assert found.dtype == dtype
-    assert torch.equal(found, apply(crops, rows, V2, torch.float32).to(dtype))
+    actual = apply(crops, rows, V2, dtype)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, apply(crops, rows, V2, torch.float32).to(dtype))
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -249,7 +247,7 @@ def test_frequencies_and_ranges(augmentation: Augmentation) -> None:
         np.testing.assert_allclose(np.quantile(sigma, [0, 0.5, 1]), [0.1, 1.05, 2.0], atol=0.03)
 
 
-def test_a_factor_is_never_below_zero() -> None:
+def test_a_factor_is_never_negative() -> None:
     strong = replace(CIFAR, brightness=1.5, jitter_p=1.0)
     factors = sample_params(0, 0, np.arange(5000), strong)[..., Column.BRIGHTNESS]
     assert factors.min() >= 0
@@ -257,7 +255,7 @@ def test_a_factor_is_never_below_zero() -> None:
 
 
 def test_choices_are_independent() -> None:
-    """Flip, grey, jitter, blur, solarise, and the two views: no correlation above five deviations."""
+    """Flip, grey, jitter, blur, solarise, and the two views: no correlation above five standard deviations."""
     rows = sample_params(0, 0, np.arange(20_000), SOLARISING)
     columns = [Column.FLIP, Column.GREY, Column.HUE, Column.BLUR_SIGMA, Column.SOLARISE]
     chosen = np.concatenate([rows[view][:, columns].T != 0 for view in (0, 1)]).astype(float)

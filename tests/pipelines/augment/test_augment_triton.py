@@ -1,4 +1,4 @@
-"""The fused augmentation against the plain one on the same parameters, and fused crops against `crop_resize`."""
+"""Triton augmentation against plain torch on the same parameters, and Triton crops against `crop_resize`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.augment import torch_ops as augment_torch
+from pipelines.augment import torch_ops
 from pipelines.augment.params import ORDERS, Column, sample_params
 from pipelines.augment.presets import CIFAR, V1, V2, Augmentation
 from tests.reference_crops import batched_crops
@@ -23,9 +23,9 @@ SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
 @pytest.fixture
 def fused(require_backend: Callable[[str], None]) -> ModuleType:
     require_backend("triton")
-    from pipelines.augment import triton_ops as augment_triton
+    from pipelines.augment import triton_ops
 
-    return augment_triton
+    return triton_ops
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def resample(require_backend: Callable[[str], None]) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, so that an element which no kernel wrote cannot pass."""
+    """New memory is filled with NaN, so that an element that no kernel wrote fails the test."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -65,37 +65,37 @@ def random_params(count: int, augmentation: Augmentation) -> np.ndarray:
 def reference(
     crops: Tensor, params: np.ndarray, augmentation: Augmentation, dtype: torch.dtype, source: np.ndarray | None = None
 ) -> Tensor:
-    return augment_torch.apply(crops.cpu(), params, augmentation, dtype, source)
+    return torch_ops.apply(crops.cpu(), params, augmentation, dtype, source)
 
 
 @pytest.mark.parametrize("augmentation", [V1, V2, CIFAR, SOLARISING], ids=lambda a: a.name)
 @pytest.mark.parametrize(("count", "side"), [(24, 8), (5, 17), (2, 70)], ids=["orders", "ragged", "tiles"])
-def test_equals_the_plain_augmentation(fused: ModuleType, augmentation: Augmentation, count: int, side: int) -> None:
+def test_equals_plain_torch(fused: ModuleType, augmentation: Augmentation, count: int, side: int) -> None:
     crops, params = random_crops(count, side), random_params(count, augmentation)
     expected = reference(crops, params, augmentation, torch.float32)
-    found = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), augmentation, torch.float32)
-    assert found.shape == (count, 3, side, side)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=3e-5)
+    actual = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), augmentation, torch.float32)
+    assert actual.shape == (count, 3, side, side)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_writes_the_training_type(fused: ModuleType, dtype: torch.dtype) -> None:
+def test_writes_the_training_dtype(fused: ModuleType, dtype: torch.dtype) -> None:
     crops, params = random_crops(8, 12), random_params(8, V2)
-    found = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), V2, dtype)
+    actual = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), V2, dtype)
     expected = reference(crops, params, V2, torch.float32)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float().cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float().cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
-def test_views_find_their_crops_in_any_strides(fused: ModuleType) -> None:
+def test_source_and_crops_of_any_strides(fused: ModuleType) -> None:
     crops, params = random_crops(5, 9), random_params(7, CIFAR)
     source = np.array([4, 0, 0, 3, 2, 1, 4])
-    between = crops.to(DEVICE).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)  # as crop_resize leaves them
+    strided = crops.to(DEVICE).permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)  # the layout of crop_resize
     rows = torch.from_numpy(source).to(DEVICE)
-    found = fused.apply(between, torch.from_numpy(params).to(DEVICE), CIFAR, torch.float32, rows)
+    actual = fused.apply(strided, torch.from_numpy(params).to(DEVICE), CIFAR, torch.float32, rows)
     expected = reference(crops, params, CIFAR, torch.float32, source)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=3e-5)
 
 
 def test_a_row_that_changes_nothing_only_normalises(fused: ModuleType) -> None:
@@ -103,14 +103,14 @@ def test_a_row_that_changes_nothing_only_normalises(fused: ModuleType) -> None:
     params = np.zeros((2, len(Column)), dtype=np.float32)
     params[:, [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1
     params[:, Column.ORDER] = ORDERS[5]
-    found = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), V2, torch.float32).cpu()
+    actual = fused.apply(crops.to(DEVICE), torch.from_numpy(params).to(DEVICE), V2, torch.float32).cpu()
     mean, std = torch.tensor(V2.mean), torch.tensor(V2.std)
     expected = ((crops / 255 - mean) / std).permute(0, 3, 1, 2)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
 def boxes_in(sizes: Tensor, smallest: int = 1) -> Tensor:
-    """(V, 4) random boxes, the first of them the whole image and the second a single pixel, or the smallest."""
+    """(V, 4) random boxes: the first is the whole image, the second a square of side `smallest`."""
     boxes = []
     for row, (height, width) in enumerate(sizes.tolist()):
         h, w = (int(torch.randint(smallest, n + 1, ())) for n in (height, width))
@@ -120,18 +120,18 @@ def boxes_in(sizes: Tensor, smallest: int = 1) -> Tensor:
 
 
 def uniform(resample: ModuleType, images: Tensor) -> object:
-    """(N, H, 3, W) uint8 as `ResidentPixels`, the way `ResidentCrops` keeps them."""
+    """(N, H, 3, W) uint8 as the `ResidentPixels` of images of one size."""
     count, height, _, width = images.shape
     offsets = torch.arange(count) * (3 * height * width)
     sizes = torch.tensor([[height, width]] * count, dtype=torch.int32)
     return resample.ResidentPixels(images.to(DEVICE), offsets.to(DEVICE), sizes.to(DEVICE), planar=True)
 
 
-def assert_equal_levels(found: Tensor, expected: Tensor) -> None:
-    """At most one level apart, and that only where a sum lies between two levels: one pixel in 500."""
-    apart = (found.cpu().int() - expected.cpu().int()).abs()
-    assert apart.max() <= 1
-    assert apart.count_nonzero() <= 1 + apart.numel() / 500
+def assert_equal_levels(actual: Tensor, expected: Tensor) -> None:
+    """At most one level apart, which happens if a sum is half-way between two levels: one pixel in 500."""
+    difference = (actual.cpu().int() - expected.cpu().int()).abs()
+    assert difference.max() <= 1
+    assert difference.count_nonzero() <= 1 + difference.numel() / 500
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(32, 32, 32), (40, 25, 12), (9, 13, 33)])
@@ -139,8 +139,8 @@ def test_crops_equal_crop_resize(resample: ModuleType, height: int, width: int, 
     images = torch.randint(256, (6, height, 3, width), dtype=torch.uint8)
     boxes = boxes_in(torch.tensor([[height, width]] * 6))
     expected = batched_crops(images, torch.stack([boxes, boxes]), side)[0]
-    found = resample.crop(uniform(resample, images), boxes.to(DEVICE), side, torch.arange(6, device=DEVICE))
-    assert_equal_levels(found, expected)
+    actual = resample.crop(uniform(resample, images), boxes.to(DEVICE), side, torch.arange(6, device=DEVICE))
+    assert_equal_levels(actual, expected)
 
 
 def test_crops_of_images_of_different_sizes(resample: ModuleType) -> None:
@@ -151,11 +151,11 @@ def test_crops_of_images_of_different_sizes(resample: ModuleType) -> None:
     offsets = torch.tensor([0, *np.cumsum([i.numel() for i in images])[:-1].tolist()])
     flat = torch.cat([image.flatten() for image in images])
     resident = resample.ResidentPixels(flat.to(DEVICE), offsets.to(DEVICE), sizes.to(DEVICE), planar=False)
-    found = resample.crop(resident, boxes.to(DEVICE), 14, source.to(DEVICE))
+    actual = resample.crop(resident, boxes.to(DEVICE), 14, source.to(DEVICE))
     for row, image in enumerate(source.tolist()):
         alone = images[image].permute(0, 2, 1)[None].contiguous()
         box = boxes[row].expand(2, 1, 4)
-        assert_equal_levels(found[row], batched_crops(alone, box, 14)[0, 0])
+        assert_equal_levels(actual[row], batched_crops(alone, box, 14)[0, 0])
 
 
 @pytest.mark.parametrize(("augmentation", "side"), [(CIFAR, 16), (V2, 16), (V1, 70)], ids=["one", "blur", "staged"])
@@ -167,11 +167,11 @@ def test_one_kernel_equals_crop_then_colour(
     source = torch.tensor([3, 0, 1, 1, 2, 0])
     boxes = boxes_in(torch.tensor([[21, 18]] * 6)).to(DEVICE)
     source = source.to(DEVICE)
-    found = fused.crop_and_apply(resident, boxes, params, augmentation, side, torch.float32, source)
+    actual = fused.crop_and_apply(resident, boxes, params, augmentation, side, torch.float32, source)
     crops = resample.crop(resident, boxes, side, source)
-    torch.testing.assert_close(found, fused.apply(crops, params, augmentation, torch.float32), rtol=0, atol=2e-6)
+    torch.testing.assert_close(actual, fused.apply(crops, params, augmentation, torch.float32), rtol=0, atol=2e-6)
     expected = reference(crops, params.cpu().numpy(), augmentation, torch.float32)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.gpu
@@ -188,9 +188,9 @@ def test_replays_in_a_cuda_graph_with_other_parameters(fused: ModuleType, resamp
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = views()
+        actual = views()
     params = random_params(64, SOLARISING)
     on_device.copy_(torch.from_numpy(params))
     graph.replay()
     crops = resample.crop(resident, boxes, 32, source)
-    torch.testing.assert_close(found.cpu(), reference(crops, params, SOLARISING, torch.float32), rtol=0, atol=3e-5)
+    torch.testing.assert_close(actual.cpu(), reference(crops, params, SOLARISING, torch.float32), rtol=0, atol=3e-5)

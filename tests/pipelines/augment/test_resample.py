@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.augment.resample import filter_matrix
-from pipelines.backends.resident import resize_box
+from pipelines.augment.resize import resize_box
 from tests.reference_crops import batched_crops
 
 
@@ -34,22 +34,22 @@ def noise(*shape: int) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_filter_matrix_equals_the_loop(data: st.DataObject) -> None:
-    """Any stretch of any axis, to any side: up, down and not at all."""
+    """Any interval of any axis, to any side: enlarged, reduced and unchanged."""
     source, side = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 40))
     start = data.draw(st.integers(0, source - 1))
     length = data.draw(st.integers(1, source - start))
-    found = filter_matrix(torch.tensor([start]), torch.tensor([length]), source, side)
-    assert found.shape == (1, side, source)
-    np.testing.assert_allclose(found[0].numpy(), weights(start, length, source, side), atol=2e-5)
+    actual = filter_matrix(torch.tensor([start]), torch.tensor([length]), source, side)
+    assert actual.shape == (1, side, source)
+    np.testing.assert_allclose(actual[0].numpy(), weights(start, length, source, side), atol=2e-5)
 
 
 def test_filter_matrix_of_a_large_photograph() -> None:
-    """float32 holds at 6,000 pixels too."""
-    found = filter_matrix(torch.tensor([1234]), torch.tensor([4700]), 6000, 4)[0].numpy()
-    np.testing.assert_allclose(found, weights(1234, 4700, 6000, 4), atol=1e-6)
+    """float32 is accurate enough at 6,000 pixels too."""
+    actual = filter_matrix(torch.tensor([1234]), torch.tensor([4700]), 6000, 4)[0].numpy()
+    np.testing.assert_allclose(actual, weights(1234, 4700, 6000, 4), atol=1e-6)
 
 
-def test_rows_sum_to_one_and_stay_inside_the_stretch() -> None:
+def test_rows_sum_to_one_and_stay_inside_the_interval() -> None:
     start, length = torch.tensor([0, 5, 31]), torch.tensor([32, 9, 1])
     matrix = filter_matrix(start, length, 32, 16)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(3, 16))
@@ -59,10 +59,10 @@ def test_rows_sum_to_one_and_stay_inside_the_stretch() -> None:
 
 
 BOXES = [
-    [0, 0, 40, 56],  # everything
-    [3, 5, 31, 37],  # down
-    [10, 20, 8, 9],  # up
-    [7, 11, 16, 16],  # the side itself
+    [0, 0, 40, 56],  # the whole image
+    [3, 5, 31, 37],  # reduced
+    [10, 20, 8, 9],  # enlarged
+    [7, 11, 16, 16],  # unchanged
     [39, 55, 1, 1],  # one pixel, in the last corner
     [0, 0, 1, 56],  # one row
     [0, 55, 40, 1],  # one column
@@ -73,19 +73,19 @@ BOXES = [
 def test_crop_resize_equals_the_loop(views: int) -> None:
     images = noise(len(BOXES), 40, 56, 3)
     boxes = torch.tensor([BOXES, BOXES[::-1]][:views], dtype=torch.int32)
-    found = batched_crops(images.permute(0, 1, 3, 2).contiguous(), boxes, 16)
-    assert found.shape == (views, len(BOXES), 16, 16, 3)
-    assert found.dtype == torch.uint8
+    actual = batched_crops(images.permute(0, 1, 3, 2).contiguous(), boxes, 16)
+    assert actual.shape == (views, len(BOXES), 16, 16, 3)
+    assert actual.dtype == torch.uint8
     for view, row in np.ndindex(views, len(BOXES)):
         top, left, height, width = boxes[view, row].tolist()
         rows, columns = weights(top, height, 40, 16), weights(left, width, 56, 16)
         exact = np.einsum("ij,jkc,lk->ilc", rows, images[row].numpy().astype(float), columns)
-        assert np.abs(found[view, row].numpy() - exact).max() <= 0.501, boxes[view, row]
+        assert np.abs(actual[view, row].numpy() - exact).max() <= 0.501, boxes[view, row]
 
 
 @pytest.mark.parametrize("box", BOXES, ids=str)
-def test_both_crops_equal_torchs_antialiased_interpolation(box: list[int]) -> None:
-    """The batched products round once; the kernel for bytes rounds between the axes, too."""
+def test_both_crops_equal_torch_interpolation(box: list[int]) -> None:
+    """The batched products round once; torch's uint8 kernel also rounds between the axes."""
     image = noise(40, 56, 3)
     top, left, height, width = box
     region = image[top : top + height, left : left + width].permute(2, 0, 1)[None].double()
@@ -97,15 +97,15 @@ def test_both_crops_equal_torchs_antialiased_interpolation(box: list[int]) -> No
     assert (alone - exact).abs().max() <= 1.01
 
 
-def test_one_crop_is_pillows() -> None:
+def test_a_crop_equals_pillow() -> None:
     image = noise(40, 56, 3)
     cropped = Image.fromarray(image.numpy()).crop((5, 3, 42, 34))
-    theirs = cropped.resize((16, 16), Image.Resampling.BILINEAR)
-    (found,) = batched_crops(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[[3, 5, 31, 37]]]), 16)[0]
-    assert np.abs(found.numpy().astype(int) - np.asarray(theirs)).max() <= 1
+    pillow = cropped.resize((16, 16), Image.Resampling.BILINEAR)
+    (actual,) = batched_crops(image.permute(0, 2, 1)[None].contiguous(), torch.tensor([[[3, 5, 31, 37]]]), 16)[0]
+    assert np.abs(actual.numpy().astype(int) - np.asarray(pillow)).max() <= 1
 
 
-def test_a_flat_image_stays_flat_and_one_pixel_fills_the_crop() -> None:
+def test_a_constant_image_stays_constant_and_one_pixel_fills_the_crop() -> None:
     flat = torch.full((1, 9, 3, 11), 255, dtype=torch.uint8)
     assert (batched_crops(flat, torch.tensor([[[2, 3, 5, 7]]]), 32) == 255).all()
     image = noise(1, 9, 3, 11)

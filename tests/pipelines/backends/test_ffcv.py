@@ -178,7 +178,7 @@ def test_a_file_that_became_shorter_is_named(drawn, tmp_path):
     source = FfcvCrops(index, 16, CPU, 2)
     os.truncate(path, int(index.records.offsets[20]) + 5)
     plans = list(eval_plans(index.sizes, np.arange(24), 24, 16))
-    with pytest.raises(DataError, match=r"cannot read .*2\d\.jpg in .*cut\.beton \(the file ends before it\)"):
+    with pytest.raises(DataError, match=r"cannot read .*2\d\.jpg in .*cut\.beton \(the file is too short\)"):
         list(source.crops(plans))
     source.close()
 

@@ -128,9 +128,9 @@ def assert_pixels_agree(source: Source, index: ImageIndex, plan: BatchPlan, imag
         assert error.max() <= source.worst
 
 
-def assert_same(found: Views, expected: Views) -> None:
+def assert_same(actual: Views, expected: Views) -> None:
     for field in ("query", "key", "key_order", "index"):
-        assert torch.equal(getattr(found, field), getattr(expected, field)), field
+        assert torch.equal(getattr(actual, field), getattr(expected, field)), field
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ def test_views_resumed_in_the_middle_are_the_tail(source: Source, mixed: ImageIn
     tail = list(pipeline.views(2, 5))
     rest = list(whole)
     assert len(head) + len(rest) == 5
-    for found, expected in zip(tail, rest, strict=True):
-        assert_same(found, expected)
+    for actual, expected in zip(tail, rest, strict=True):
+        assert_same(actual, expected)
 
 
 def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIndex) -> None:
@@ -201,10 +201,10 @@ def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIn
     planner = planner_of(mixed, 12)
     resident = TwoViewPipeline(planner, SOURCES["resident"].open(mixed, 16), CPU, torch.float32)
     other = TwoViewPipeline(planner, source.open(mixed, 16), CPU, torch.float32)
-    for found, expected in zip(other.views(0, 2), resident.views(0, 2), strict=True):
-        assert torch.equal(found.index, expected.index)
-        assert torch.equal(found.key_order, expected.key_order)
-        for a, b in ((found.query, expected.query), (found.key, expected.key)):
+    for actual, expected in zip(other.views(0, 2), resident.views(0, 2), strict=True):
+        assert torch.equal(actual.index, expected.index)
+        assert torch.equal(actual.key_order, expected.key_order)
+        for a, b in ((actual.query, expected.query), (actual.key, expected.key)):
             assert a.is_contiguous(memory_format=torch.channels_last)
             assert (a - b).abs().mean() < 2 / 255 / 0.22  # in units of the normalisation's deviation
 
@@ -281,7 +281,7 @@ def test_a_killed_worker_ends_the_run_at_once(uniform: ImageIndex, name: str) ->
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(DataError, match=rf"DataLoader worker .*{victim}.*start again with --resume") as raised:
+    with pytest.raises(DataError, match=rf"DataLoader worker .*{victim}.*restart with --resume") as raised:
         list(itertools.takewhile(lambda _: time.monotonic() - began < 30, batches))
     assert time.monotonic() - began < 30
     assert active_children() == [], "the other worker ends with it"

@@ -73,7 +73,7 @@ def test_imagenette_half_unpacked_is_refused(load, tmp_path, monkeypatch):
     fake = SimpleNamespace(classes=[("tench", "Tinca tinca"), ("springer",)])
     monkeypatch.setattr(datasets, "Imagenette", lambda root, split, size, download: fake)
     with pytest.raises(
-        DataError, match=r"holds 2 files, expected 9,469: unpacking was cut short; delete .*imagenette2"
+        DataError, match=r"holds 2 files, expected 9,469: unpacking was interrupted; delete .*imagenette2"
     ):
         load("imagenette")
     monkeypatch.setattr(named, "IMAGENETTE_COUNTS", {"train": 2, "val": 2})

@@ -95,7 +95,7 @@ def test_ffcv_puts_grey_in_the_place_of_a_bad_record(tmp_path, require_backend):
     fewer = replace(index, ledger=Ledger(str(tmp_path / "fewer.jsonl"), most=2))
     source = open_source("ffcv", fewer, 8, CPU, 2)
     pipeline = open_pipeline("ffcv", fewer, planner, source, 8, CPU, torch.float32, 2)
-    with pytest.raises(DataError, match="these are too many"):
+    with pytest.raises(DataError, match="already lists 2 bad images, the maximum"):
         next(iter(pipeline.views(0, 1)))
     pipeline.close()
 
@@ -114,7 +114,7 @@ def test_one_more_than_allowed_is_an_error(folder, tmp_path):
     assert (index.read(2) == 128).all()
     assert (index.read(7) == 128).all()
     assert index.read(7).shape == (4, 3, 3)  # again: no new entry
-    with pytest.raises(DataError, match=r"25\.png is 9×9 pixels .* with the 2 bad images in .*/q these are too many"):
+    with pytest.raises(DataError, match=r"25\.png is 9×9 pixels .*/q already lists 2 bad images, the maximum"):
         index.read(15)
 
 
@@ -131,7 +131,7 @@ def test_an_image_is_written_down_once_by_many_writers_and_after_a_torn_line(tmp
 def test_a_ledger_that_cannot_be_written_replaces_nothing(folder, tmp_path):
     index = load_dataset(str(folder), data_root=tmp_path).with_ledger(Ledger(str(tmp_path / "no" / "q"), most=9)).train
     spoil(folder)
-    with pytest.raises(DataError, match=r"12\.png .*it cannot be noted in .*/no/q .No such file"):
+    with pytest.raises(DataError, match=r"12\.png .*it cannot be recorded in .*/no/q .No such file"):
         index.read(2)
 
 

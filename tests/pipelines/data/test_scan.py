@@ -287,10 +287,10 @@ def test_damage_is_refused_in_one_line(tmp_path):
         np.testing.assert_array_equal(read.sizes, found.sizes)
         np.testing.assert_array_equal(read.stats, found.stats)
     assert len(messages) > len(whole) / 31 / 2
-    assert all("m.npz is no usable manifest (" in message and "\n" not in message for message in messages)
+    assert all("m.npz is not a usable manifest (" in message and "\n" not in message for message in messages)
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="no usable manifest"):
+        with pytest.raises(DataError, match="not a usable manifest"):
             manifest.read(path, str(folder))
 
 
@@ -318,7 +318,7 @@ def test_hostile_manifests(tmp_path, what):
         with zipfile.ZipFile(path, "w") as archive:
             for name in values:
                 archive.writestr(f"{name}.npy", claim.ljust(127) + b"\n")
-    with pytest.raises(DataError, match=r"no usable manifest .*delete it, or run fastmoco scan"):
+    with pytest.raises(DataError, match=r"not a usable manifest .*delete it, or run fastmoco scan"):
         manifest.read(path, str(folder))
 
 

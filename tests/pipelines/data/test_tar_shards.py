@@ -175,7 +175,8 @@ def test_links_devices_and_paths_that_lead_outside_are_only_names(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("bytes_left", "message"), [(-700, "cut short"), (1500, "no readable tar archive"), (0, "no readable tar archive")]
+    ("bytes_left", "message"),
+    [(-700, "truncated"), (1500, "not a readable tar archive"), (0, "not a readable tar archive")],
 )
 def test_a_shortened_archive_is_refused(tmp_path: Path, bytes_left: int, message: str) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(1, 200, 200), "b.jpg": encoded(2, 200, 200)})

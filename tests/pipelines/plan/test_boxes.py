@@ -42,12 +42,12 @@ def box_of(seed: int, epoch: int, view: int, sample: int, size: tuple[int, int],
 def test_equals_the_loop(scale, ratio) -> None:
     sizes = [(32, 32), (375, 500), (500, 375), (10, 300), (300, 10), (1, 1), (1, 7), (2, 3), (4000, 3001), (64, 49)]
     samples = np.arange(20, 30)
-    found = sample_boxes(11, 3, samples, np.array(sizes, dtype=np.int32), scale, ratio)
-    assert found.shape == (2, 10, 4)
-    assert found.dtype == np.int32
+    actual = sample_boxes(11, 3, samples, np.array(sizes, dtype=np.int32), scale, ratio)
+    assert actual.shape == (2, 10, 4)
+    assert actual.dtype == np.int32
     for view, i in np.ndindex(2, 10):
-        wanted = box_of(11, 3, view, int(samples[i]), sizes[i], scale, ratio)
-        assert found[view, i].tolist() == wanted, (view, sizes[i])
+        expected = box_of(11, 3, view, int(samples[i]), sizes[i], scale, ratio)
+        assert actual[view, i].tolist() == expected, (view, sizes[i])
 
 
 @given(
@@ -56,16 +56,17 @@ def test_equals_the_loop(scale, ratio) -> None:
     st.sampled_from(SCALES),
 )
 @example([(1, 1), (1, 6000), (6000, 1), (2, 1)], 0, (0.2, 1.0))
-def test_boxes_lie_inside_their_image(sizes: list[tuple[int, int]], seed: int, scale: tuple[float, float]) -> None:
-    whole = np.array(sizes, dtype=np.int32)
-    top, left, height, width = np.moveaxis(sample_boxes(seed, 0, np.arange(len(sizes)), whole, scale), -1, 0)
+def test_boxes_are_inside_their_image(sizes: list[tuple[int, int]], seed: int, scale: tuple[float, float]) -> None:
+    image_sizes = np.array(sizes, dtype=np.int32)
+    boxes = sample_boxes(seed, 0, np.arange(len(sizes)), image_sizes, scale)
+    top, left, height, width = np.moveaxis(boxes, -1, 0)
     assert min(top.min(), left.min()) >= 0
     assert min(height.min(), width.min()) >= 1
-    assert (top + height <= whole[:, 0]).all()
-    assert (left + width <= whole[:, 1]).all()
+    assert (top + height <= image_sizes[:, 0]).all()
+    assert (left + width <= image_sizes[:, 1]).all()
 
 
-def test_an_image_has_the_same_boxes_in_any_company() -> None:
+def test_the_boxes_of_an_image_do_not_depend_on_the_batch() -> None:
     sizes = np.array([[30, 40], [900, 20], [5, 5], [64, 64]], dtype=np.int32)
     together = sample_boxes(2, 1, np.array([8, 3, 5, 1]), sizes, (0.2, 1.0))
     alone = sample_boxes(2, 1, np.array([5]), sizes[2:3], (0.2, 1.0))
@@ -75,7 +76,7 @@ def test_an_image_has_the_same_boxes_in_any_company() -> None:
 
 
 def test_area_and_ratio_have_their_distributions() -> None:
-    """In a square of 1,000 pixels nearly all first draws fit that cover half of it or less."""
+    """In a square of 1,000 pixels nearly all first draws of up to half its area fit."""
     count = 20_000
     sizes = np.full((count, 2), 1000, dtype=np.int32)
     height, width = sample_boxes(0, 0, np.arange(count), sizes, (0.1, 0.5))[0, :, 2:].T.astype(float)
@@ -88,12 +89,12 @@ def test_area_and_ratio_have_their_distributions() -> None:
 
 
 def test_torchvision_draws_from_the_same_distribution() -> None:
-    """Means of top, left, height and width of 4,000 boxes in a flat image, where many first draws are refused."""
+    """Means of top, left, height and width of 4,000 boxes in a wide image, where many first draws do not fit."""
     size, scale, ratio = (60, 200), (0.2, 1.0), [3 / 4, 4 / 3]
     torch.manual_seed(0)
     image = torch.empty(3, *size)
-    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), ratio) for _ in range(4000)])
+    torchvisions = np.array([RandomResizedCrop.get_params(image, list(scale), ratio) for _ in range(4000)])
     ours = sample_boxes(0, 0, np.arange(4000), np.tile(np.array(size, np.int32), (4000, 1)), scale)[0]
-    error = np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / 4000)
-    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 4.5 * error).all()
-    np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), rtol=0.08)
+    error = np.sqrt((ours.var(axis=0) + torchvisions.var(axis=0)) / 4000)
+    assert (np.abs(ours.mean(axis=0) - torchvisions.mean(axis=0)) < 4.5 * error).all()
+    np.testing.assert_allclose(ours.std(axis=0), torchvisions.std(axis=0), rtol=0.08)

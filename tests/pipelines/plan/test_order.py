@@ -1,4 +1,4 @@
-"""The order of an epoch: every image once, mixed, and for archives without jumping about."""
+"""The order of an epoch: every image once, shuffled, and with local reads for archives."""
 
 import numpy as np
 import pytest
@@ -18,30 +18,30 @@ def test_every_image_comes_once(buffer: int) -> None:
     assert np.array_equal(np.sort(order), np.arange(4000))
 
 
-def test_without_a_buffer_archives_are_read_from_end_to_end_in_another_order() -> None:
+def test_without_a_buffer_each_archive_is_read_sequentially_in_random_order_of_archives() -> None:
     files = ARCHIVES[archive_order(1, 0, ARCHIVES, 0)]
     starts = np.flatnonzero(np.diff(files, prepend=-1))
-    assert len(starts) == 40, "each archive is one run"
+    assert len(starts) == 40, "each archive is contiguous"
     assert not np.array_equal(files[starts], np.arange(40))
 
 
 def test_an_image_moves_less_than_the_buffer() -> None:
-    in_line, mixed = archive_order(1, 0, ARCHIVES, 0), archive_order(1, 0, ARCHIVES, 300)
-    place, moved = np.argsort(in_line), np.argsort(mixed)
-    assert 120 < np.abs(place - moved).max() < 300
-    assert np.corrcoef(place, moved)[0, 1] < 0.9999
-    # What a step reads lies in few archives, and what it shows is not one archive's classes alone.
+    unmixed, mixed = archive_order(1, 0, ARCHIVES, 0), archive_order(1, 0, ARCHIVES, 300)
+    before, after = np.argsort(unmixed), np.argsort(mixed)
+    assert 120 < np.abs(before - after).max() < 300
+    assert np.corrcoef(before, after)[0, 1] < 0.9999
+    # A step reads from few archives, but from more than one, so that it mixes their classes.
     archives = [len(np.unique(ARCHIVES[mixed[start : start + 100]])) for start in range(0, 4000, 100)]
     assert 3 <= np.mean(archives) <= 6
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [archive_order(seed, epoch, ARCHIVES, 300) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
     assert np.array_equal(orders[0], archive_order(1, 0, ARCHIVES, 300))
     assert all((a != b).mean() > 0.9 for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_a_planner_takes_any_step_of_it() -> None:
+def test_a_planner_starts_at_any_step_of_it() -> None:
     sizes = np.full((4000, 2), 8, dtype=np.int32)
     planner = Planner(
         sizes,
@@ -54,7 +54,7 @@ def test_a_planner_takes_any_step_of_it() -> None:
     assert np.array_equal(planner.plan(130).indices, archive_order(1, 1, ARCHIVES, 300)[5 * 32 : 6 * 32])
 
 
-def test_archives_are_asked_for_by_name() -> None:
+def test_the_order_is_chosen_by_name() -> None:
     count = len(ARCHIVES)
     zeros = np.zeros(count, dtype=np.int64)
     names = tuple(str(i) for i in range(count))

@@ -1,4 +1,4 @@
-"""What a step sees: a pure function of (seed, step), every image at most once an epoch, resumable anywhere."""
+"""Plans: a pure function of (seed, step), every image at most once per epoch, resumable at any step."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def assert_same(a: BatchPlan, b: BatchPlan) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 60), st.data())
 def test_a_plan_depends_on_its_step_alone(count: int, data: st.DataObject) -> None:
-    """Asked for in any order, by any planner, from any starting point."""
+    """From any planner, in any order, from any starting step."""
     batch = data.draw(st.integers(2, count))
     step = data.draw(st.integers(0, 4 * (count // batch)))
-    one, other = planner_of(count, batch), planner_of(count, batch)
+    planner, other = planner_of(count, batch), planner_of(count, batch)
     list(other.plans(0, data.draw(st.integers(0, 5))))
     other.plan(step + 3)
-    assert_same(one.plan(step), other.plan(step))
+    assert_same(planner.plan(step), other.plan(step))
     (resumed,) = other.plans(step, step + 1)
-    assert_same(resumed, one.plan(step))
+    assert_same(resumed, planner.plan(step))
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,12 +61,12 @@ def test_an_epoch_sees_every_image_at_most_once(count: int, data: st.DataObject)
     assert [plan.step for plan in plans] == list(range(first, first + len(plans)))
 
 
-def test_what_one_epoch_leaves_over_another_takes() -> None:
-    """13 images in batches of 4: one waits every epoch, and not always the same."""
+def test_the_images_dropped_in_an_epoch_vary() -> None:
+    """13 images in batches of 4: one is dropped every epoch, and not always the same."""
     planner = planner_of(13, 4)
-    left = [set(range(13)) - set(np.concatenate([planner.indices(3 * e + i) for i in range(3)])) for e in range(20)]
-    assert all(len(one) == 1 for one in left)
-    assert len(set.union(*left)) > 5
+    dropped = [set(range(13)) - set(np.concatenate([planner.indices(3 * e + i) for i in range(3)])) for e in range(20)]
+    assert all(len(images) == 1 for images in dropped)
+    assert len(set.union(*dropped)) > 5
 
 
 def test_epochs_and_seeds_differ_in_everything() -> None:
@@ -77,8 +77,8 @@ def test_epochs_and_seeds_differ_in_everything() -> None:
         assert (plan.key_order != first.key_order).any()
         by_image = (np.argsort(plan.indices), np.argsort(first.indices))
         for field in ("boxes", "params"):
-            mine, theirs = getattr(plan, field)[:, by_image[0]], getattr(first, field)[:, by_image[1]]
-            assert (mine != theirs).any(axis=-1).mean() > 0.8, field  # a tiny image has few boxes
+            a, b = getattr(plan, field)[:, by_image[0]], getattr(first, field)[:, by_image[1]]
+            assert (a != b).any(axis=-1).mean() > 0.8, field  # a tiny image has few possible boxes
 
 
 def test_shapes_and_types() -> None:
@@ -96,7 +96,7 @@ def test_boxes_fit_the_images_of_the_plan() -> None:
         assert (plan.boxes[..., :2] + plan.boxes[..., 2:] <= sizes).all()
 
 
-def test_key_order_is_a_fresh_permutation_each_step_or_none() -> None:
+def test_key_order_is_a_new_permutation_each_step_or_the_identity() -> None:
     orders = [plan.key_order for plan in planner_of(64, 16).plans(0, 8)]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(16))
@@ -106,7 +106,7 @@ def test_key_order_is_a_fresh_permutation_each_step_or_none() -> None:
 
 
 def test_the_batch_size_does_not_change_the_order() -> None:
-    """An epoch of batches of 8 is that of batches of 4, two at a time, in images and in crops."""
+    """Batches of 8 are pairs of batches of 4, in images and in crops."""
     small, large = planner_of(32, 4), planner_of(32, 8)
     for step in range(4):
         halves = [small.plan(2 * step), small.plan(2 * step + 1)]
@@ -119,27 +119,27 @@ def test_the_batch_size_does_not_change_the_order() -> None:
 def test_shards_make_up_the_batch(ranks: int) -> None:
     plan = planner_of(40, 16).plan(1)
     shards = [shard(plan.indices, rank, ranks) for rank in range(ranks)]
-    assert {len(one) for one in shards} == {16 // ranks}
+    assert {len(indices) for indices in shards} == {16 // ranks}
     np.testing.assert_array_equal(np.concatenate(shards), plan.indices)
     rows = [shard(plan.indices[None].repeat(2, axis=0), rank, ranks) for rank in range(ranks)]
     assert rows[0].shape == (2, 16 // ranks)
 
 
-def test_a_batch_that_does_not_divide_is_a_fault() -> None:
+def test_sharding_an_indivisible_batch_is_an_error() -> None:
     with pytest.raises(AssertionError, match="16 does not divide over 3"):
         shard(np.arange(16), 0, 3)
 
 
-def test_a_planner_of_a_batch_that_does_not_divide_is_a_fault() -> None:
+def test_a_planner_of_an_indivisible_batch_is_an_error() -> None:
     with pytest.raises(AssertionError, match="16 does not divide over 3"):
         planner_of(40, 16, rank=0, world_size=3)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_views_of_all_ranks_are_those_of_one(ranks: int, shuffle: bool) -> None:
+def test_the_views_of_all_ranks_equal_those_of_one(ranks: int, shuffle: bool) -> None:
     """Row by row of the query batch and of the key batch: image, box and colour."""
-    whole = planner_of(40, 16, shuffle=shuffle).plan(3)
+    single = planner_of(40, 16, shuffle=shuffle).plan(3)
     plans = [planner_of(40, 16, shuffle=shuffle, rank=rank, world_size=ranks).plan(3) for rank in range(ranks)]
 
     def rows(plan: BatchPlan, field: str) -> list[np.ndarray]:
@@ -152,13 +152,13 @@ def test_the_views_of_all_ranks_are_those_of_one(ranks: int, shuffle: bool) -> N
 
     for plan in plans:
         assert len(plan.rows) == 32 // ranks
-        np.testing.assert_array_equal(plan.key_order, whole.key_order)
+        np.testing.assert_array_equal(plan.key_order, single.key_order)
     for field in ("indices", "boxes", "params"):
         for batch in (0, 1):
-            found = np.concatenate([rows(plan, field)[batch] for plan in plans])
-            np.testing.assert_array_equal(found, rows(whole, field)[batch], err_msg=field)
+            actual = np.concatenate([rows(plan, field)[batch] for plan in plans])
+            np.testing.assert_array_equal(actual, rows(single, field)[batch], err_msg=field)
     if shuffle:
-        assert (rows(whole, "indices")[1] == whole.indices[whole.key_order]).all()
+        assert (rows(single, "indices")[1] == single.indices[single.key_order]).all()
 
 
 def test_epoch_order_and_length() -> None:
@@ -183,7 +183,7 @@ def test_evaluation_covers_every_position_once(count: int, batch: int, side: int
         assert (plan.boxes[..., :2] + plan.boxes[..., 2:] <= sizes[plan.indices]).all()
 
 
-def test_evaluation_takes_the_centre() -> None:
+def test_evaluation_crops_the_centre() -> None:
     """The largest square of small images, 224/256 of it of large ones, as after a resize to 256 pixels."""
     sizes = np.array([[32, 32], [31, 48], [1, 1], [300, 256]], dtype=np.int32)
     (small,) = eval_plans(sizes, np.arange(4), 4, 32)

@@ -1,4 +1,4 @@
-"""Small results as the benchmark scripts write them, made by hand, for tests of what reads them."""
+"""Small results in the format of the benchmark scripts, for tests of the report."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ def pipelines(rate: float = 500.0) -> dict[str, Any]:
 
 
 def step(rate: float = 60.0) -> dict[str, Any]:
-    def rung(images_per_s: float) -> dict[str, Any]:
+    def variant(images_per_s: float) -> dict[str, Any]:
         numbers = {"images_per_s": images_per_s, "ms": 8e3 / images_per_s, "ratio_to_plain": images_per_s / 20.0}
-        found: dict[str, Any] = {key: summary(value) for key, value in numbers.items()}
+        summaries: dict[str, Any] = {key: summary(value) for key, value in numbers.items()}
         memory = {"peak_resident_bytes": 5e6}
-        return found | {"tflop_per_s": 0.1, "share_of_roofline": 0.5, "warm_up_s": 1.0, "memory": memory}
+        return summaries | {"tflop_per_s": 0.1, "share_of_roofline": 0.5, "warm_up_s": 1.0, "memory": memory}
 
     result = _result("step-cifar-cpu", task=TASK, dtype="torch.bfloat16", left_out={})
-    return result | {"rungs": {"plain": rung(20.0), "trainstep": rung(rate)}}
+    return result | {"rungs": {"plain": variant(20.0), "trainstep": variant(rate)}}
 
 
 def train(share: float = 0.5) -> dict[str, Any]:
     def case(images_per_s: float, bottleneck: str) -> dict[str, Any]:
         numbers = {"images_per_s": images_per_s, "data_wait_percent": 40.0, "cpu_ms_per_image": 9.0, "host_bytes": 4e6}
-        found: dict[str, Any] = {key: summary(value) for key, value in numbers.items()}
+        summaries: dict[str, Any] = {key: summary(value) for key, value in numbers.items()}
         ratios = {"share_of_step_only": summary(share), "ratio_to_plain": summary(images_per_s / 15.0)}
-        return found | ratios | {"bottleneck": bottleneck}
+        return summaries | ratios | {"bottleneck": bottleneck}
 
     alone = {"ours": {"images_per_s": summary(60.0)}, "plain": {"images_per_s": summary(20.0)}}
     cases = {"resident": case(60.0 * share, "step" if share >= 0.95 else "input"), "plain": case(15.0, "input")}
@@ -110,12 +110,12 @@ def accuracy(seed: int, minutes: float | None, final: float) -> dict[str, Any]:
 def scaling() -> dict[str, Any]:
     row = {"case": "ours", "point": 8, "step_ms": summary(9.0), "images_per_s": summary(60.0)}
     row |= {"peak_resident_bytes": summary(7e6), "ratio_to_first": summary(1.0)}
-    axis = {"label": "images a step", "grows": "step_ms", "rows": [row], "left_out": {}}
+    axis = {"label": "images per step", "grows": "step_ms", "rows": [row], "left_out": {}}
     return _result("scaling-cifar", task=TASK, dtype="torch.bfloat16", axes={"batch": axis})
 
 
 def write(folder: Path, **results: dict[str, Any]) -> Path:
-    """Each as FOLDER/NAME/NAME.json."""
+    """Write each result to FOLDER/NAME/NAME.json."""
     for name, result in results.items():
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.json").write_text(json.dumps(result))

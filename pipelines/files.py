@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and files with their SHA-256 beside them in a `.sha256` sidecar.
+"""Atomic replacement of files, and SHA-256 sidecars (`NAME.sha256`).
 
-A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever reads it, after
-whatever crash, sees the old content or the new one.
+A file is written under a temporary name in its own folder, flushed to disk and renamed: after any crash, a reader sees
+either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _DIGEST = re.compile(r"([0-9a-f]{64}) [ *]\S+")
@@ -17,24 +18,37 @@ _DIGEST = re.compile(r"([0-9a-f]{64}) [ *]\S+")
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of a file, or create it, in one step that survives a crash. Raises OSError."""
-    part = temporary(path)
-    try:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+@contextmanager
+def replacing(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to; after the block it is flushed to disk and renamed to `path`.
+
+    If the block raises, `path` stays as it was and the temporary file is deleted. `part` is the temporary path where
+    several processes may write the same file. Raises OSError.
+    """
+    part = temporary(path) if part is None else part
+    part.unlink(missing_ok=True)  # a leftover of a killed process
+    try:
+        yield part
         sync(part)
         os.replace(part, path)
         sync(path.parent)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # must not hide the error
+            part.unlink()
         raise
 
 
 def temporary(path: Path) -> Path:
-    """The name under which a file is written before it gets its own."""
+    """The temporary name under which a file is written before it is renamed."""
     return path.with_name(path.name + ".tmp")
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
+    """fsync a file or a folder (its list of names)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,17 +63,17 @@ def sha256(path: Path) -> str:
 
 
 def sidecar(path: Path) -> Path:
-    """Where the SHA-256 of a file is recorded."""
+    """Path of the file that records the SHA-256 of `path`."""
     return path.with_name(path.name + ".sha256")
 
 
 def record_digests(path: Path, digests: Iterable[str]) -> None:
-    """Write the sidecar of a file, as `sha256sum` would; more than one hash while the file is being replaced."""
+    """Write the sidecar of a file in `sha256sum`'s format; it has several hashes while the file is being replaced."""
     write_atomically(sidecar(path), "".join(f"{digest}  {path.name}\n" for digest in digests))
 
 
 def recorded_digests(path: Path) -> list[str]:
-    """The hashes in the sidecar of a file; none where it is absent or is not a list of hashes."""
+    """The hashes in the sidecar of a file; empty if it is missing or is not a list of hashes."""
     try:
         with sidecar(path).open("rb") as file:
             lines = file.read(4096).decode("ascii").splitlines()

@@ -1,17 +1,16 @@
-"""The rungs from the plain training step to ours, and how one of them is built, warmed up and read.
+"""The variants of an ablation from the plain training step to ours, and how one is built, warmed up and measured.
 
-A rung that someone adds is one more entry of LADDER.
+To add a variant, add an entry to VARIANTS.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure.harness import Reading, seconds_per_call
 from benchmarks.measure.plain import PlainStep, Task
-from benchmarks.measure.resources import device_memory, peak_resident_bytes, reset_peak_resident, resident_bytes
+from benchmarks.measure.resources import device_memory, growth, peak_resident_bytes, release_caches, resident_bytes
 from fastmoco.distributed.world import World
 from fastmoco.model.encoder import build_encoder
 from fastmoco.model.key_queue import KeyQueue
@@ -36,17 +35,17 @@ CONFIGS = {
         arch="resnet50", stem="imagenet", side=224, batch_size=256, queue=65536, bn_splits=8, ema_momentum=0.999
     ),
 }
-_LONG_S = 2.0  # so long a step needs none before it to be read
 BATCHES = 4  # different ones, so that no step finds its input in a cache
+_SLOW_STEP_S = 2.0  # such a step is not warmed up before each reading
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One step of the ladder; `build` is given the task, the device, the 16-bit type and the compile mode.
+    """One variant of the step; `build` takes the task, the device, the 16-bit dtype and the compile mode.
 
-    dtype         another 16-bit type than the ladder's
-    keeps_memory  whether malloc keeps what is freed (`fastmoco.run.malloc`), as `fastmoco train` has it on a CPU
-    only_on       "cuda" or "cpu", where the change means something on one of them alone
+    dtype         another 16-bit dtype than the ablation's
+    keeps_memory  whether malloc keeps freed memory (`fastmoco.run.malloc`), as in `fastmoco train` on a CPU
+    only_on       "cuda" or "cpu", if the change exists on one of them only
     """
 
     name: str
@@ -60,7 +59,7 @@ class Variant:
 
 
 def train_step(task: Task, world: World, dtype: torch.dtype, **options: Any) -> TrainStep[KeyQueue]:
-    """TrainStep as the recipes have it, on the world's device; the task is that of all its ranks together."""
+    """TrainStep with the recipes' settings on the world's device; the task covers all ranks."""
     encoder = build_encoder(task.arch, stem=task.stem, dim=task.dim, bn_splits=task.bn_splits)
     return TrainStep(
         MoCo(encoder, world=world).to(world.device),
@@ -83,7 +82,7 @@ def _ours(
     kernels: str = "torch",
     graph: bool = False,
 ) -> Step:
-    """`train_step` of one rank; the graph is captured from the first batch."""
+    """`train_step` on one rank; a CUDA graph is captured at the first batch."""
     step = train_step(task, World(device), dtype, compile=compile, kernels=kernels)
     if not graph:
         return lambda views: step(views, task.lr, task.ema_momentum)
@@ -97,7 +96,7 @@ def _ours(
     return run
 
 
-LADDER = (
+VARIANTS = (
     Variant("plain", "eager, fp32, NCHW", lambda t, d, h, c: PlainStep(t, d), channels_last=False, low_precision=False),
     Variant("channels-last", "+ channels-last, our split BN", lambda t, d, h, c: PlainStep(t, d, channels_last=True),
          low_precision=False),
@@ -119,29 +118,29 @@ LADDER = (
 
 
 class Runner:
-    """A built and warmed-up rung: calling it is one reading, of whole steps for about `seconds`."""
+    """A variant, built and warmed up. Each call is one reading, of as many whole steps as fit `seconds`."""
 
     def __init__(
-        self, rung: Variant, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
+        self, variant: Variant, task: Task, device: torch.device, dtype: torch.dtype, compile: str, seconds: float
     ) -> None:
-        self._task, self._device, self._keeps_memory = task, device, rung.keeps_memory
-        dtype = rung.dtype or dtype
-        memory = _Memory(device)
+        self._task, self._device, self._keeps_memory = task, device, variant.keeps_memory
+        dtype = variant.dtype or dtype
+        before = _idle_memory(device)
         began = time.perf_counter()
         torch.manual_seed(0)
-        self._step = rung.build(task, device, dtype, compile)
+        self._step = variant.build(task, device, dtype, compile)
         views = synthetic_views(
-            task, device, dtype if rung.low_precision else torch.float32, channels_last=rung.channels_last
+            task, device, dtype if variant.low_precision else torch.float32, channels_last=variant.channels_last
         )
         self._views = itertools.cycle(views)
-        # On a GPU the first step chooses kernels, or captures a graph, and the second allocates what they want.
+        # On a GPU the first step selects kernels, or captures a graph, and the second allocates their workspace.
         step_s = seconds_per_call(self.step, 1, device, warm_up=2 if device.type == "cuda" else 0)
-        if step_s < _LONG_S:  # else the first tells enough of how many a reading takes
+        if step_s < _SLOW_STEP_S:  # otherwise the first is accurate enough to choose the number of steps
             step_s = seconds_per_call(self.step, 1, device, warm_up=0)
         self.warm_up_s = time.perf_counter() - began
-        self.memory = memory.of(self.step)
+        self.memory = growth(before, self._peak_memory())
         self._calls = max(1, round(seconds / step_s))
-        self._warm_up = int(step_s < _LONG_S)
+        self._warm_up = int(step_s < _SLOW_STEP_S)
 
     def step(self) -> None:
         keep_freed_memory(self._keeps_memory and self._device.type == "cpu")
@@ -151,9 +150,34 @@ class Runner:
         step_s = seconds_per_call(self.step, self._calls, self._device, self._warm_up)
         return {"ms": 1e3 * step_s, "images_per_s": self._task.batch_size / step_s}
 
+    def _peak_memory(self) -> Reading:
+        """Parameters, state and the peak of one step, without what warming up has cached."""
+        _idle_memory(self._device)
+        self.step()
+        if self._device.type != "cuda":
+            return {"peak_resident_bytes": peak_resident_bytes()}
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        return device_memory(self._device) | {"peak_allocated_bytes": peak}
+
+
+def _idle_memory(device: torch.device) -> Reading:
+    """Memory in use after caches are released."""
+    release_caches(device)
+    if device.type != "cuda":
+        return {"peak_resident_bytes": resident_bytes()}
+    memory = device_memory(device)
+    return memory | {"peak_allocated_bytes": memory["allocated_bytes"]}
+
+
+def shrunk(task: Task) -> Task:
+    """A tiny task for --quick, with the stem of the original."""
+    side = 16 if task.stem == "cifar" else 96
+    return replace(task, arch="resnet18", side=side, batch_size=8, queue=64, bn_splits=2)
+
 
 def synthetic_views(task: Task, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> list[Views]:
-    """Different batches of normal noise, in the layout and type in which a pipeline delivers them."""
+    """Different batches of normal noise, in the layout and dtype that a pipeline delivers."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape, count = (task.batch_size, 3, task.side, task.side), task.batch_size
 
@@ -166,38 +190,8 @@ def synthetic_views(task: Task, device: torch.device, dtype: torch.dtype, *, cha
     ]
 
 
-class _Memory:
-    """What a rung takes, above what was in use when this was made: parameters, state and the peak of a step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = self._now()
-
-    def of(self, step: Callable[[], None]) -> Reading:
-        now = self._now()  # what warming up left in the caches is given back
-        step()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            now = device_memory(self._device)
-            now["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(self._device)
-        else:
-            now["peak_resident_bytes"] = peak_resident_bytes()
-        return {key: max(0.0, now[key] - self._before[key]) for key in now}
-
-    def _now(self) -> Reading:
-        gc.collect()
-        if self._device.type != "cuda":
-            reset_peak_resident()
-            return {"peak_resident_bytes": resident_bytes()}
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        found = device_memory(self._device)
-        return found | {"peak_allocated_bytes": found["allocated_bytes"]}
-
-
 def step_flops(task: Task) -> int:
-    """FLOPs of one plain step: every convolution and matrix product, forward and backward, two a multiplication."""
+    """FLOPs of one plain step: all convolutions and matrix products, forward and backward, two per multiply-add."""
     device = torch.device("meta")
     step = PlainStep(task, device)
     views = synthetic_views(task, device, torch.float32, channels_last=False)[0]
@@ -208,7 +202,7 @@ def step_flops(task: Task) -> int:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises TimeoutError in what runs inside; for compilers, which take what time they like."""
+    """Raises TimeoutError in the block when the time is over; for compilers, which have no limit of their own."""
     if seconds is None:
         yield
         return
