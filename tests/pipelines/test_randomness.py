@@ -88,7 +88,7 @@ def test_uniform_is_in_the_half_open_interval_and_exact_in_float32() -> None:
 
 
 def test_uniform_is_uniform_and_its_words_are_independent() -> None:
-    """40,000 numbers per word: χ² of 64 bins within its 10⁻⁶ tail, correlations between words below 5 standard deviations."""
+    """40,000 numbers per word: χ² of 64 bins within its 10⁻⁶ tail, correlations of words below 5 deviations."""
     count, bins = 40_000, 64
     u = uniform(philox(0, Domain.COLOUR, sample=np.arange(count)))
     for word in u:

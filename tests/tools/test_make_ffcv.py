@@ -1,4 +1,4 @@
-"""Conversion to `.beton`: exact, and whole or absent."""
+"""Conversion to `.beton`: exact, and complete or absent."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def class_folders(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A finished file of seven images, not to be changed."""
+    """A complete file of seven images, which tests must not change."""
     folder = tmp_path_factory.mktemp("finished")
     assert main([str(class_folders(folder / "data")), str(folder / "out.beton")]) == 0
     return folder / "out.beton"
 
 
-def test_a_file_is_the_folder_it_came_from(finished):
-    """Same order, names, labels, sizes and pixels; JPEGs to the byte."""
+def test_a_file_equals_the_folder_it_was_made_from(finished):
+    """Same order, names, labels, sizes and pixels; JPEGs byte for byte."""
     folder = load_dataset(str(finished.parent / "data"), data_root=".").train
     index = read_index(str(finished))
     assert index.class_names == folder.class_names == ("fox", "ünï")
@@ -61,7 +61,7 @@ def test_a_file_is_the_folder_it_came_from(finished):
 
 
 def test_odd_files_keep_their_pixels(tmp_path):
-    """Every kind of file and EXIF orientation: copied only where a decoder needs to know nothing about it."""
+    """Every kind of file and EXIF orientation: copied only if all decoders agree on it."""
     files = good_files()
     write_files(tmp_path / "data", files)
     assert main([str(tmp_path / "data"), str(tmp_path / "odd.beton")]) == 0
@@ -89,28 +89,28 @@ def test_settings(finished, tmp_path, flags, size, how):
     assert main([str(finished.parent / "data"), out, *flags]) == 0
     index = read_index(out)
     assert tuple(index.sizes[0]) == size
-    whole = decode((finished.parent / "data" / "fox" / "0.jpg").read_bytes(), "0")
-    shrunk = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BILINEAR))
+    pixels = decode((finished.parent / "data" / "fox" / "0.jpg").read_bytes(), "0")
+    shrunk = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
     assert np.abs(index.read(0).astype(int) - shrunk).mean() < 3
     stored = json.loads(Path(f"{out}.json").read_text())["stored"]
     assert {kind: count for kind, count in stored.items() if count} == how
 
 
 @pytest.mark.parametrize(
-    ("flags", "found"),
+    ("flags", "message"),
     [
         (["--quality", "0"], "--quality 0: expected 1 to 100"),
         (["--max-resolution", "9", "--min-resolution", "9"], "give one of them"),
         (["--split", "test"], "has no test split"),
     ],
 )
-def test_wrong_settings_are_exit_2(finished, tmp_path, capsys, flags, found):
+def test_wrong_settings_are_exit_2(finished, tmp_path, capsys, flags, message):
     assert main([str(finished.parent / "data"), str(tmp_path / "out.beton"), *flags]) == 2
-    assert found in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def body_damaged() -> bytes:
-    """A JPEG that only decoding shows to be bad: a Huffman table that makes no sense."""
+    """A JPEG that fails only on decoding: an invalid Huffman table."""
     data = bytearray(encode(picture(200, 300), "JPEG"))
     table = data.index(b"\xff\xc4") + 5
     data[table : table + 16] = b"\xff" * 16
@@ -162,9 +162,9 @@ from pipelines.data.beton import BetonManifest
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def manifest(length, tables, whole):
+def manifest(length, tables, file):
     return BetonManifest(
-        dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=whole, class_names=["a"], names=["one"],
+        dataset="x", bytes=length, images=1, tables_sha256=tables, file_sha256=file, class_names=["a"], names=["one"],
         stored={}, settings={}, quarantine=[], versions={},
     )
 
@@ -197,7 +197,7 @@ def test_a_killed_conversion_never_looks_complete(tmp_path):
         with pytest.raises(DataError, match=r"No such file|did not finish"):
             read_index(str(path))
         path.unlink(missing_ok=True)
-        assert main([folder, str(path)]) == 0  # what else is left is no obstacle
+        assert main([folder, str(path)]) == 0  # other leftovers do not prevent it
         assert len(read_index(str(path))) == 7
 
 
@@ -227,7 +227,7 @@ print("the same")
 
 @pytest.mark.slow
 def test_ffcv_reads_the_file_too(finished, require_backend):
-    """Its own reader finds the same labels, sizes and bytes. In a process of its own: it changes thread counts."""
+    """FFCV's reader gives the same labels, sizes and bytes. In a separate process: it changes thread counts."""
     require_backend("ffcv")
     done = subprocess.run(
         [sys.executable, "-c", READ_BY_FFCV, str(finished)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120

@@ -1,4 +1,4 @@
-"""DALI's crops are those of the one definition: `decode.decode`, the plan's box, an antialiased triangle filter."""
+"""DALI's crops match the common definition: `decode.decode`, the plan's box, an antialiased triangle filter."""
 
 import importlib
 import os
@@ -41,15 +41,15 @@ def index_of(paths: list[Path]) -> ImageIndex:
 def plan_of(boxes: np.ndarray) -> BatchPlan:
     """A plan for the first B images: boxes (V, B, 4)."""
     views, count = boxes.shape[:2]
-    everything = np.arange(count)
-    return BatchPlan(0, 0, everything, boxes.astype(np.int32), np.zeros((views, count, 0), np.float32), everything)
+    rows = np.arange(count)
+    return BatchPlan(0, 0, rows, boxes.astype(np.int32), np.zeros((views, count, 0), np.float32), rows)
 
 
 def corpus_boxes(sizes: np.ndarray) -> np.ndarray:
-    """(2, B, 4): the whole image, and a part that is off the centre in both directions."""
+    """(2, B, 4): the whole image, and an off-centre box."""
     zeros = np.zeros_like(sizes)
-    part = np.concatenate([sizes // (4, 8), np.maximum(1, sizes // (2, 3))], axis=1)
-    return np.stack([np.concatenate([zeros, sizes], axis=1), part])
+    box = np.concatenate([sizes // (4, 8), np.maximum(1, sizes // (2, 3))], axis=1)
+    return np.stack([np.concatenate([zeros, sizes], axis=1), box])
 
 
 @needs_dali
@@ -63,7 +63,7 @@ def corpus_boxes(sizes: np.ndarray) -> np.ndarray:
     ],
 )
 def test_photographs(test_data, pattern, count, side, device):
-    """On the CPU both decoders are libjpeg-turbo; the GPU's rounds otherwise."""
+    """On the CPU both decoders are libjpeg-turbo; the GPU's rounds differently."""
     index = index_of(random.Random(0).sample(sorted(test_data.glob(pattern)), count))
     planner = Planner(index.sizes, seed=3, batch_size=count, augmentation=CIFAR, shuffle_keys=False)
     for crops in DaliCrops(index, side, device, 2).crops(planner.plans(0, 2)):
@@ -78,7 +78,7 @@ def test_photographs(test_data, pattern, count, side, device):
 @needs_dali
 @pytest.mark.parametrize("device", DEVICES)
 def test_odd_files(tmp_path, device):
-    """Every kind of file, and every EXIF orientation, as `decode.decode` shows it."""
+    """Every kind of file, and every EXIF orientation, matches `decode.decode`."""
     files = good_files()
     index = index_of(write_files(tmp_path, files))
     plan = plan_of(corpus_boxes(index.sizes))
@@ -100,8 +100,8 @@ def test_a_bad_file_is_named(tmp_path, file):
 
 
 @needs_dali
-def test_what_only_the_decoder_can_see_is_named(tmp_path):
-    """A Huffman table that makes no sense: DALI fails, and its message does not say where."""
+def test_a_file_that_fails_only_on_decoding_is_named(tmp_path):
+    """An invalid Huffman table: DALI fails, and its message does not name the file."""
     data = bytearray(encode(picture(200, 300), "JPEG"))
     (tmp_path / "good.jpg").write_bytes(data)
     table = data.index(b"\xff\xc4") + 5
@@ -135,20 +135,20 @@ def test_images_in_memory(device):
     for crops in DaliCrops(index, 8, device, 2).crops(planner.plans(0, 3)):
         difference = errors(index, crops.plan, crops.images)
         assert difference[:, :, 1:-1, 1:-1].max() <= 0.51
-        assert difference.max() <= 255 / 6  # where 1/12 of the weight for each axis lies outside
+        assert difference.max() <= 255 / 6  # if 1/12 of the weight per axis is outside
 
 
 @needs_dali
 @pytest.mark.parametrize("device", DEVICES)
 def test_evaluation_sees_every_image_once(tmp_path, device):
-    """One view, and a last batch that is smaller than the others; nothing is lost to DALI's reading ahead."""
+    """One view, and a smaller last batch; nothing is lost to DALI's prefetching."""
     paths = write_files(tmp_path, good_files()[:11])
     index = index_of(paths)
     plans = list(eval_plans(index.sizes, np.arange(11), 4, 16))
     crops = list(DaliCrops(index, 16, device, 2).crops(iter(plans)))
     assert [c.plan for c in crops] == plans
     assert [tuple(c.images.shape) for c in crops] == [(1, n, 16, 16, 3) for n in (4, 4, 3)]
-    for c in crops:  # all read after the last: none was overwritten by DALI's next batch
+    for c in crops:  # checked after the last: none was overwritten by DALI's next batch
         assert errors(index, c.plan, c.images).mean() <= (0.7 if device == CPU else 2)
 
 
@@ -159,7 +159,7 @@ def test_no_plans_no_crops():
 
 
 @needs_dali
-def test_iterators_are_apart_and_give_their_threads_back():
+def test_iterators_are_independent_and_end_their_threads():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     planner = Planner(
         ImageIndex.from_pixels("x", pixels).sizes, seed=1, batch_size=8, augmentation=CIFAR, shuffle_keys=False
@@ -171,9 +171,9 @@ def test_iterators_are_apart_and_give_their_threads_back():
     assert torch.equal(next(first).images, alone[0])
     assert torch.equal(next(second).images, alone[4])
     assert torch.equal(next(first).images, alone[1])
-    first.close()  # in the middle of an epoch, with a batch under way
+    first.close()  # in the middle of an epoch, with a batch in progress
     assert torch.equal(next(second).images, alone[5])
-    assert [torch.equal(crops.images, whole) for crops, whole in zip(second, alone[6:], strict=True)] == [True, True]
+    assert [torch.equal(crops.images, images) for crops, images in zip(second, alone[6:], strict=True)] == [True, True]
     source.close()
     assert len(os.listdir("/proc/self/task")) == before
 

@@ -1,4 +1,4 @@
-"""Crops from a `.beton` file are those of the one definition: `decode.decode`, the plan's box, a triangle filter."""
+"""Crops from a `.beton` file match the common definition: `decode.decode`, the plan's box, a triangle filter."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from pipelines.augment.presets import CIFAR
-from pipelines.backends import ffcv as ffcv_crops
+from pipelines.backends import ffcv as ffcv_backend
 from pipelines.backends.ffcv import FfcvCrops
 from pipelines.data.beton import read_index
 from pipelines.data.headers import read_headers
@@ -76,7 +76,7 @@ def plan_of(indices: np.ndarray, boxes: np.ndarray) -> BatchPlan:
     ],
 )
 def test_photographs(test_data, tmp_path, pattern, count, side):
-    """Against the pixels of the folder. Promised are a mean of 2 and 12 for 99.9 %; the same libjpeg-turbo gives ½."""
+    """Against the pixels of the folder. The limits are 2 in the mean and 12 for 99.9 %; libjpeg-turbo achieves ½."""
     folder = index_of(random.Random(0).sample(sorted(test_data.glob(pattern)), count))
     planner = Planner(folder.sizes, seed=3, batch_size=count, augmentation=CIFAR, shuffle_keys=False)
     source = FfcvCrops(converted(folder, tmp_path), side, CPU, 2)
@@ -92,12 +92,12 @@ def test_photographs(test_data, tmp_path, pattern, count, side):
 @needs_ffcv
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
 def test_odd_files(tmp_path, mode):
-    """Every kind of file and EXIF orientation, whole and off the centre, enlarged and reduced: rounded once."""
+    """Every kind of file and EXIF orientation, whole and off-centre, enlarged and reduced: rounded once."""
     folder = index_of(write_files(tmp_path, good_files()))
     corner, zeros = folder.sizes // (4, 8), np.zeros_like(folder.sizes)
-    part = np.concatenate([corner, np.maximum(1, folder.sizes // (2, 3))], axis=1)
+    box = np.concatenate([corner, np.maximum(1, folder.sizes // (2, 3))], axis=1)
     point = np.concatenate([folder.sizes - 1, np.ones_like(folder.sizes)], axis=1)
-    plan = plan_of(np.arange(len(folder)), np.stack([np.concatenate([zeros, folder.sizes], axis=1), part, point]))
+    plan = plan_of(np.arange(len(folder)), np.stack([np.concatenate([zeros, folder.sizes], axis=1), box, point]))
     index = converted(folder, tmp_path, mode=mode)
     for side in (1, 24, 61):
         source = FfcvCrops(index, side, CPU, 1)
@@ -108,8 +108,8 @@ def test_odd_files(tmp_path, mode):
 
 
 @needs_ffcv
-def test_plans_come_in_order_whatever_their_sizes(drawn):
-    """Eval plans of one view with a short last batch, while another iterator is half-way through larger batches."""
+def test_plans_of_any_sizes_come_in_order(drawn):
+    """Eval plans of one view with a smaller last batch, while another iterator is half-way through larger batches."""
     source = FfcvCrops(drawn, 16, CPU, 2)
     planner = Planner(drawn.sizes, seed=0, batch_size=20, augmentation=CIFAR, shuffle_keys=False)
     training = source.crops(planner.plans(0, 5))
@@ -125,8 +125,8 @@ def test_plans_come_in_order_whatever_their_sizes(drawn):
 
 
 @needs_ffcv
-def test_a_batch_that_is_kept_is_not_written_again(drawn):
-    """Memory is used again, but not while a tensor, or a view of one, still looks into it."""
+def test_a_kept_batch_is_not_overwritten(drawn):
+    """Memory is reused, but not while a tensor, or a view of one, refers to it."""
     planner = Planner(drawn.sizes, seed=0, batch_size=20, augmentation=CIFAR, shuffle_keys=False)
     source = FfcvCrops(drawn, 16, CPU, 2)
     kept, copies = [], []
@@ -142,18 +142,18 @@ def test_a_batch_that_is_kept_is_not_written_again(drawn):
 @needs_ffcv
 def test_the_same_crops_for_any_number_of_threads(drawn):
     planner = Planner(drawn.sizes, seed=0, batch_size=23, augmentation=CIFAR, shuffle_keys=False)
-    seen = []
+    results = []
     for workers in (0, 1, 5):
         source = FfcvCrops(drawn, 16, CPU, workers)
-        seen.append([crops.images.clone() for crops in source.crops(planner.plans(0, 3))])
+        results.append([crops.images.clone() for crops in source.crops(planner.plans(0, 3))])
         source.close()
-    for other in seen[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_ffcv
-def test_nothing_is_left_behind(drawn):
-    """Neither threads nor open files, whether an iterator was exhausted, abandoned or never begun."""
+def test_no_threads_or_open_files_are_left(drawn):
+    """Whether an iterator was exhausted, abandoned or never started."""
     planner = Planner(drawn.sizes, seed=0, batch_size=8, augmentation=CIFAR, shuffle_keys=False)
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -184,8 +184,8 @@ def test_a_file_that_became_shorter_is_named(drawn, tmp_path):
 
 
 @needs_ffcv
-def test_another_image_in_its_place_is_named(drawn, tmp_path):
-    """The compiled code trusts no header: a JPEG of another size would be written past its crop."""
+def test_a_replaced_image_is_named(drawn, tmp_path):
+    """The compiled code trusts no header: a JPEG of another size would be written past its buffer."""
     assert drawn.records is not None
     path = tmp_path / "other.beton"
     for suffix in ("", ".json"):
@@ -203,8 +203,8 @@ def test_another_image_in_its_place_is_named(drawn, tmp_path):
 
 
 @needs_ffcv
-def test_remarks_of_the_decoder_do_not_change_pixels(tmp_path):
-    """libjpeg-turbo decodes damaged data, and remarks on it: the pixels are then those of `decode.decode`."""
+def test_warnings_of_the_decoder_do_not_change_pixels(tmp_path):
+    """libjpeg-turbo decodes damaged data with a warning: the pixels are then those of `decode.decode`."""
     paths = []
     for i in range(12):
         data = bytearray(encode(picture(60, 90), "JPEG"))
@@ -237,7 +237,7 @@ print(torch.get_num_threads(), numba.get_num_threads() == numba.config.NUMBA_NUM
 
 @needs_ffcv
 @pytest.mark.slow
-def test_global_settings_stay_as_they_are(drawn):
+def test_global_settings_do_not_change(drawn):
     """FFCV's package sets the thread counts of torch and numba to 1, for the whole process."""
     assert drawn.records is not None
     command = [sys.executable, "-W", "error", "-c", QUIET, drawn.records.paths[0]]
@@ -245,13 +245,13 @@ def test_global_settings_stay_as_they_are(drawn):
     assert done.stdout == "2 True False\n", done.stderr
 
 
-def test_without_ffcv_the_message_says_how_to_install_it(drawn, monkeypatch):
-    monkeypatch.setattr(ffcv_crops.importlib.util, "find_spec", lambda name: None)
+def test_without_ffcv_the_message_has_the_install_command(drawn, monkeypatch):
+    monkeypatch.setattr(ffcv_backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendMissingError, match=r"libturbojpeg0-dev` and `pip install 'fastmoco\[ffcv\]'"):
         FfcvCrops(drawn, 16, CPU, 1)
 
 
-def test_without_a_beton_file_the_message_says_how_to_make_one():
+def test_without_a_beton_file_the_message_has_the_conversion_command():
     index = ImageIndex.from_pixels("cifar10", np.zeros((4, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"cifar10 is not one: convert it with `python tools/make_ffcv\.py"):
         FfcvCrops(index, 16, CPU, 1)

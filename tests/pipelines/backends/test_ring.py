@@ -1,4 +1,4 @@
-"""Batches in memory shared with workers: what was handed out never changes, and nothing is left behind."""
+"""Batches in memory shared with workers: a returned batch never changes, and no memory leaks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def fill(ring: Ring, value: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kept", [0, 1, LENT, LENT + 5])
-def test_a_batch_that_is_kept_stays_as_it_is(ring: Ring, kept: int) -> None:
-    """However many: also by a view of it, and beyond its ring."""
+def test_a_kept_batch_does_not_change(ring: Ring, kept: int) -> None:
+    """For any number of batches, also if only a view is kept, and beyond the size of the ring."""
     batches: list[torch.Tensor] = []
     for value in range(50):
         batches.append(fill(ring, value).flatten(0, 1)[1:])
@@ -56,21 +56,21 @@ def test_batches_are_lent_without_a_copy_while_few_are_kept(ring: Ring) -> None:
     assert inside == [True] * LENT + [False]
 
 
-def test_as_many_as_were_asked_for_are_in_work_while_batches_are_lent(ring: Ring) -> None:
+def test_all_requested_slots_are_available_while_batches_are_lent(ring: Ring) -> None:
     lent = [fill(ring, 0) for _ in range(LENT)]
-    slots = [ring.take() for _ in range(4)]  # three that are being filled, and the next
+    slots = [ring.take() for _ in range(4)]  # three being filled, and the next one
     assert len(set(slots)) == 4
     assert all(int(batch.sum()) == 0 for batch in lent)
 
 
-def test_a_smaller_batch_takes_the_beginning_of_its_slot(ring: Ring) -> None:
+def test_a_smaller_batch_uses_the_start_of_its_slot(ring: Ring) -> None:
     slot = ring.take()
     ring.memory.array[ring.offset(slot) :][:6] = np.arange(6)
     assert ring.hand_out(slot, (1, 2, 3)).flatten().tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_batches_outlive_their_iterator_and_memory_goes_with_them(workers: int) -> None:
+def test_batches_outlive_their_iterator_and_then_free_the_memory(workers: int) -> None:
     index = ImageIndex.from_pixels("rolled", np.stack([np.roll(picture(20, 28), i, axis=1) for i in range(64)]))
     planner = Planner(index.sizes, seed=5, batch_size=40, augmentation=V2, shuffle_keys=True)
     source = TorchCrops(index, 16, CPU, workers)
@@ -83,6 +83,6 @@ def test_batches_outlive_their_iterator_and_memory_goes_with_them(workers: int) 
         gc.collect()
         assert all(torch.equal(images, copy) for images, copy in zip(kept, copies, strict=True))
         del kept
-        held = [os.readlink(file) for file in DESCRIPTORS.iterdir() if file.is_symlink()]
-        assert not [name for name in held if "fastmoco-crops" in name]
+        open_files = [os.readlink(file) for file in DESCRIPTORS.iterdir() if file.is_symlink()]
+        assert not [name for name in open_files if "fastmoco-crops" in name]
         assert "fastmoco-crops" not in Path("/proc/self/maps").read_text()

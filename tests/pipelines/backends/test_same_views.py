@@ -1,4 +1,4 @@
-"""One contract for every crop source: the plan's images, boxes and numbers, and pixels that agree with float64."""
+"""The contract of every crop source: the plan's images, boxes and parameters, and pixels that match float64."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A backend under test. `worst` is the largest error of a pixel, for those that decode by the one definition."""
+    """A backend under test. `max_error` is the limit per pixel, for backends that use the common filter."""
 
     open: Callable[[ImageIndex, int], CropSource]
     needs: str | None = None
-    worst: float | None = 1.01
+    max_error: float | None = 1.01
 
 
 def _dali(index: ImageIndex, side: int, resize_by_dali: bool) -> CropSource:
@@ -59,7 +59,7 @@ def _ffcv(index: ImageIndex, side: int) -> CropSource:
     with tempfile.TemporaryDirectory() as folder, Progress(disable=True) as progress:
         path = os.path.join(folder, "images.beton")
         convert(index, Settings(data=index.name, out=path, workers=2), progress)
-        return FfcvCrops(read_index(path), side, CPU, 2)  # which holds the file open
+        return FfcvCrops(read_index(path), side, CPU, 2)  # which keeps the file open
 
 
 SOURCES = {
@@ -68,7 +68,7 @@ SOURCES = {
     "torch-1": Source(lambda index, side: TorchCrops(index, side, CPU, 1)),
     "torch-2": Source(lambda index, side: TorchCrops(index, side, CPU, 2)),
     "dali": Source(partial(_dali, resize_by_dali=False), needs="dali"),
-    "dali-resized": Source(partial(_dali, resize_by_dali=True), needs="dali", worst=None),  # as on a GPU
+    "dali-resized": Source(partial(_dali, resize_by_dali=True), needs="dali", max_error=None),  # as on a GPU
     "ffcv": Source(_ffcv, needs="ffcv"),
 }
 
@@ -83,7 +83,7 @@ def source(request: pytest.FixtureRequest, require_backend: Callable[[str], None
 
 @pytest.fixture(autouse=True)
 def no_children_left() -> Iterator[None]:
-    """Whatever a test does to a source, its workers are gone when it is."""
+    """After every test, the workers of its sources are gone."""
     yield
     if active_children():  # an iterator in a reference cycle may still hold them
         gc.collect()
@@ -105,7 +105,7 @@ def uniform() -> ImageIndex:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
-    """Files of all sizes and shapes, one pixel among them."""
+    """Files of all sizes and aspect ratios, including a single pixel."""
     folder = tmp_path_factory.mktemp("mixed")
     sizes = [(1, 1), (1, 60), (60, 1), (2, 3), *((8 + 3 * i, 70 - 2 * i) for i in range(26))]
     for i, (height, width) in enumerate(sizes):
@@ -124,8 +124,8 @@ def assert_pixels_agree(source: Source, index: ImageIndex, plan: BatchPlan, imag
     error = errors(index, plan, images)
     assert error.mean() <= 2
     assert (error <= 12).mean() >= 0.999
-    if source.worst is not None:
-        assert error.max() <= source.worst
+    if source.max_error is not None:
+        assert error.max() <= source.max_error
 
 
 def assert_same(actual: Views, expected: Views) -> None:
@@ -137,8 +137,8 @@ def assert_same(actual: Views, expected: Views) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "mixed"])
-def test_crops_are_those_of_the_plan(source: Source, kind: str, request: pytest.FixtureRequest) -> None:
-    """Every plan once and in order, every row its own image's; batches that are no multiple of a worker's share."""
+def test_crops_match_the_plan(source: Source, kind: str, request: pytest.FixtureRequest) -> None:
+    """Every plan once and in order, every row its own image; batches are no multiple of a worker's chunk."""
     index: ImageIndex = request.getfixturevalue(kind)
     planner = planner_of(index, min(CHUNK + 7, len(index)))
     opened = source.open(index, 16)
@@ -167,7 +167,7 @@ def test_photographs(source: Source, test_data: Path, pattern: str, count: int, 
 
 
 def test_odd_files(source: Source, tmp_path: Path) -> None:
-    """Every format, depth and orientation, turned upright before the box is cut."""
+    """Every format, depth and orientation, made upright before cropping."""
     index = index_of(write_files(tmp_path, good_files()))
     (crops,) = source.open(index, 24).crops(planner_of(index, len(index)).plans(0, 1))
     assert_pixels_agree(source, index, crops.plan, crops.images)
@@ -183,21 +183,21 @@ def test_evaluation_plans_have_one_view(source: Source, mixed: ImageIndex) -> No
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 
-def test_views_resumed_in_the_middle_are_the_tail(source: Source, mixed: ImageIndex) -> None:
-    """Over the end of an epoch, and while the earlier iterator is still in use."""
+def test_views_resumed_in_the_middle_equal_the_rest(source: Source, mixed: ImageIndex) -> None:
+    """Across the end of an epoch, and while the earlier iterator is still in use."""
     opened = source.open(mixed, 16)
     pipeline = TwoViewPipeline(planner_of(mixed, 12), opened, CPU, torch.float32)
-    whole = pipeline.views(0, 5)
-    head = [next(whole), next(whole)]
-    tail = list(pipeline.views(2, 5))
-    rest = list(whole)
+    views = pipeline.views(0, 5)
+    head = [next(views), next(views)]
+    resumed = list(pipeline.views(2, 5))
+    rest = list(views)
     assert len(head) + len(rest) == 5
-    for actual, expected in zip(tail, rest, strict=True):
+    for actual, expected in zip(resumed, rest, strict=True):
         assert_same(actual, expected)
 
 
 def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIndex) -> None:
-    """The same seed gives the same crops and colours: accuracy cannot depend on the loader."""
+    """The same seed gives the same crops and colours, so accuracy does not depend on the backend."""
     planner = planner_of(mixed, 12)
     resident = TwoViewPipeline(planner, SOURCES["resident"].open(mixed, 16), CPU, torch.float32)
     other = TwoViewPipeline(planner, source.open(mixed, 16), CPU, torch.float32)
@@ -206,7 +206,7 @@ def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIn
         assert torch.equal(actual.key_order, expected.key_order)
         for a, b in ((actual.query, expected.query), (actual.key, expected.key)):
             assert a.is_contiguous(memory_format=torch.channels_last)
-            assert (a - b).abs().mean() < 2 / 255 / 0.22  # in units of the normalisation's deviation
+            assert (a - b).abs().mean() < 2 / 255 / 0.22  # in units of the normalisation's standard deviation
 
 
 def test_a_key_belongs_to_the_query_in_row_key_order(uniform: ImageIndex) -> None:
@@ -220,11 +220,11 @@ def test_a_key_belongs_to_the_query_in_row_key_order(uniform: ImageIndex) -> Non
     assert torch.equal(views.key, views.query[views.key_order])
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_bad_image_is_named(source: Source, tmp_path: Path) -> None:
-    """One whose header is in order: nothing but decoding can find it."""
+    """An image with a valid header, which only fails on decoding."""
     (bad,) = (file for file in bad_files() if not file.in_header)
     good = good_files()[:5]
     index = index_of(write_files(tmp_path, good) + write_files(tmp_path, [bad]))
@@ -242,7 +242,7 @@ def test_an_image_that_vanishes_is_named(source: Source, tmp_path: Path) -> None
         list(source.open(index, 16).crops(planner_of(index, 4).plans(0, 1)))
 
 
-def test_an_image_that_grows_is_named(source: Source, tmp_path: Path) -> None:
+def test_an_image_that_changes_size_is_named(source: Source, tmp_path: Path) -> None:
     paths = write_files(tmp_path, good_files()[:4])
     index = index_of(paths)
     paths[1].write_bytes(encode(picture(99, 99), "PNG"))
@@ -259,7 +259,7 @@ def test_dataloader_names_a_bad_image(tmp_path: Path, workers: int) -> None:
         list(pipeline.views(0, 1))
 
 
-def test_leaving_in_the_middle_ends_the_workers(uniform: ImageIndex) -> None:
+def test_abandoning_an_iterator_ends_the_workers(uniform: ImageIndex) -> None:
     crops = SOURCES["torch-2"].open(uniform, 16).crops(planner_of(uniform, 40).plans(0, 1000))
     next(crops)
     assert len(active_children()) == 2
@@ -277,23 +277,22 @@ def test_a_killed_worker_ends_the_run_at_once(uniform: ImageIndex, name: str) ->
     else:
         batches = DataLoaderPipeline(uniform, planner, 16, CPU, torch.float32, 2).views(0, 10**6)
     next(batches)
-    victim = active_children()[0].pid
-    assert victim is not None
-    os.kill(victim, signal.SIGKILL)
+    pid = active_children()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
-    with pytest.raises(DataError, match=rf"DataLoader worker .*{victim}.*restart with --resume") as raised:
+    with pytest.raises(DataError, match=rf"DataLoader worker .*{pid}.*restart with --resume") as raised:
         list(itertools.takewhile(lambda _: time.monotonic() - began < 30, batches))
     assert time.monotonic() - began < 30
     assert active_children() == [], "the other worker ends with it"
     assert "\n" not in str(raised.value)
 
 
-# ---- the baseline
-# -----------------------------------------------------------------------------------------------------
+# ---- the baseline ----------------------------------------------------------------------------------------------------
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's: the largest difference of two empirical distribution functions."""
+    """Kolmogorov-Smirnov statistic: the largest difference of two empirical distribution functions."""
     values = np.sort(np.concatenate([a, b]))
     return float(
         np.abs(
@@ -305,7 +304,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("augmentation", [V1, V2, CIFAR], ids=lambda a: a.name)
 def test_dataloader_draws_from_the_same_distribution(augmentation: Augmentation) -> None:
-    """Six images, 360 views of each kind: means, deviations and horizontal slopes of the channels, and all pixels."""
+    """Six images, 360 views of each pipeline: means, standard deviations and horizontal gradients, and all pixels."""
     pixels = np.stack(
         [np.roll(picture(24, 30), 5 * i, axis=1)[:, :, [i % 3, (i + 1) % 3, (i + 2) % 3]] for i in range(6)]
     )
@@ -317,12 +316,12 @@ def test_dataloader_draws_from_the_same_distribution(augmentation: Augmentation)
         TwoViewPipeline(planner, ResidentCrops(index, 16, CPU, 1), CPU, torch.float32),
         DataLoaderPipeline(index, planner, 16, CPU, torch.float32, 0),
     )
-    ours, theirs = (
+    ours, baseline = (
         torch.cat([torch.cat([v.query, v.key]) for v in pipeline.views(0, 30)]).numpy() for pipeline in pipelines
     )
     limit = 2.2 * np.sqrt(2 / 360)  # exceeded by chance once in 10⁴
     for channel in range(3):
-        a, b = ours[:, channel], theirs[:, channel]
+        a, b = ours[:, channel], baseline[:, channel]
         for statistic in (
             lambda x: x.mean(axis=(1, 2)),
             lambda x: x.std(axis=(1, 2)),
@@ -346,7 +345,7 @@ def test_dataloader_gives_the_planned_images_and_key_order(mixed: ImageIndex, wo
             assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_dataloader_shuffles_its_keys_as_the_others_do(uniform: ImageIndex) -> None:
+def test_dataloader_shuffles_its_keys_like_the_others(uniform: ImageIndex) -> None:
     plain = Augmentation(name="plain", scale=(1.0, 1.0), ratio=(1.4, 1.4), flip_p=0, jitter_p=0, grey_p=0)
     views = next(DataLoaderPipeline(uniform, planner_of(uniform, 16, plain), 16, CPU, torch.float32, 0).views(0, 1))
     assert not torch.equal(views.key_order, torch.arange(16))
@@ -355,17 +354,17 @@ def test_dataloader_shuffles_its_keys_as_the_others_do(uniform: ImageIndex) -> N
 
 @pytest.mark.parametrize("side", [24, 48])
 def test_a_large_jpeg_decoded_at_reduced_size_gives_the_same_views(side: int, tmp_path: Path) -> None:
-    """Smooth and sharp content, in sides that 8 does not divide, cropped to a small fraction of its size."""
+    """Smooth and sharp content, with sides not divisible by 8, cropped to a small fraction of its size."""
     height, width = 803, 1010
     smooth = np.kron(picture(51, 64), np.ones((16, 16, 1)))[:height, :width].astype(np.uint8)
     (tmp_path / "large.jpg").write_bytes(encode(smooth, "JPEG"))
     index = index_of([tmp_path / "large.jpg"] * 8)
     plan = planner_of(index, 8).plan(0)
     shortest = plan.boxes[..., 2:].min(axis=(0, 2))
-    assert (shortest >= 4 * side).any(), "no crop is small enough to decode less"
+    assert (shortest >= 4 * side).any(), "no box allows a reduced decode"
     (crops,) = TorchCrops(index, side, CPU, 0).crops([plan])
-    whole = index.read(0)
+    pixels = index.read(0)
     for view, row in itertools.product(range(2), range(8)):
-        error = np.abs(crops.images[view, row].numpy() - reference(whole, plan.boxes[view, row], side))
+        error = np.abs(crops.images[view, row].numpy() - reference(pixels, plan.boxes[view, row], side))
         assert error.mean() <= 2
         assert (error > 12).mean() <= 1e-3

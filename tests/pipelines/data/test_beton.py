@@ -1,4 +1,4 @@
-"""Reading a `.beton` file: what is damaged is refused before the first batch, in one line."""
+"""Reading a `.beton` file: damage is refused before the first batch, with a one-line message."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from tools.make_ffcv import main
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A finished file of seven images, not to be changed."""
+    """A complete file of seven images, which tests must not change."""
     folder = tmp_path_factory.mktemp("finished")
     assert main([str(class_folders(folder / "data")), str(folder / "out.beton")]) == 0
     return folder / "out.beton"
@@ -30,14 +30,14 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Path:
-    """A finished file that a test may damage."""
+    """A complete file that a test may damage."""
     for suffix in ("", ".json"):
         (tmp_path / f"copy.beton{suffix}").write_bytes(Path(f"{finished}{suffix}").read_bytes())
     return tmp_path / "copy.beton"
 
 
-def vouch(path: Path, **changes) -> None:
-    """Make the manifest agree with the file again, as a hostile or confused writer would."""
+def update_manifest(path: Path, **changes) -> None:
+    """Make the manifest match the file again, as a hostile or faulty writer would."""
     data, manifest = path.read_bytes(), json.loads(Path(f"{path}.json").read_text())
     with path.open("rb") as file:
         tables = read_tables(file, "the test's own file").sha256
@@ -70,9 +70,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("fault", DAMAGE)
 def test_damage_is_refused_in_one_line(copy, fault):
-    damage, found = DAMAGE[fault]
+    damage, message = DAMAGE[fault]
     damage(copy)
-    with pytest.raises(DataError, match=found) as error:
+    with pytest.raises(DataError, match=message) as error:
         read_index(str(copy))
     assert "\n" not in str(error.value)
 
@@ -85,37 +85,37 @@ def test_a_flipped_bit_is_refused(copy):
         read_index(str(copy))
 
 
-def test_the_headers_of_jpegs_are_checked_where_the_hash_is_not(copy, monkeypatch):
+def test_jpeg_headers_are_checked_if_the_file_is_not_hashed(copy, monkeypatch):
     monkeypatch.setattr(beton, "HASHED_BYTES", 0)
     index = read_index(str(copy))
     assert index.records is not None
     start, length = int(index.records.offsets[1]), int(index.records.lengths[1])
-    whole = copy.read_bytes()
-    for found, part in {
-        "is not a complete JPEG": slice(start, start + length),  # a page that never reached the disk
+    content = copy.read_bytes()
+    for message, span in {
+        "is not a complete JPEG": slice(start, start + length),  # a page that was not written to disk
         "not a complete": slice(start + length - 2, start + length),
     }.items():
-        data = bytearray(whole)
-        data[part] = bytes(len(data[part]))
+        data = bytearray(content)
+        data[span] = bytes(len(data[span]))
         copy.write_bytes(data)
-        with pytest.raises(DataError, match=found):
+        with pytest.raises(DataError, match=message):
             read_index(str(copy))
-    data = bytearray(whole)
+    data = bytearray(content)
     rows = np.frombuffer(data, SAMPLE, 7, SAMPLES_AT)
     rows["height"][1] += 1
     copy.write_bytes(data)
-    vouch(copy)
+    update_manifest(copy)
     with pytest.raises(DataError, match=r"1\.jpg in .* a JPEG of 31×24 pixels, expected 31×25"):
         read_index(str(copy))
 
 
 def test_labels_outside_the_classes_are_refused(copy):
-    vouch(copy, class_names=["fox"])
+    update_manifest(copy, class_names=["fox"])
     with pytest.raises(DataError, match="labels 0 to 1, but 1 classes in its manifest"):
         read_index(str(copy))
 
 
-def test_jpeg_size_reads_past_anything_that_may_stand_before_the_frame():
+def test_jpeg_size_skips_segments_before_the_frame():
     for options in ({}, {"progressive": True}, {"icc_profile": bytes(70_000)}, {"comment": b"\xff\xc0" * 20}):
         assert jpeg_size(encode(picture(30, 50), "JPEG", **options)) == (30, 50)
     assert jpeg_size(encode(picture(30, 50), "PNG")) is None
@@ -125,7 +125,7 @@ def test_jpeg_size_reads_past_anything_that_may_stand_before_the_frame():
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_no_tables_crash_the_reader(finished, data):
-    """Any few bytes of header and tables replaced, at any length: DataError, or tables that stay inside the file."""
+    """A few bytes of header and tables replaced, at any length: DataError, or tables inside the file."""
     content = bytearray(finished.read_bytes())
     length = data.draw(st.sampled_from([0, 23, SAMPLES_AT, len(content) - 8, len(content), len(content)]))
     del content[length:]
@@ -133,23 +133,23 @@ def test_no_tables_crash_the_reader(finished, data):
     for _ in range(data.draw(st.integers(1, 4))):
         low, high = data.draw(st.sampled_from(tables))
         if 0 <= low < high <= len(content):
-            place = data.draw(st.integers(low, high - 1))
-            content[place : min(place + 8, high)] = data.draw(st.binary(min_size=1, max_size=8))[: high - place]
+            at = data.draw(st.integers(low, high - 1))
+            content[at : min(at + 8, high)] = data.draw(st.binary(min_size=1, max_size=8))[: high - at]
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
         try:
-            found = read_tables(file, "mutated")
+            mutated = read_tables(file, "mutated")
         except DataError:
             return
-        pointers = found.samples["pointer"].astype(np.int64)
+        pointers = mutated.samples["pointer"].astype(np.int64)
         assert (pointers >= SAMPLES_AT).all()
-        assert (pointers + found.lengths <= len(content)).all()
+        assert (pointers + mutated.lengths <= len(content)).all()
 
 
 @given(text=st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 @settings(max_examples=100, deadline=None)
-def test_no_text_crashes_the_manifest(text):
+def test_no_text_crashes_the_manifest_reader(text):
     with pytest.raises(ValueError):  # noqa: PT011 - json's or ours
         BetonManifest.from_json(text)
 
@@ -159,7 +159,7 @@ def test_no_text_crashes_the_manifest(text):
     value=st.none() | st.integers() | st.text() | st.lists(st.integers(), max_size=3) | st.lists(st.text(), max_size=3),
 )
 @settings(max_examples=100, deadline=None)
-def test_no_field_crashes_the_manifest(finished, field, value):
+def test_no_field_crashes_the_manifest_reader(finished, field, value):
     values = json.loads(Path(f"{finished}.json").read_text()) | {field: value}
     try:
         manifest = BetonManifest.from_json(json.dumps(values))

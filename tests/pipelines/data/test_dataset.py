@@ -1,4 +1,4 @@
-"""Folders, lists and names become the images people meant, in one order; what cannot be used says so in one line."""
+"""Folders, lists and names become indexes in a fixed order; unusable input is refused with a one-line message."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.oddities import bad_files, encode, fill, good_files, picture, write_f
 
 @pytest.fixture
 def load(tmp_path):
-    """load(data, ...) with named data sets kept below the test's own folder."""
+    """load(data, ...) with named data sets in the test's own folder."""
     return lambda data, **options: load_dataset(str(data), data_root=tmp_path / "downloads", **options)
 
 
@@ -24,7 +24,7 @@ def names_of(index, folder):
 
 
 def refusal(load, data, **options):
-    """The one line in which a data set is refused."""
+    """The one-line message with which a data set is refused."""
     with pytest.raises(DataError) as caught:
         load(data, **options)
     assert "\n" not in str(caught.value)
@@ -54,9 +54,9 @@ def test_class_folders(load, tmp_path):
     ],
     ids=["flat", "one folder", "one at the root", "one deeper"],
 )
-def test_anything_else_is_a_heap_without_labels(load, tmp_path, names):
-    dataset = load(fill(tmp_path / "heap", *names))
-    assert names_of(dataset.train, tmp_path / "heap") == sorted(names)
+def test_any_other_layout_has_no_labels(load, tmp_path, names):
+    dataset = load(fill(tmp_path / "images", *names))
+    assert names_of(dataset.train, tmp_path / "images") == sorted(names)
     assert dataset.train.labels is None
     assert dataset.train.class_names == ()
     assert dataset.bank is None
@@ -85,7 +85,7 @@ def test_a_class_may_be_called_train(load, tmp_path):
     assert load(fill(tmp_path, "train/1.png", "ship/1.png")).train.class_names == ("ship", "train")
 
 
-def test_what_is_no_image_is_left_out_and_counted(load, tmp_path):
+def test_other_files_are_skipped_and_counted(load, tmp_path):
     folder = fill(
         tmp_path / "f", "a.PNG", "b.jpeg", ".hidden.png", ".git/c.png", "__MACOSX/d.png", "readme.txt", "x.gif"
     )
@@ -94,7 +94,7 @@ def test_what_is_no_image_is_left_out_and_counted(load, tmp_path):
     assert dataset.skipped == 2
 
 
-def test_links_that_run_in_a_circle_list_every_file_once(load, tmp_path):
+def test_cyclic_links_list_every_file_once(load, tmp_path):
     folder = fill(tmp_path / "f", "b/1.png", "c/2.png")
     (folder / "a").symlink_to(folder / "b")
     (folder / "b" / "up").symlink_to(folder)
@@ -110,8 +110,8 @@ def test_a_linked_class_folder_is_a_class_folder(load, tmp_path):
     assert names_of(load(folder).train, folder) == ["a/1.png", "b/1.png"]
 
 
-def test_every_odd_file_is_read_as_it_is(load, tmp_path):
-    """The whole corpus through a folder: sizes are upright, pixels as decoded, whatever the name."""
+def test_every_odd_file_is_read_correctly(load, tmp_path):
+    """The whole corpus in a folder: upright sizes, decoded pixels, for every name."""
     files = [file for file in good_files() if not file.name.startswith("gif")]
     write_files(tmp_path / "odd", files)
     index = load(tmp_path / "odd").train
@@ -125,25 +125,25 @@ def test_every_odd_file_is_read_as_it_is(load, tmp_path):
         assert index.display_name(i).isprintable()
 
 
-# What goes wrong
+# Errors
 
 
 def test_folders_that_cannot_be_used(load, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = refusal(load, tmp_path / "empty")
-    assert re.search("holds no images .0 other files.; expected files that end in .jpg", said)
+    message = refusal(load, tmp_path / "empty")
+    assert re.search("holds no images .0 other files.; expected files that end in .jpg", message)
     fill(tmp_path / "docs", "a.txt", "b/c.pdf")
     assert re.search("holds no images .2 other files.", refusal(load, tmp_path / "docs"))
     fill(tmp_path / "gap", "a/1.png", "b/1.png", "c/readme.txt")
-    said = refusal(load, tmp_path / "gap")
-    assert re.search("class folder .*gap/c holds no images .1 of 3 class folders are empty.", said)
+    message = refusal(load, tmp_path / "gap")
+    assert re.search("class folder .*gap/c holds no images .1 of 3 class folders are empty.", message)
     fill(tmp_path / "split", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/d/1.png")
-    said = refusal(load, tmp_path / "split")
-    assert re.search("class 'b' is in .*train and not in .*val .2 and 2 classes, 2 not shared.", said)
+    message = refusal(load, tmp_path / "split")
+    assert re.search("class 'b' is in .*train and not in .*val .2 and 2 classes, 2 not shared.", message)
 
 
 def test_an_unreadable_folder_is_named(load, tmp_path, monkeypatch):
-    """Forbidden by hand: permissions do not bind whoever runs the tests as root."""
+    """Simulated, because permissions have no effect if tests run as root."""
     folder = fill(tmp_path / "f", "a/1.png", "b/1.png")
     scandir = os.scandir
 
@@ -184,11 +184,11 @@ def test_a_link_to_nothing_is_a_bad_file(load, tmp_path):
 def test_too_many_bad_files_are_not_left_out(load, tmp_path):
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(8)))
     write_files(folder, [bad for bad in bad_files() if bad.name in ("empty.jpg", "text.jpg")])
-    said = refusal(load, folder, bad_images="quarantine")
-    assert re.search("2 of 10 images of f are bad; at most 10% may be left out", said)
+    message = refusal(load, folder, bad_images="quarantine")
+    assert re.search("2 of 10 images of f are bad; at most 10% may be left out", message)
 
 
-def test_a_file_that_changes_or_goes_is_named(load, tmp_path):
+def test_a_file_that_changes_or_vanishes_is_named(load, tmp_path):
     folder = fill(tmp_path / "f", "a.png", "b.png")
     index = load(folder).train
     (folder / "a.png").write_bytes(encode(picture(9, 9), "PNG"))
@@ -226,9 +226,9 @@ def test_a_list_keeps_its_order(load, tmp_path):
         (b"a.png\t\n", "line 1 of .*list.txt has an empty class"),
         (b"gone.png\n", "gone.png is not a usable image: No such file"),
     ],
-    ids=["binary", "blank", "prose", "class missing", "class too many", "class empty", "file missing"],
+    ids=["binary", "blank", "prose", "missing class", "extra class", "empty class", "missing file"],
 )
-def test_a_file_that_is_no_list(load, tmp_path, text, message):
+def test_a_file_that_is_not_a_list(load, tmp_path, text, message):
     fill(tmp_path, "a.png")
     (tmp_path / "list.txt").write_bytes(text)
     assert re.search(message, refusal(load, tmp_path / "list.txt"))
@@ -249,12 +249,12 @@ def test_a_limit_is_fair_and_keeps_the_order(labels, limit, labelled):
         return
     left_out = np.setdiff1d(np.arange(len(labels)), kept)
     for label in set(labels[left_out]):
-        mine = (labels[kept] == label).sum()
-        assert mine >= np.bincount(labels[kept]).max() - 1  # no class has two more than one that could have had more
+        of_label = (labels[kept] == label).sum()
+        assert of_label >= np.bincount(labels[kept]).max() - 1  # no class has two more than one with images left out
         assert kept[labels[kept] == label].max(initial=-1) < left_out[labels[left_out] == label].min()
 
 
-def test_a_limit_opens_no_other_file(load, tmp_path):
+def test_a_limit_opens_no_other_files(load, tmp_path):
     folder = fill(tmp_path / "f", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     (folder / "a" / "2.png").write_bytes(b"")
     assert names_of(load(folder, limit=2).train, folder) == ["a/1.png", "b/1.png"]
@@ -264,10 +264,10 @@ def test_select_and_describe(load, tmp_path):
     index = load(fill(tmp_path / "f", "a/1.png", "a/2.png", "b/1.png")).train
     assert index.describe() == "f: 3 images of 3×4 (width×height), 2 classes, in files"
     assert index.uniform_size == (4, 3)
-    part = index.select(np.array([2, 0]))
-    assert names_of(part, tmp_path / "f") == ["b/1.png", "a/1.png"]
-    np.testing.assert_array_equal(part.labels, [1, 0])
-    np.testing.assert_array_equal(part.read(0), index.read(2))
+    selection = index.select(np.array([2, 0]))
+    assert names_of(selection, tmp_path / "f") == ["b/1.png", "a/1.png"]
+    np.testing.assert_array_equal(selection.labels, [1, 0])
+    np.testing.assert_array_equal(selection.read(0), index.read(2))
     mixed = ImageIndex("m", np.array([[4, 3], [5, 9]], np.int32), paths=("x.png", "y.png"))
     assert mixed.uniform_size is None
     assert mixed.describe() == "m: 2 images of 3–9×4–5 (width×height), no labels, in files"

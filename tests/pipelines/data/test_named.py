@@ -1,4 +1,4 @@
-"""Data sets by name: what torchvision's arrays and folders become, without downloading any."""
+"""Data sets by name: conversion of torchvision's arrays and folders, without downloads."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from tests.oddities import fill
 
 @pytest.fixture
 def load(tmp_path):
-    """load(data, ...) with named data sets kept below the test's own folder."""
+    """load(data, ...) with named data sets in the test's own folder."""
     return lambda data, **options: load_dataset(data, data_root=tmp_path / "downloads", **options)
 
 
@@ -41,7 +41,7 @@ def test_cifar_comes_through_torchvision(load, tmp_path, monkeypatch):
     np.testing.assert_array_equal(dataset.train.labels, [0, 1, 0, 1, 0, 1])
 
 
-def test_stl10_pretrains_on_all_and_compares_with_the_labelled(load, monkeypatch):
+def test_stl10_pretrains_on_all_images_and_its_bank_is_labelled(load, monkeypatch):
     def fake(root, split, download):
         count, value = {"train": (3, 1), "test": (4, 2), "unlabeled": (5, 3)}[split]
         planes = np.full((count, 3, 96, 96), value, np.uint8)
@@ -56,7 +56,7 @@ def test_stl10_pretrains_on_all_and_compares_with_the_labelled(load, monkeypatch
     assert dataset.train.read(7)[40, :7].tolist() == [[3, 3, 3]] * 5 + [[99, 3, 3], [3, 3, 3]]
 
 
-def test_grey_digits_become_rgb_and_emnist_stands_upright(load, monkeypatch):
+def test_grey_digits_become_rgb_and_emnist_is_upright(load, monkeypatch):
     digits = torch.zeros(2, 28, 28, dtype=torch.uint8)
     digits[:, 3, 20] = 200
     fake = SimpleNamespace(data=digits, targets=torch.tensor([0, 1]), classes=["0", "1"])
@@ -66,7 +66,7 @@ def test_grey_digits_become_rgb_and_emnist_stands_upright(load, monkeypatch):
     assert load("emnist").train.read(1)[20, 3].tolist() == [200, 200, 200]
 
 
-def test_imagenette_half_unpacked_is_refused(load, tmp_path, monkeypatch):
+def test_a_partly_unpacked_imagenette_is_refused(load, tmp_path, monkeypatch):
     folder = fill(
         tmp_path / "downloads" / "imagenette2", "train/n1/a.png", "train/n2/a.png", "val/n1/a.png", "val/n2/b.png"
     )
@@ -82,7 +82,7 @@ def test_imagenette_half_unpacked_is_refused(load, tmp_path, monkeypatch):
     assert dataset.train.class_names == dataset.bank.class_names == ("tench", "springer")
 
 
-def test_a_failed_download_says_what_to_do(load, monkeypatch):
+def test_a_failed_download_names_the_remedy(load, monkeypatch):
     def fail(root, **options):
         raise RuntimeError("File not found or corrupted.")
 

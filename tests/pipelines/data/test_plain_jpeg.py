@@ -1,4 +1,4 @@
-"""Which JPEGs other decoders are trusted with: never one that is cut, odd, or of another size than it claims."""
+"""plain_jpeg: never accepts a JPEG that is truncated, unusual, or of a different size from its header."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_common_jpegs_are_plain():
 
 
 @pytest.mark.parametrize("file", good_files(), ids=lambda file: ascii(file.name))
-def test_odd_files_are_told_apart(file):
+def test_odd_files_are_classified(file):
     header = plain_jpeg(file.data)
     is_plain = file.name.lower().endswith((".jpg", ".jpeg")) and file.name not in ODD
     assert (header is not None) == is_plain
@@ -36,7 +36,7 @@ def test_bad_files_are_not_plain(file):
 
 
 def test_colours_that_are_not_ycbcr_are_not_plain():
-    """Adobe's marker with transform 0 says RGB; components that are called R, G and B say so too."""
+    """Adobe's marker with transform 0 means RGB; so do components with ids R, G and B."""
     data = encode(RGB, "JPEG", subsampling=0)
     adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
     assert plain_jpeg(data[:2] + adobe + b"\x01" + data[2:]) is not None
@@ -48,7 +48,7 @@ def test_colours_that_are_not_ycbcr_are_not_plain():
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": exif(3)}], ids=["baseline", "scans", "exif"])
-def test_no_cut_file_is_plain(options):
+def test_no_truncated_file_is_plain(options):
     data = encode(RGB, "JPEG", **options)
     assert plain_jpeg(data) is not None
     assert all(plain_jpeg(data[:length]) is None for length in range(len(data)))
@@ -56,10 +56,10 @@ def test_no_cut_file_is_plain(options):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=4), st.integers(1, 8))
-def test_what_it_says_of_a_damaged_file_is_what_decoding_gives(damage, orientation):
+def test_the_size_of_a_damaged_file_equals_its_decoded_size(damage, orientation):
     data = bytearray(encode(RGB, "JPEG", exif=exif(orientation)))
-    for place, value in damage:
-        data[place % len(data)] = value
+    for offset, value in damage:
+        data[offset % len(data)] = value
     header = plain_jpeg(bytes(data))
     if header is None or header.height * header.width > 100_000:
         return
@@ -73,12 +73,12 @@ def test_what_it_says_of_a_damaged_file_is_what_decoding_gives(damage, orientati
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_stored_box_is_the_upright_box(orientation):
     stored = picture(9, 14)
-    whole = upright(stored, orientation)
+    image = upright(stored, orientation)
     header = PlainJpeg(9, 14, orientation)
-    assert header.upright_size == whole.shape[:2]
-    boxes = np.array([[0, 0, *whole.shape[:2]], [2, 1, 3, 5], [6, 6, 1, 2]], dtype=np.int32)
+    assert header.upright_size == image.shape[:2]
+    boxes = np.array([[0, 0, *image.shape[:2]], [2, 1, 3, 5], [6, 6, 1, 2]], dtype=np.int32)
     for (top, left, height, width), (t, l, h, w) in zip(boxes, stored_box(boxes, header), strict=True):  # noqa: E741
-        expected = whole[top : top + height, left : left + width]
+        expected = image[top : top + height, left : left + width]
         np.testing.assert_array_equal(upright(stored[t : t + h, l : l + w], orientation), expected)
 
 

@@ -1,4 +1,4 @@
-"""A file that turns bad while it is trained on: replaced by the same grey everywhere, written down once, and capped."""
+"""Files that become bad during training: replaced by grey on every backend, recorded once, and limited in number."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def spoil(folder: Path) -> list[str]:
-    """Three files that were good when the folder was indexed: gone, cut short, and another picture."""
+    """Damages three files after indexing: one deleted, one truncated, one replaced by another picture."""
     (folder / "12.png").unlink()
     (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:-20])
     (folder / "25.png").write_bytes(encode(picture(9, 9), "PNG"))
@@ -40,7 +40,7 @@ def spoil(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["torch", "resident", "dali", "dataloader"])
-def test_every_pipeline_puts_grey_in_its_place(folder, tmp_path, name, require_backend):
+def test_every_pipeline_replaces_it_by_grey(folder, tmp_path, name, require_backend):
     if name == "dali":
         require_backend("dali")
     ledger = Ledger(str(tmp_path / "quarantine.jsonl"), most=3)
@@ -60,8 +60,8 @@ def test_every_pipeline_puts_grey_in_its_place(folder, tmp_path, name, require_b
     assert flat == {2, 7, 15}
 
 
-def test_ffcv_puts_grey_in_the_place_of_a_bad_record(tmp_path, require_backend):
-    """In the open `.beton`: one overwritten, one by another picture, and the last cut off with the end of the file."""
+def test_ffcv_replaces_a_bad_record_by_grey(tmp_path, require_backend):
+    """In the open `.beton`: one overwritten by noise, one by another picture, and the last one truncated."""
     require_backend("ffcv")
     folder, beton = tmp_path / "f", tmp_path / "train.beton"
     folder.mkdir()
@@ -100,7 +100,7 @@ def test_ffcv_puts_grey_in_the_place_of_a_bad_record(tmp_path, require_backend):
     pipeline.close()
 
 
-def test_without_a_ledger_it_stays_an_error(folder, tmp_path):
+def test_without_a_ledger_it_is_an_error(folder, tmp_path):
     index = load_dataset(str(folder), data_root=tmp_path).train
     spoil(folder)
     for i in (2, 7, 15):
@@ -113,12 +113,12 @@ def test_one_more_than_allowed_is_an_error(folder, tmp_path):
     spoil(folder)
     assert (index.read(2) == 128).all()
     assert (index.read(7) == 128).all()
-    assert index.read(7).shape == (4, 3, 3)  # again: no new entry
+    assert index.read(7).shape == (4, 3, 3)  # a second time: no new entry
     with pytest.raises(DataError, match=r"25\.png is 9×9 pixels .*/q already lists 2 bad images, the maximum"):
         index.read(15)
 
 
-def test_an_image_is_written_down_once_by_many_writers_and_after_a_torn_line(tmp_path):
+def test_an_image_is_recorded_once_by_many_writers_and_after_a_torn_line(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     path.write_bytes(b'{"image": "torn\n')
     ledger = Ledger(str(path), most=50)
@@ -135,24 +135,24 @@ def test_a_ledger_that_cannot_be_written_replaces_nothing(folder, tmp_path):
         index.read(2)
 
 
-def test_a_run_goes_on_and_tells(folder, tmp_path, capsys, monkeypatch):
-    """One bad file before the start, and one that goes while the folder is being indexed."""
+def test_a_run_continues_and_reports(folder, tmp_path, capsys, monkeypatch):
+    """One file is bad before the start, and one is deleted after indexing."""
     (folder / "20.png").write_bytes(b"no image")
     from fastmoco.run import start as module
 
-    def load_then_lose(*arguments, **options):
+    def load_then_delete(*arguments, **options):
         dataset = load_dataset(*arguments, **options)
         (folder / "12.png").unlink()
         return dataset
 
-    monkeypatch.setattr(module, "load_dataset", load_then_lose)
+    monkeypatch.setattr(module, "load_dataset", load_then_delete)
     flags = "--bad-images quarantine --batch-size 8 --moco-k 16 --width 0.125 --arch resnet18 --crop-size 8 --epochs 1"
     flags += " --amp fp32 --bn-splits 1 --knn-every 0 --no-tensorboard --device cpu --pipeline resident --workers 1"
     out = tmp_path / "run"
     assert main(["train", "--data", str(folder), "--out", str(out), *flags.split()]) == ExitCode.DONE
-    said = capsys.readouterr().out
-    assert "left out" in said
-    assert "1 image has turned bad, replaced by grey (see quarantine.jsonl): cannot read" in said
+    output = capsys.readouterr().out
+    assert "left out" in output
+    assert "1 image has turned bad, replaced by grey (see quarantine.jsonl): cannot read" in output
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert [(Path(line["image"]).name, line["fate"]) for line in lines] == [
         ("20.png", "left out"),

@@ -1,4 +1,4 @@
-"""A scan finds what is wrong before training does, says what there is, and spares training the opening of files."""
+"""A scan finds bad files before training, summarises the data, and saves training from opening files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def scanned(folder: Path, workers: int = 0) -> ScanManifest:
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs `fastmoco scan`: the exit code, standard output and standard error. Named data would lie in `cache`."""
+    """Runs `fastmoco scan`: exit code, standard output and standard error, with `cache` as --data-root."""
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         code = main(["scan", *map(str, arguments), "--workers", "0", "--data-root", str(tmp_path / "cache")])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return call
 
@@ -48,7 +48,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def no_header_reads(monkeypatch):
-    """Fails where an image file is opened to find out its size."""
+    """Fails if an image file is opened for its size."""
 
     def refuse(path):
         raise AssertionError(f"{path} was opened")
@@ -56,43 +56,43 @@ def no_header_reads(monkeypatch):
     monkeypatch.setattr(headers, "read_header", refuse)
 
 
-# What is found
+# The result
 
 
 def test_every_odd_and_every_bad_file(tmp_path):
-    """The whole corpus: sizes as decoded, kinds as stored, the reasons that training would give, and no crash."""
+    """The whole corpus: decoded sizes, stored kinds, the reasons that training would report, and no crash."""
     good, bad = good_files(), bad_files()
     write_files(tmp_path / "f", good)
     write_files(tmp_path / "f", bad)
     (tmp_path / "f" / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "f" / "loop").symlink_to(tmp_path / "f")
-    found = scanned(tmp_path / "f")
-    row = {os.path.basename(path): i for i, path in enumerate(found.paths)}
+    result = scanned(tmp_path / "f")
+    row = {os.path.basename(path): i for i, path in enumerate(result.paths)}
     assert set(row) == {file.name for file in (*good, *bad)} | {"gone.png"}
     for file in good:
-        assert tuple(found.sizes[row[file.name]]) == file.pixels.shape[:2], file.name
-    reasons = dict(found.bad)
+        assert tuple(result.sizes[row[file.name]]) == file.pixels.shape[:2], file.name
+    reasons = dict(result.bad)
     assert set(reasons) == {row[file.name] for file in bad} | {row["gone.png"]}
     for file in bad:
         assert f"{file.name} is not a usable image" in reasons[row[file.name]]
         assert "\n" not in reasons[row[file.name]]
     assert "No such file" in reasons[row["gone.png"]]
     for name, kind in [("cmyk.jpeg", "JPEG CMYK"), ("gif-inside.jpg", "GIF"), ("grey.png", "PNG L"), ("empty.jpg", "")]:
-        assert found.kind_names[found.kinds[row[name]]].startswith(kind)
+        assert result.kind_names[result.kinds[row[name]]].startswith(kind)
 
 
-def test_numbers_are_those_of_the_training_pixels(tmp_path):
+def test_statistics_are_of_the_training_pixels(tmp_path):
     images = {"train/a/1.png": picture(), "train/b/2.png": picture(7, 5) // 3, "val/a/3.png": picture() * 0}
     for name, pixels in images.items():
         fill(tmp_path / "f", name)
         (tmp_path / "f" / name).write_bytes(encode(pixels, "PNG"))
     fill(tmp_path / "f", "val/b/4.png")
-    found = scanned(tmp_path / "f")
+    result = scanned(tmp_path / "f")
     pixels = np.concatenate([images[name].reshape(-1, 3) for name in images if name.startswith("train")]) / 255
-    mean, std = mean_and_std(found.histogram)
+    mean, std = mean_and_std(result.histogram)
     np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(axis=0), rtol=1e-12)
-    assert found.training.tolist() == [True, True, False, False]
+    assert result.training.tolist() == [True, True, False, False]
 
 
 def test_duplicates_are_byte_for_byte(tmp_path):
@@ -101,25 +101,25 @@ def test_duplicates_are_byte_for_byte(tmp_path):
     shutil.copy(folder / "train/b/2.png", folder / "val/b/leak.png")
     Image.open(folder / "val/a/3.png").save(folder / "val/a/again.png", compress_level=0)
     for name in ("x.png", "y.png"):
-        (folder / "train/a" / name).write_bytes(b"")  # alike, but no images
-    found = scanned(folder)
-    groups = [[os.path.relpath(found.paths[i], folder) for i in group] for group in duplicates(found)]
+        (folder / "train/a" / name).write_bytes(b"")  # identical, but not images
+    result = scanned(folder)
+    groups = [[os.path.relpath(result.paths[i], folder) for i in group] for group in duplicates(result)]
     assert groups == [["train/a/1.png", "train/b/copy.png"], ["train/b/2.png", "val/b/leak.png"]]
 
 
 @pytest.mark.slow  # processes start
-def test_processes_find_the_same(tmp_path):
+def test_processes_give_the_same_result(tmp_path):
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(150)))
     write_files(folder, bad_files()[:3])
-    here, there = scanned(folder), scanned(folder, workers=2)
+    serial, parallel = scanned(folder), scanned(folder, workers=2)
     for name in ("stats", "sizes", "kinds", "digests", "training", "histogram"):
-        np.testing.assert_array_equal(getattr(here, name), getattr(there, name))
-    assert (here.paths, here.kind_names, here.bad) == (there.paths, there.kind_names, there.bad)
+        np.testing.assert_array_equal(getattr(serial, name), getattr(parallel, name))
+    assert (serial.paths, serial.kind_names, serial.bad) == (parallel.paths, parallel.kind_names, parallel.bad)
 
 
 @pytest.mark.slow  # processes start
 def test_a_process_that_dies_ends_the_scan(tmp_path):
-    """A decoder that crashes takes its process with it: one line, exit code 3, no hang."""
+    """A decoder that crashes its process: one line, exit code 3, no hang."""
     folder = fill(tmp_path / "f", "1.png", "2.png")
     script = tmp_path / "crash.py"
     script.write_text(
@@ -144,7 +144,7 @@ def test_a_process_that_dies_ends_the_scan(tmp_path):
     assert not (folder / FILE_NAME).exists()
 
 
-# What training makes of it
+# Use by training
 
 
 @pytest.mark.parametrize("layout", ["classes", "flat", "splits", "list"])
@@ -159,9 +159,9 @@ def test_training_starts_without_opening_a_file(tmp_path, run, load, no_header_r
     if layout == "list":
         data = tmp_path / "f" / "list.txt"
         data.write_text(f"b.png\na.png\n{fill(tmp_path / 'g', 'c.png')}/c.png\nb.png\n")
-    code, said, _ = run(data)
+    code, output, _ = run(data)
     assert code == ExitCode.DONE
-    assert str(manifest.places(str(data), tmp_path)[0]) in said
+    assert str(manifest.places(str(data), tmp_path)[0]) in output
     dataset = load(data)
     assert dataset.indexing == "as scanned"
     assert (dataset.train.sizes == (4, 3)).all()
@@ -187,48 +187,48 @@ def test_only_what_has_changed_is_read_again(tmp_path, run, load, monkeypatch):
     assert dataset.train.sizes.tolist() == [[4, 3], [9, 8], [4, 3], [4, 3], [4, 3]]
 
 
-def test_what_only_decoding_shows_is_left_out_of_training(tmp_path, run, load):
-    """The header of a PNG with a flipped bit is in order: without a scan, training would meet it on the way."""
+def test_a_file_that_fails_only_on_decoding_is_left_out_of_training(tmp_path, run, load):
+    """A PNG with a flipped bit has a valid header: without a scan, it would fail during training."""
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(20)))
     write_files(folder, [bad for bad in bad_files() if bad.name == "bit-flipped.png"])
     assert len(load(folder).train) == 21
-    code, said, error = run(folder)
+    code, output, error = run(folder)
     assert code == ExitCode.DATA
-    assert "bit-flipped.png is not a usable image" in said
+    assert "bit-flipped.png is not a usable image" in output
     assert "1 of 21 images are bad" in error
     assert run(folder, "--bad-images", "quarantine")[0] == ExitCode.DONE
     with pytest.raises(DataError, match=r"1 of 21 images of f are bad; .*bit-flipped\.png is not a usable image"):
         load(folder)
-    shutil.copytree(folder, tmp_path / "copy")  # with its times
-    for place in (folder, tmp_path / "copy"):
-        dataset = load(place, bad_images="quarantine")
+    shutil.copytree(folder, tmp_path / "copy")  # keeps modification times
+    for data in (folder, tmp_path / "copy"):
+        dataset = load(data, bad_images="quarantine")
         assert len(dataset.train) == 20
         ((path, reason),) = dataset.quarantine
-        assert path == str(place / "bit-flipped.png")
+        assert path == str(data / "bit-flipped.png")
         assert reason.startswith(path)
-    (folder / "bit-flipped.png").write_bytes(encode(picture(), "PNG"))  # mended
+    (folder / "bit-flipped.png").write_bytes(encode(picture(), "PNG"))  # fixed
     assert len(load(folder).train) == 21
 
 
-def test_too_many_bad_files_are_said_even_if_some_may_be_left_out(tmp_path, run):
+def test_too_many_bad_files_are_reported_even_if_some_may_be_left_out(tmp_path, run):
     folder = fill(tmp_path / "f", *(f"{i}.png" for i in range(8)))
     write_files(folder, bad_files()[:12])
-    code, said, error = run(folder, "--bad-images", "quarantine")
+    code, output, error = run(folder, "--bad-images", "quarantine")
     assert code == ExitCode.DATA
     assert "12 of 20 images of f are bad, and at most 10% may be left out" in error
-    assert said.count("is not a usable image") == 10
-    assert "... and 2 more bad files" in said
+    assert output.count("is not a usable image") == 10
+    assert "... and 2 more bad files" in output
 
 
-# The file
+# Output and manifest file
 
 
 def test_the_summary(tmp_path, run):
     folder = fill(tmp_path / "pets", "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png", "val/b/notes.txt")
     shutil.copy(folder / "train/b/2.png", folder / "val/b/2.png")
-    code, said, _ = run(folder)
+    code, output, _ = run(folder)
     assert code == ExitCode.DONE
-    lines = [" ".join(line.split()) for line in said.splitlines()]
+    lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "images 5 files, 0.0 MiB (pets/train 2, pets/val 3)" in lines
     assert "passed over 1 file (not named like an image)" in lines
     assert "size 3×4 pixels (width×height, all the same)" in lines
@@ -243,20 +243,20 @@ def test_where_it_is_saved(tmp_path, run, load):
     assert run(folder, "--out", out)[0] == ExitCode.DONE
     assert out.is_file()
     assert not (folder / FILE_NAME).exists()
-    (folder / (FILE_NAME + ".tmp")).mkdir()  # in the way, as a read-only folder would be
-    code, said, _ = run(folder)
+    (folder / (FILE_NAME + ".tmp")).mkdir()  # prevents writing, like a read-only folder
+    code, output, _ = run(folder)
     assert code == ExitCode.DONE
-    assert str(tmp_path / "cache" / "manifests") in said
+    assert str(tmp_path / "cache" / "manifests") in output
     assert load(folder).indexing == "as scanned"
     code, _, error = run(folder, "--out", "/dev/null/m.npz")
     assert (code, "cannot write /dev/null/m.npz (" in error) == (ExitCode.CONFIG, True)
     assert run(folder, "--out", tmp_path / "m.json")[0] == ExitCode.CONFIG
 
 
-def test_a_disk_that_is_full_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_manifest(tmp_path, monkeypatch):
     folder = fill(tmp_path / "f", "1.png")
-    found, path = scanned(folder), tmp_path / "m.npz"
-    manifest.write(found, path, str(folder))
+    result, path = scanned(folder), tmp_path / "m.npz"
+    manifest.write(result, path, str(folder))
     before = path.read_bytes()
 
     def full(*_, **__):
@@ -264,53 +264,53 @@ def test_a_disk_that_is_full_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OSError, match="No space"):
-        manifest.write(found, path, str(folder))
+        manifest.write(result, path, str(folder))
     assert path.read_bytes() == before
     assert {entry.name for entry in tmp_path.iterdir()} == {"f", "m.npz"}
 
 
 def test_damage_is_refused_in_one_line(tmp_path):
-    """One byte in 31 of a manifest in turn: what can be read is what was written."""
+    """Flips bits in every 31st byte, one at a time: the manifest is refused or unchanged."""
     folder = fill(tmp_path / "f", "1.png", "2.png")
-    found, path = scanned(folder), tmp_path / "m.npz"
-    manifest.write(found, path, str(folder))
-    whole = path.read_bytes()
+    result, path = scanned(folder), tmp_path / "m.npz"
+    manifest.write(result, path, str(folder))
+    content = path.read_bytes()
     messages = []
-    for at in range(0, len(whole), 31):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+    for at in range(0, len(content), 31):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
         try:
             read = manifest.read(path, str(folder))
         except DataError as error:
             messages.append(str(error))
             continue
-        assert read.paths == found.paths
-        np.testing.assert_array_equal(read.sizes, found.sizes)
-        np.testing.assert_array_equal(read.stats, found.stats)
-    assert len(messages) > len(whole) / 31 / 2
+        assert read.paths == result.paths
+        np.testing.assert_array_equal(read.sizes, result.sizes)
+        np.testing.assert_array_equal(read.stats, result.stats)
+    assert len(messages) > len(content) / 31 / 2
     assert all("m.npz is not a usable manifest (" in message and "\n" not in message for message in messages)
-    for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    for length in (0, 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(DataError, match="not a usable manifest"):
             manifest.read(path, str(folder))
 
 
-@pytest.mark.parametrize("what", ["a pickle", "a bomb", "another format", "too few sizes", "a huge claim"])
-def test_hostile_manifests(tmp_path, what):
+@pytest.mark.parametrize("attack", ["a pickle", "a bomb", "another format", "too few sizes", "a huge claim"])
+def test_hostile_manifests(tmp_path, attack):
     folder = fill(tmp_path / "f", "1.png", "2.png")
     path = tmp_path / "m.npz"
     manifest.write(scanned(folder), path, str(folder))
     with np.load(path) as columns:
         values = dict(columns)
-    if what == "a pickle":
+    if attack == "a pickle":
         values["sizes"] = np.array([[print, print]], dtype=object)
         np.savez(path, allow_pickle=True, **values)
-    elif what == "a bomb":
+    elif attack == "a bomb":
         np.savez_compressed(path, **values)
-    elif what == "another format":
+    elif attack == "another format":
         about = json.loads(values["about"].tobytes()) | {"format": 99}
         values["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         np.savez(path, allow_pickle=False, **values)
-    elif what == "too few sizes":
+    elif attack == "too few sizes":
         values["sizes"] = values["sizes"][:1]
         np.savez(path, allow_pickle=False, **values)
     else:
@@ -322,7 +322,7 @@ def test_hostile_manifests(tmp_path, what):
         manifest.read(path, str(folder))
 
 
-def test_what_has_no_files_cannot_be_scanned(tmp_path, run):
+def test_data_without_files_cannot_be_scanned(tmp_path, run):
     for data, message in [
         ("shapes", "drawn in memory"),
         ("cifar10", "one verified archive"),
@@ -334,11 +334,11 @@ def test_what_has_no_files_cannot_be_scanned(tmp_path, run):
         assert message in error
 
 
-def test_cifar_numbers(test_data):
-    """The published mean of CIFAR-10's training images, from an even thousand of them."""
+def test_cifar_statistics(test_data):
+    """The published mean of CIFAR-10's training images, from every 50th of them."""
     files = find_files(str(test_data / "cifar10"), data_root=test_data)
-    found = scan(files.train.paths[::50], (), 0)
-    mean, std = mean_and_std(found.histogram)
+    result = scan(files.train.paths[::50], (), 0)
+    mean, std = mean_and_std(result.histogram)
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.02)
     np.testing.assert_allclose(std, (0.247, 0.243, 0.262), atol=0.02)
-    assert not found.bad
+    assert not result.bad

@@ -1,4 +1,4 @@
-"""Tar archives give the run that the folder they were made from gives, and nothing in them is trusted."""
+"""Tar archives give the same run as the folder they were made from, and their content is not trusted."""
 
 import io
 import os
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in archives of about ten images."""
     root = tmp_path_factory.mktemp("packed")
-    for split, part in (("train", "train"), ("val", "test")):
-        arguments = [str(folder), str(root / split), "--split", part, "--shard-mib", "0.02"]
+    for name, split in (("train", "train"), ("val", "test")):
+        arguments = [str(folder), str(root / name), "--split", split, "--shard-mib", "0.02"]
         assert make_shards.main(arguments) == 0
     return root
 
@@ -72,40 +72,40 @@ def load(path: Path | str, **options: object) -> Dataset:
     return load_dataset(str(path), data_root="unused", **options)  # type: ignore[arg-type]
 
 
-def test_the_archives_hold_what_the_folder_holds(folder: Path, packed: Path) -> None:
-    there, here = load(folder), load(packed)
-    assert here.test is not None
-    assert there.test is not None
-    for ours, theirs in ((here.train, there.train), (here.test, there.test)):
-        assert np.array_equal(ours.sizes, theirs.sizes)
-        assert ours.labels is not None
-        assert theirs.labels is not None
-        assert np.array_equal(ours.labels, theirs.labels)
-        assert ours.class_names == theirs.class_names == CLASSES
-        assert all(ours.read_bytes(i) == theirs.read_bytes(i) for i in range(len(ours)))
+def test_the_archives_have_the_content_of_the_folder(folder: Path, packed: Path) -> None:
+    unpacked, archived = load(folder), load(packed)
+    assert archived.test is not None
+    assert unpacked.test is not None
+    for a, b in ((archived.train, unpacked.train), (archived.test, unpacked.test)):
+        assert np.array_equal(a.sizes, b.sizes)
+        assert a.labels is not None
+        assert b.labels is not None
+        assert np.array_equal(a.labels, b.labels)
+        assert a.class_names == b.class_names == CLASSES
+        assert all(a.read_bytes(i) == b.read_bytes(i) for i in range(len(a)))
     archives = sorted((packed / "train").glob("*.tar"))
     assert len(archives) > 2
-    assert here.train.describe().endswith(f"2 classes, in {len(archives)} tar archives")
-    assert "00000003.jpeg in " in here.train.display_name(3)
+    assert archived.train.describe().endswith(f"2 classes, in {len(archives)} tar archives")
+    assert "00000003.jpeg in " in archived.train.display_name(3)
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali", "resident"])
-def test_the_views_are_those_of_the_folder(
+def test_the_crops_equal_those_of_the_folder(
     folder: Path, packed: Path, pipeline: str, require_backend: Callable[[str], None]
 ) -> None:
     if pipeline == "dali":
         require_backend("dali")
-    found = []
+    results = []
     for data in (folder, packed):
         index = load(data).train
         planner = Planner(index.sizes, seed=3, batch_size=10, augmentation=AUGMENTATIONS["v2"], shuffle_keys=True)
         source = open_source(pipeline, index, 16, CPU, 0 if pipeline == "torch" else 1)
-        found.append([(crops.images.clone(), crops.plan) for crops in source.crops(planner.plans(0, 5))])
+        results.append([(crops.images.clone(), crops.plan) for crops in source.crops(planner.plans(0, 5))])
         source.close()
-    for (theirs, plan), (ours, same_plan) in zip(*found, strict=True):
+    for (images, plan), (same_images, same_plan) in zip(*results, strict=True):
         assert np.array_equal(plan.indices, same_plan.indices)
         assert np.array_equal(plan.boxes, same_plan.boxes)
-        assert torch.equal(theirs, ours)
+        assert torch.equal(images, same_images)
 
 
 def test_a_pattern_names_archives_in_order(packed: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_pattern_names_archives_in_order(packed: Path) -> None:
         load(f"{packed}/train/{{000000..{count:06d}}}.tar")
 
 
-def test_archives_named_for_their_part_are_split(tmp_path: Path) -> None:
+def test_archives_named_for_their_split_are_split(tmp_path: Path) -> None:
     for name in ("x-train-0.tar", "x-train-1.tar", "x-val-0.tar"):
         write_tar(tmp_path / name, {f"a{name[-5]}.jpg": encoded(1), f"b{name[-5]}.jpg": encoded(2)})
     dataset = load(tmp_path)
@@ -128,7 +128,7 @@ def test_archives_named_for_their_part_are_split(tmp_path: Path) -> None:
     assert dataset.train.labels is None
 
 
-def test_folders_inside_are_classes_where_no_label_is_given(tmp_path: Path) -> None:
+def test_folders_inside_are_classes_without_labels(tmp_path: Path) -> None:
     images = {f"{name}/{i}.png": encoded(i, kind="PNG") for name in ("b", "a") for i in range(2)}
     index = load(write_tar(tmp_path / "x.tar", images | {"README": b"hello"})).train
     assert index.class_names == ("a", "b")
@@ -136,7 +136,7 @@ def test_folders_inside_are_classes_where_no_label_is_given(tmp_path: Path) -> N
     assert index.labels.tolist() == [1, 1, 0, 0]
 
 
-def test_mixing_by_a_seed_keeps_every_image_and_its_label(folder: Path, tmp_path: Path) -> None:
+def test_shuffling_keeps_every_image_and_its_label(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert make_shards.main([str(folder), str(tmp_path / name), "--shuffle", "7"]) == 0
     first, again, plain = load(tmp_path / "one").train, load(tmp_path / "two").train, load(folder).train
@@ -149,7 +149,7 @@ def test_mixing_by_a_seed_keeps_every_image_and_its_label(folder: Path, tmp_path
     assert {content: first.labels[i] for i, content in enumerate(contents)} == pairs
 
 
-def test_a_part_of_the_images_is_small_to_hand_over(packed: Path) -> None:
+def test_a_selection_of_the_images_is_small_to_send(packed: Path) -> None:
     index = load(packed).train
     records = index.select(np.array([5, 2])).records
     assert records is not None
@@ -158,10 +158,10 @@ def test_a_part_of_the_images_is_small_to_hand_over(packed: Path) -> None:
     assert records.read(1) == index.read_bytes(2)
 
 
-# ---- nothing is trusted ----------------------------------------------------------------------------------------------
+# ---- untrusted content ----------------------------------------------------------------------------------------------
 
 
-def test_links_devices_and_paths_that_lead_outside_are_only_names(tmp_path: Path) -> None:
+def test_links_and_devices_are_skipped_and_outside_paths_are_only_names(tmp_path: Path) -> None:
     link, device = tarfile.TarInfo("link.jpg"), tarfile.TarInfo("device.jpg")
     link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
     path = write_tar(
@@ -181,9 +181,9 @@ def test_links_devices_and_paths_that_lead_outside_are_only_names(tmp_path: Path
 def test_a_shortened_archive_is_refused(tmp_path: Path, bytes_left: int, message: str) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(1, 200, 200), "b.jpg": encoded(2, 200, 200)})
     with tarfile.open(path) as archive:
-        end = archive.getmembers()[-1]
-    whole = end.offset_data + -(-end.size // 512) * 512
-    os.truncate(path, bytes_left if bytes_left >= 0 else whole + 512)
+        last = archive.getmembers()[-1]
+    members_end = last.offset_data + -(-last.size // 512) * 512
+    os.truncate(path, bytes_left if bytes_left >= 0 else members_end + 512)
     with pytest.raises(DataError, match=message):
         load(path)
 
@@ -221,7 +221,7 @@ def test_bad_images_stop_or_are_left_out(tmp_path: Path) -> None:
     assert dataset.quarantine[0][0] == f"07.jpg in {path}"
 
 
-def test_packing_leaves_nothing_half_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_leaves_nothing_incomplete(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
