@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch takes seconds to load: only what needs it does so
+if TYPE_CHECKING:  # torch takes seconds to import, so the package imports it only when needed
     from pathlib import Path
 
     from torch import nn
@@ -17,18 +17,19 @@ __all__ = ["load_backbone"]
 def load_backbone(
     path: str | Path, *, arch: str | None = None, stem: str | None = None, side: int | None = None
 ) -> tuple[nn.Module, Preprocessing]:
-    """A pretrained backbone, and what turns an image into its input.
+    """Load a pretrained backbone and the preprocessing of its input images.
 
         backbone, preprocess = load_backbone("runs/NAME")
         features = backbone(preprocess(image)[None])            (1, D) float32
 
     path         a run directory, a checkpoint, a file of `fastmoco export`, a checkpoint of facebookresearch/moco, or a
                  torchvision state dict of a ResNet
-    arch, stem   what it has to be, where you know: anything else is an error
-    side         S of the views in pixels, in place of the one it was trained with
+    arch, stem   the expected architecture and stem: anything else is an error
+    side         side of the views in pixels, instead of the one used in training
 
-    The backbone is torchvision's `ResNet` with an identity for `fc`, in evaluation mode, float32, on the CPU; before it
-    goes a `preprocessing.Preprocessing`. Raises CheckpointError or ConfigError, ValueErrors of one line that say why.
+    The backbone is torchvision's `ResNet` with an identity as `fc`, in evaluation mode, float32, on the CPU; the
+    preprocessing is an `export.preprocessing.Preprocessing`. Raises CheckpointError or ConfigError, both ValueErrors
+    with a message of one line.
     """
     from fastmoco.export.preprocessing import Preprocessing
     from fastmoco.export.read import read_backbone

@@ -1,7 +1,7 @@
-"""fastmoco train · recipes · sweep · scan · views: the command line.
+"""The command line: `fastmoco COMMAND`, with one function per command.
 
-Errors are one line and an exit code; a traceback only with --debug. Help and wrong arguments are answered at once:
-torch, torchvision and matplotlib take seconds to load, and no module that reads arguments imports them.
+An error is one line on stderr and an exit code, with a traceback only under --debug. Help and argument errors are
+instant: modules that parse arguments do not import torch, torchvision or matplotlib, which take seconds to load.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from fastmoco.recipes import check_data, recipe
 
 USAGE = """usage: fastmoco COMMAND [--debug]
 
-  train [RECIPE] [FLAGS]   pretrain; without flags, on a generated data set     (fastmoco train --help)
-  recipes [NAME]           the named runs, and what to expect of each; or one of them in full
-  sweep RECIPE --vary ...  a run for every value of a flag, a table and a plot   (fastmoco sweep --help)
-  export RUN --to LIBRARY  the backbone for torchvision, timm, detectron2, main_lincls.py or ONNX
-  scan DATA                read every image once: bad files, duplicates, mean and std; training then starts at once
-  eval RUN_OR_CHECKPOINT   evaluate the features: kNN, linear probe, few labels, fine-tuning, collapse, pictures
-  views DATA               a picture of the views that a seed, an epoch and a pipeline make
+  train [RECIPE] [FLAGS]   pretrain a backbone; by default on a generated data set
+  recipes [NAME]           list the recipes and their expected accuracy, or show one in full
+  sweep RECIPE --vary ...  train once for each value of a flag; write a table and a plot
+  export RUN --to LIBRARY  export the backbone to torchvision, timm, detectron2, main_lincls.py or ONNX
+  scan DATA                check every image: unreadable files, duplicates, mean and std; makes later starts fast
+  eval RUN_OR_CHECKPOINT   evaluate features: kNN, linear probe, few labels, fine-tuning, collapse, plots
+  views DATA               draw the augmented views of a data set
 
-Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable."""
+Flags of a command: fastmoco COMMAND --help
+Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -43,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
-    except AlreadyReportedError as told:
-        return told.code
+    except AlreadyReportedError as error:
+        return error.code
     except Exception as error:
         code = exit_code(error)
         report_to_torchrun(error, code or 1)
         if debug or code is None:
             raise
-        word = "stopped" if code == ExitCode.PREEMPTED else "error"
-        print(f"fastmoco: {word}: {' '.join(str(error).split())}", file=sys.stderr)
+        label = "stopped" if code == ExitCode.PREEMPTED else "error"
+        print(f"fastmoco: {label}: {' '.join(str(error).split())}", file=sys.stderr)
         return code
     return ExitCode.DONE
 
@@ -129,9 +130,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def parse_train(argv: list[str]) -> RunConfig:
-    """`[RECIPE] [--config FILE] [FLAGS]` to a configuration; later ones win: defaults, recipe, file, flags.
+    """Parse `[RECIPE] [--config FILE] [FLAGS]`.
 
-    With --resume, the run's own config.json stands in place of the defaults. Raises ConfigError; exits for --help.
+    Fields without a flag are those of FILE, else with --resume of the run's config.json, else of RECIPE, else the
+    defaults. Raises ConfigError; exits for --help.
     """
     default = RunConfig()
     if argv and not argv[0].startswith("-"):
@@ -146,8 +148,9 @@ def parse_train(argv: list[str]) -> RunConfig:
         RunConfig,
         argv,
         command="train",
-        description="Pretrain a backbone by momentum contrast. RECIPE (see fastmoco recipes) or --config FILE set the "
-        "defaults; flags win.",
+        description="Pretrain a backbone with momentum contrast (MoCo). RECIPE (see fastmoco recipes) or --config FILE "
+        "sets the defaults; flags override them. Values that are None are set to suit the data, most of them as in the "
+        "closest of the recipes shapes, cifar10-demo and imagenet-v1.",
         flags=[*("--" + name.replace("_", "-") for name in default.flat()), "--config"],
         default=default.replace(resume=False, overwrite=False),
     )
@@ -157,18 +160,20 @@ def _read(path: Path) -> RunConfig:
     try:
         return RunConfig.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read ({error}): expected a JSON file such as a run's") from error
+        raise ConfigError(
+            f"--config {path} cannot be read ({error}): expected the JSON of a run's config.json"
+        ) from error
 
 
 def _take_value(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """The arguments without `flag VALUE` or `flag=VALUE`, and the value."""
-    for place, argument in enumerate(argv):
+    """Remove `flag VALUE` or `flag=VALUE`; return the remaining arguments and the value."""
+    for i, argument in enumerate(argv):
         if argument == flag:
-            if place + 1 == len(argv):
+            if i + 1 == len(argv):
                 raise ConfigError(f"{flag} needs a value")
-            return argv[:place] + argv[place + 2 :], argv[place + 1]
+            return argv[:i] + argv[i + 2 :], argv[i + 1]
         if argument.startswith(flag + "="):
-            return argv[:place] + argv[place + 1 :], argument.removeprefix(flag + "=")
+            return argv[:i] + argv[i + 1 :], argument.removeprefix(flag + "=")
     return argv, None
 
 

@@ -1,6 +1,6 @@
-"""The composition root and the training loop: pipelines, encoders and the step are built and run here only.
+"""The composition root and the training loop: the only place where pipeline, encoders and step are built and run.
 
-The host runs ahead of the device: it waits for it only every `log_every` steps, at evaluations and at checkpoints.
+The host runs ahead of the device and waits for it only every `log_every` steps, at evaluations and at checkpoints.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from pipelines.plan.order import orders
 from pipelines.plan.planner import Planner
 from pipelines.views import Views
 
-SAVE_INTERVAL_S = 60.0  # between checkpoints without --checkpoint-every: an epoch may be shorter than a save
+SAVE_INTERVAL_S = 60.0  # between checkpoints without --checkpoint-every, since an epoch may be shorter than a save
 MAX_DRAWN = 64  # images in views.png
 
 
 def train(config: RunConfig, console: Console) -> Path:
-    """Starts or resumes a run, trains to the last epoch, and returns its folder. Under torchrun, every rank calls it.
+    """Start or resume a run, train to the last epoch and return its folder. Under torchrun, every rank calls it.
 
-    Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError; Preempted after a signal, with
-    the state saved; RankLostError where another rank has died; AlreadyReportedError where that rank has reported the
-    reason.
+    Raises ConfigError, DataError, CheckpointError, DivergedError or DeviceError; Preempted after a signal, with the
+    state saved; RankLostError if another rank has died, AlreadyReportedError if that rank has reported the reason.
     """
     with run_context(config, console) as context:
         trainer = Trainer(context)
@@ -89,7 +88,7 @@ class Trainer:
         self.threads = ThreadCount(torch.get_num_threads()) if tunes_threads(config, self.world) else None
         self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
-        candidates = model.moco_k + (model.mechanism != "end-to-end")  # in which the positive is one of the K keys
+        candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
         self._source, self._images = source, dataset.train
         self._stopped, self._began = False, time.monotonic()
@@ -100,7 +99,7 @@ class Trainer:
         return self.state.step // self.steps_per_epoch
 
     def run(self) -> None:
-        """From the newest checkpoint, or from the start, to the end of the last epoch."""
+        """Train to the end of the last epoch, from the newest checkpoint with --resume."""
         try:
             self._resume() if self.config.run.resume else self._begin()
             self._steps()
@@ -122,26 +121,26 @@ class Trainer:
     def _begin(self) -> None:
         if self.recorder is not None:
             self.recorder.begin(self._first_views(), self.augmentation)
-        numbers: dict[str, float] = {}
+        results: dict[str, float] = {}
         if self.config.run.knn_every:
-            numbers = self._evaluate()
+            results = self._evaluate()
             pixels = self.evaluator.pixels()
             if pixels is not None:
-                numbers["knn_pixels_top1_percent"] = pixels
+                results["knn_pixels_top1_percent"] = pixels
         if self.recorder is not None:
-            self.recorder.evaluation(0, 0, numbers)
+            self.recorder.evaluation(0, 0, results)
         self._save()
 
     def _evaluate(self) -> dict[str, float]:
         began = time.monotonic()
-        numbers = self.evaluator.evaluate(self.state.model.query)
+        results = self.evaluator.evaluate(self.state.model.query)
         self.forecast.evaluation_s = time.monotonic() - began
-        return numbers
+        return results
 
     def _first_views(self) -> Views:
-        """The first images of the first step, all on this rank, keys in the order of their queries."""
+        """Views of the first images of step 0, all on this rank, with the keys in the order of the queries."""
         p, side = self.planner, self.config.augment.crop_size
-        few = Planner(
+        planner = Planner(
             p.sizes,
             seed=p.seed,
             batch_size=min(MAX_DRAWN, p.batch_size),
@@ -151,7 +150,7 @@ class Trainer:
         )
         device, dtype = self.world.device, DTYPES[self.config.run.amp]
         name, workers = self.config.data.pipeline, self.config.data.workers
-        return next(open_pipeline(name, self._images, few, self._source, side, device, dtype, workers).views(0, 1))
+        return next(open_pipeline(name, self._images, planner, self._source, side, device, dtype, workers).views(0, 1))
 
     def _resume(self) -> None:
         path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))
@@ -181,24 +180,24 @@ class Trainer:
                 watchdog.feed()
                 epoch_ends = state.step % self.steps_per_epoch == 0
                 metrics = self._log(lr) if epoch_ends or state.step % config.run.log_every == 0 else None
-                if metrics is not None or self.world.device.type == "cpu":  # else the host may be ahead of the device
+                if metrics is not None or self.world.device.type == "cpu":  # on a GPU the host may be ahead
                     self._forecast(clock.training_s)
                 if metrics is not None:
                     progress.update(state.step, metrics, self.forecast.left_s)
                 with clock.paused(), watchdog.paused():
                     if epoch_ends and self._evaluation_is_due():
-                        numbers = self._evaluate()
+                        results = self._evaluate()
                         if self.recorder is not None:
-                            self.recorder.evaluation(state.step, self.epoch, numbers)
+                            self.recorder.evaluation(state.step, self.epoch, results)
                     if self._save_is_due(epoch_ends):
                         self._save()
         if self._stopped and state.step < self.total_steps:
             self.world.on_main(lambda: self._save(last_chance=True))
-            by = self.stop.name if self.stop else "a signal to another rank"
-            raise Preempted(f"stopped by {by} at step {state.step:,}, saved: resume with --resume")
+            signal = self.stop.name if self.stop else "a signal to another rank"
+            raise Preempted(f"stopped by {signal} at step {state.step:,}, saved: resume with --resume")
 
     def _until_stopped(self) -> Iterator[Views]:
-        """The remaining batches, until all ranks know that one of them has received a signal."""
+        """The remaining batches, until all ranks agree that one of them has received a signal."""
         views, vote = self.pipeline.views(self.state.step, self.total_steps), StopVote(self.world)
         while True:
             self._stopped = vote(bool(self.stop))
@@ -209,7 +208,7 @@ class Trainer:
             except DataError:
                 if not self.stop or self.world.size > 1:
                     raise
-                self._stopped = True  # the loader has received the signal too
+                self._stopped = True  # the signal has reached the loader's processes too
                 break
             if batch is None:
                 break
@@ -235,38 +234,38 @@ class Trainer:
         return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
 
     def _log(self, lr: float) -> StepMetrics:
-        """Reads metrics from the device, records them, and raises DivergedError where the run has diverged."""
-        numbers = self.state.train_step.read_metrics()
+        """Read metrics from the device and record them. Raises DivergedError if the run has diverged."""
+        latest = self.state.train_step.read_metrics()
         rates = self.clock.read()
         device = self.world.device
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         threads = None if self.threads is None else self.threads.threads
-        metrics = StepMetrics(numbers["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory, threads)
+        metrics = StepMetrics(latest["loss"], lr, rates.images_per_s, rates.data_wait_percent, memory, threads)
         if self.recorder is not None:
-            self.recorder.log_step(self.state.step, self.epoch, metrics, int(numbers["skipped_steps"]))
+            self.recorder.log_step(self.state.step, self.epoch, metrics, int(latest["skipped_steps"]))
             self.recorder.replaced(self._images.ledger)
-        if numbers["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
+        if latest["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
             raise DivergedError(
-                f"the loss or a gradient was not finite for {numbers['consecutive_skipped']} steps up to step "
-                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before"
+                f"the loss or a gradient was not finite for {latest['consecutive_skipped']} steps up to step "
+                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before them"
             )
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
         return metrics
 
     def _forecast(self, training_s: float) -> None:
-        """Prints once how long the run will take."""
+        """Print once how long the run will take."""
         if self.forecast.mark(self.state.step, training_s):
             resumed, left_s = self.config.run.resume, self.forecast.left_s or 0.0
-            all_s = left_s + (0.0 if resumed else time.monotonic() - self._began)
-            say(self.console, f"{'the rest takes ' * resumed}about {duration(all_s)} on this machine")
+            total_s = left_s + (0.0 if resumed else time.monotonic() - self._began)
+            say(self.console, f"{'the rest takes ' * resumed}about {duration(total_s)} on this machine")
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.run.knn_every
         return bool(every) and (self.epoch % every == 0 or self.state.step == self.total_steps)
 
     def _save_is_due(self, epoch_ends: bool) -> bool:
-        """Whether rank 0 saves now; the other ranks have the same state and continue."""
+        """Whether to save now; never on ranks other than 0, whose state is the same."""
         every, step = self.config.run.checkpoint_every, self.state.step
         if self.recorder is None:
             return False
@@ -285,7 +284,7 @@ class Trainer:
             self.recorder.finish(backbone, self.state.step, self.epoch, seconds, rate, self.chance_loss)
 
     def _stalled(self, message: str) -> None:
-        """Records the failure of a rank that cannot be interrupted."""
+        """Record that this rank hangs, before the watchdog ends the process."""
         if self.recorder is not None:
             self.recorder.failed(RankLostError(message))
         self.world.report_failure(RankLostError(message))

@@ -1,4 +1,4 @@
-"""Everything that defines a run. Imports errors and nothing else of fastmoco, and no torch: `--help` is instant."""
+"""The configuration of a run. Imports only errors and the registry of fastmoco, and no torch: `--help` is instant."""
 
 from fastmoco.config.choices import Arch, Aug
 from fastmoco.config.resolved import ResolvedConfig

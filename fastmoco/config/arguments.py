@@ -1,4 +1,4 @@
-"""Flags → a frozen dataclass, and what is wrong with them in one line."""
+"""Parsing of flags into a frozen dataclass, with errors of one line."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ T = TypeVar("T")
 def parse(
     kind: type[T], argv: list[str], *, command: str, description: str, flags: Iterable[str], default: T | None = None
 ) -> T:
-    """The arguments of `fastmoco COMMAND` as an instance of the dataclass `kind`.
+    """Parse the arguments of `fastmoco COMMAND` into an instance of the dataclass `kind`.
 
-    flags    all of them, to name the nearest one to an unknown word
-    default  where the values of absent flags come from; None for those of the class
+    flags    all flags of the command, to suggest one for an unknown argument
+    default  values of absent flags (None: the defaults of the class)
 
     Raises ConfigError; exits for --help.
     """
     import tyro
 
-    asks_for_help = any(argument in ("-h", "--help") for argument in argv)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(sys.stdout if asks_for_help else said):
+    help_requested = any(argument in ("-h", "--help") for argument in argv)
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(sys.stdout if help_requested else output):
         try:
             options, unknown = tyro.cli(
                 kind,
@@ -37,27 +37,27 @@ def parse(
                 description=description,
                 args=argv,
                 return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),  # --x and --no-x both, whatever a resumed run had
+                config=(tyro.conf.OmitArgPrefixes,),  # booleans keep both --x and --no-x
                 default=tyro.MISSING_NONPROP if default is None else default,
             )
         except SystemExit as error:
             if error.code in (0, None):
                 raise
-            raise ConfigError(_one_line(said.getvalue())) from error
+            raise ConfigError(_one_line(output.getvalue())) from error
     if unknown:
         raise ConfigError(f"unknown argument {unknown[0]!r}; {suggestion(unknown[0].split('=')[0], flags)}")
     return options
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`did you mean ...?`, or where to look."""
-    near = closest(word, known, cutoff=0.5)
-    return "see fastmoco --help" if near is None else f"did you mean {near}?"
+    """`did you mean ...?` with the closest name, or a reference to --help if none is close."""
+    match = closest(word, known, cutoff=0.5)
+    return "see fastmoco --help" if match is None else f"did you mean {match}?"
 
 
 def _one_line(box: str) -> str:
-    """The words of tyro's boxed message, without its heading, its rules and its help text."""
-    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box).split())
-    parts = [part.strip() for part in re.split(r"-{8,}", words)]
-    text = next((part for part in parts[1:] if part), words)
+    """The text of tyro's boxed message, without its frame, heading and help text."""
+    content = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", box).split())
+    sections = [section.strip() for section in re.split(r"-{8,}", content)]
+    text = next((section for section in sections[1:] if section), content)
     return re.sub(r"^Error parsing \w+: ", "", text)

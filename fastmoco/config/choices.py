@@ -1,4 +1,4 @@
-"""Types of options that name a registry's entry: a `Literal` of its names at run time, `str` for type checkers."""
+"""Types of options whose choices are the keys of a registry: a `Literal` at run time, `str` for type checkers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A configuration in which everything that training needs has a value."""
+"""A configuration with a value for everything that training needs."""
 
 # pyright: reportGeneralTypeIssues=false
-# A field that is redeclared without its default is one that must be given, which pyright has no other name for.
+# Fields are made required by redeclaring them without a default, which pyright reports.
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class ResolvedRun(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(RunConfig):
-    """What `run.resolve.resolve` makes of a RunConfig: fields that depend on the data are narrowed to not None.
+    """The result of `run.resolve.resolve`: fields whose default depends on the data are no longer None.
 
-    The fields that still may be None have a meaning there: no limit, no step schedule, a linear head, the folder's
-    usual name, one process. A None anywhere else raises ConfigError.
+    In the remaining optional fields None has a meaning: no limit, no step schedule, a linear head, the default folder,
+    one process. A None in any other field raises ConfigError.
     """
 
     data: ResolvedData
@@ -61,7 +61,7 @@ class ResolvedConfig(RunConfig):
 
     @staticmethod
     def of(config: RunConfig) -> ResolvedConfig:
-        """The same values. Raises ConfigError where one that training needs is None."""
+        """Narrow a configuration. Raises ConfigError if a required value is None."""
         return ResolvedConfig(
             data=ResolvedData(**vars(config.data)),
             augment=ResolvedAugment(**vars(config.augment)),

@@ -1,8 +1,9 @@
-"""The configuration of a run: one tree of frozen dataclasses, validated once, JSON in and out.
+"""The configuration of a run: a tree of frozen dataclasses, validated on construction, with a JSON form.
 
-Field names are unique over the whole tree, so that a field, its flag (`moco_k`, `--moco-k`) and its name in a message
-are the same wherever it lives. Flags keep the names of facebookresearch/moco where that has one. A field that is None
-has no value yet: the right one depends on the data, and is filled in before training starts. Errors are `ConfigError`.
+Field names are unique across the tree, so that flags need no prefix (`moco_k`, `--moco-k`). Flags have the names of
+facebookresearch/moco if it has an equivalent. The docstring of a field is its text in --help. For fields whose default
+depends on the data, None stands for that default, and `run.resolve` replaces it before training starts. Errors are
+`ConfigError`.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from fastmoco.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how they reach the device."""
+    """The images and how they are loaded."""
 
     data: str = "shapes"
-    """A folder of images, a text file of paths, or a name: shapes (drawn in memory), cifar10, stl10, imagenette, ..."""
+    """Folder of images, text file of paths, or name: shapes (generated), cifar10, stl10, imagenette, ..."""
     data_root: str = "~/.cache/fastmoco"
-    """Where named data sets are downloaded to."""
+    """Folder for downloaded data sets and caches."""
     limit: int | None = None
-    """Train on this many images only, the same share of every class."""
+    """Number of images to train on, stratified by class (None: all)."""
     pipeline: AutoPipeline = "auto"
-    """How images are decoded and augmented; auto says what it chose and why."""
+    """Implementation of decoding and augmentation (auto: by data and device; reported at start)."""
     workers: int | None = None
-    """Threads or processes that decode (None: from the number of cores)."""
+    """Decoding threads or processes of each rank (None: from the number of CPU cores)."""
     bad_images: Literal["error", "quarantine"] = "error"
-    """What an image that cannot be read means: stop, or leave it out and list it."""
+    """Unreadable images: stop with an error, or leave them out and list them."""
     order: Literal["any", "archives"] = "any"
-    """Any order of all images, or one tar archive after another, mixed as by a buffer: for disks that are far away."""
+    """Shuffle all images, or tar archive by archive with a shuffle buffer, for disks with slow random access."""
     order_buffer: int = 10_000
-    """Images in the buffer of --order archives."""
+    """Size of the shuffle buffer of --order archives, in images."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -49,16 +50,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How one image becomes two views."""
+    """How two views are made from an image."""
 
     crop_size: int | None = None
-    """Side of a view in pixels (None: the images' own if small and uniform, else 224)."""
+    """Side of a view in pixels (None: the median shorter side of the images, at most 224)."""
     aug: Aug | None = None
-    """Augmentation of MoCo v1, of v2, of the authors' CIFAR demo, or of BYOL (None: from the data)."""
+    """Augmentation of MoCo v1, MoCo v2, the authors' CIFAR demo, or BYOL (None: from the closest recipe)."""
     aug_plus: bool = False
-    """The same as --aug v2."""
+    """Same as --aug v2."""
     crop_scale_min: float | None = None
-    """Smallest area of a random crop, as a fraction of the image (None: of the augmentation, 0.2)."""
+    """Minimum area of a random crop, as a fraction of the image (None: from the closest recipe or --aug)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,39 +71,38 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoders, the queue and the loss."""
+    """The encoders, the keys and the loss."""
 
     arch: Arch | None = None
-    """Backbone (None: from the size of the images)."""
+    """Backbone (None: from the closest recipe)."""
     width: float = 1.0
-    """Factor on every channel count of the backbone."""
+    """Width multiplier: factor on all channel counts of the backbone."""
     stem: AutoStem = "auto"
-    """First layers: 7x7 stride 2 and max-pool, or 3x3 stride 1 for small images."""
+    """First layers: imagenet is 7x7, stride 2, max-pool; cifar is 3x3, stride 1 (auto: cifar for crops up to 64 px)."""
     head: tuple[int, ...] | None = None
-    """Hidden widths of the projection head; none means a linear layer."""
+    """Widths of the hidden layers of the projection head (None: a linear head, as in MoCo v1)."""
     mlp: bool = False
-    """MoCo v2's head: one hidden layer as wide as the backbone's features."""
+    """MoCo v2's projection head: one hidden layer as wide as the backbone's features."""
     moco_dim: int = 128
-    """Length of an embedding."""
+    """Dimension of the embeddings."""
     moco_k: int | None = None
-    """Number of keys in the queue (None: from the data)."""
+    """Number of keys in the queue (None: from the closest recipe, at most the number of images)."""
     moco_m: float | None = None
-    """EMA momentum of the key encoder (None: from the data)."""
+    """EMA momentum of the key encoder (None: from the closest recipe)."""
     moco_m_cos: bool = False
-    """Raise the EMA momentum to 1 along a half cosine."""
+    """Increase the EMA momentum to 1 with a half-cosine schedule."""
     moco_t: float | None = None
-    """Softmax temperature (None: from the data)."""
+    """Softmax temperature (None: from the closest recipe)."""
     symmetric: bool = False
-    """Use each view once as query and once as key; two queries an image."""
+    """Symmetric loss: each view is the query once and the key once."""
     objective: Objective = "info-nce"
     """Contrastive loss."""
     mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"
-    """Where keys come from: a queue filled by a key encoder that follows (MoCo), the batch itself with gradients into
-    both encoders, or a bank with one stored feature an image."""
+    """Source of keys: MoCo's queue, the batch with gradients into both encoders, or one stored feature per image."""
     bank_m: float = 0.5
-    """Momentum of a stored feature, with --mechanism memory-bank."""
+    """Momentum of the stored features of --mechanism memory-bank."""
     bn_splits: int | None = None
-    """Groups of a batch that are normalised apart, as if on so many devices; 1 is plain batch norm."""
+    """Groups of a batch with separate batch norm statistics; 1 is plain batch norm (None: 1 to 8, of 16 or more)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -120,54 +120,54 @@ class ModelConfig:
         self._check_mechanism()
 
     def _check_mechanism(self) -> None:
-        """Refuse settings of the queue's key encoder where there is none."""
+        """Reject settings of the momentum encoder for mechanisms without one."""
         if self.mechanism == "queue":
             return
         if self.moco_m not in (None, 0.0) or self.moco_m_cos:
-            found = "--moco-m-cos is set" if self.moco_m_cos else f"--moco-m is {self.moco_m:g}"
+            setting = "--moco-m-cos is set" if self.moco_m_cos else f"--moco-m is {self.moco_m:g}"
             raise ConfigError(
-                f"{found}, and --mechanism {self.mechanism} has no key encoder that follows slowly: use --moco-m 0 "
+                f"{setting}, but --mechanism {self.mechanism} has no momentum encoder: use --moco-m 0 "
                 "--no-moco-m-cos, or --mechanism queue"
             )
         if self.mechanism == "memory-bank" and self.symmetric:
             raise ConfigError(
-                "--symmetric exchanges queries and keys of a batch, and with --mechanism memory-bank keys come from "
+                "--symmetric swaps the queries and keys of a batch, but with --mechanism memory-bank keys come from "
                 "the bank: use --no-symmetric, or --mechanism queue"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser, its schedule and its length."""
+    """The optimiser and its schedule."""
 
     optimizer: Optimizer = "sgd"
-    """Update of the query encoder; the moving average of the key encoder goes with it."""
+    """Optimiser of the query encoder; it updates the key encoder's moving average in the same pass."""
     batch_size: int | None = None
-    """Images a step, over all devices together (None: from the data)."""
+    """Images per step over all devices (None: from the closest recipe, less for few images)."""
     lr: float | None = None
-    """Learning rate at the start (None: from the data and the batch)."""
+    """Initial learning rate (None: from the closest recipe, see --lr-scaling)."""
     lr_scaling: Literal["linear", "none"] = "linear"
-    """Whether an open learning rate is the recipe's times the batch over the recipe's batch, or the recipe's."""
+    """Without --lr: scale the closest recipe's learning rate linearly with the batch size, or leave it unchanged."""
     wd: float | None = None
-    """Weight decay (None: from the data)."""
+    """Weight decay (None: from the closest recipe)."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """SGD momentum."""
     epochs: int | None = None
-    """Passes over the data (None: from the data)."""
+    """Number of epochs (None: from the closest recipe)."""
     cos: bool = False
-    """Lower the learning rate to --final-lr along a half cosine."""
+    """Decay the learning rate to --final-lr with a half-cosine schedule."""
     final_lr: float = 0.0
-    """Where --cos ends."""
+    """Final learning rate of --cos."""
     schedule: tuple[int, ...] | None = None
-    """Epochs at which the learning rate is divided by 10."""
+    """Epochs at which the learning rate is divided by 10 (None: from the closest recipe, unless --cos is given)."""
     warmup_epochs: int = 0
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs of linear warm-up of the learning rate from 0."""
     exclude_bn_from_wd: bool = False
-    """No weight decay for biases and batch-norm parameters."""
+    """Exclude biases and batch norm parameters from weight decay."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self, "batch_size", lambda v: v >= 2, "2 or more", "batch norm has no statistics of one image")
+        require(self, "batch_size", lambda v: v >= 2, "2 or more", "batch norm needs more than one image")
         require(self, "lr", lambda v: v > 0, "a number above 0", "the authors use 0.03 for a batch of 256")
         require(self, "final_lr", lambda v: v >= 0, "0 or more")
         require(self, "wd", lambda v: v >= 0, "0 or more", "the authors use 0.0001")
@@ -179,20 +179,20 @@ class OptimConfig:
         if self.cos and self.schedule is not None:
             raise ConfigError("--cos and --schedule both define the learning rate: drop one of the two")
         if self.final_lr and (self.schedule is not None or self.final_lr > (self.lr or self.final_lr)):
-            found = "--schedule ends elsewhere" if self.schedule is not None else f"the start, --lr, is {self.lr:g}"
+            conflict = "--schedule is set" if self.schedule is not None else f"the initial one, --lr, is {self.lr:g}"
             raise ConfigError(
-                f"--final-lr is {self.final_lr:g}, the end of a cosine that falls, and {found}: use --cos with a "
-                "--final-lr below --lr"
+                f"--final-lr is {self.final_lr:g}, the final value of a cosine decay, but {conflict}: use --cos with "
+                "a --final-lr below --lr"
             )
         if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ConfigError(
-                f"--warmup-epochs is {self.warmup_epochs}, expected fewer than the {self.epochs} of --epochs: lower it"
+                f"--warmup-epochs is {self.warmup_epochs}, expected fewer than the {self.epochs} of --epochs"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. The groups only order the flags in --help."""
+    """All settings of a run. The groups only order the flags in --help."""
 
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -207,26 +207,26 @@ class RunConfig:
         if batch is not None and splits is not None and (batch % splits or batch // splits < 2):
             fitting = max(2 * splits, batch - batch % splits)
             raise ConfigError(
-                f"--batch-size {batch} cannot be split in {splits} equal groups of 2 or more for batch norm: "
+                f"--batch-size {batch} cannot be split into {splits} equal groups of 2 or more for batch norm: "
                 f"use --batch-size {fitting} or --bn-splits 1"
             )
 
     def flat(self) -> dict[str, Any]:
-        """Every field and its value, without the groups."""
+        """All fields and their values, without the groups."""
         return {name: value for group in group_types(RunConfig) for name, value in vars(getattr(self, group)).items()}
 
     def replace(self, **values: Any) -> Self:
-        """A copy with these fields, named without their group, set to new values. Raises ConfigError."""
+        """A copy with these fields changed; names are without groups. Raises ConfigError."""
         for name in values:
             known(name, self.flat(), "field")
         changed = {}
         for group in group_types(RunConfig):
-            ours = {name: value for name, value in values.items() if name in vars(getattr(self, group))}
-            changed[group] = dataclasses.replace(getattr(self, group), **ours)
+            in_group = {name: value for name, value in values.items() if name in vars(getattr(self, group))}
+            changed[group] = dataclasses.replace(getattr(self, group), **in_group)
         return type(self)(**changed)
 
     def to_json(self) -> str:
-        """The tree as indented JSON; tuples become lists."""
+        """The configuration as indented JSON; tuples become lists."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @staticmethod
@@ -247,10 +247,10 @@ FREE_ON_RESUME = frozenset(
     | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
     | {"lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads"}
 )
-"""Fields that may change when a run is resumed, because the weights depend on them by rounding at most."""
+"""Fields that may change when a run is resumed, because they affect the weights by rounding at most."""
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Every field in which two configurations differ, as (field, value in a, value in b), in the order of --help."""
-    theirs = b.flat()
-    return [(name, value, theirs[name]) for name, value in a.flat().items() if value != theirs[name]]
+    """All fields that differ, as (field, value in a, value in b), in the order of --help."""
+    other = b.flat()
+    return [(name, value, other[name]) for name, value in a.flat().items() if value != other[name]]

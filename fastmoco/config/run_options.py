@@ -1,4 +1,4 @@
-"""The settings of a run that do not say what is learnt: where it lives, on what and on how many devices it runs."""
+"""Settings of a run that do not define the training algorithm: output, hardware, logging, evaluation, devices."""
 
 from __future__ import annotations
 
@@ -12,51 +12,50 @@ from fastmoco.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where the run lives, what it runs on, what it writes and when it stops."""
+    """Output, hardware, logging, checkpoints and evaluation."""
 
     seed: int = 0
-    """The same seed gives the same images, crops, colours and weights."""
+    """Seed of the initial weights, the order of the images and the augmentations."""
     out: str | None = None
-    """Folder of the run (None: runs/NAME)."""
+    """Run directory (None: runs/NAME)."""
     overwrite: bool = False
-    """Delete an earlier run in that folder."""
+    """Delete an existing run in that directory."""
     resume: bool = False
-    """Go on from the newest checkpoint in that folder."""
+    """Resume from the newest checkpoint in that directory."""
     deterministic: bool = False
-    """Bit-identical weights on every repetition, at some cost in speed."""
+    """Use deterministic algorithms: repeated runs give bit-identical weights, at some cost in speed."""
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Number format of the encoders' arithmetic."""
+    """Autocast precision of the encoders (auto: bf16 if the hardware supports it, else fp16, or fp32 on a CPU)."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """torch.compile for the encoders (auto: on a GPU, where --kernels is torch)."""
+    """torch.compile mode of the encoders (auto: default on a GPU with --kernels torch, else off)."""
     kernels: AutoKernels = "auto"
-    """Implementation of batch norm, loss and update (auto: triton on a GPU). Compiled encoders keep torch's batch
-    norm."""
+    """Kernels of batch norm, loss and update (auto: triton on a GPU); compiled encoders use torch's batch norm."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Capture the whole training step once and replay it (auto: on a GPU)."""
+    """Capture the training step as a CUDA graph and replay it (auto: on a GPU)."""
     checkpoint_activations: bool = False
-    """Keep only what enters each stage of the query encoder, and compute the rest again: less memory, more time."""
+    """Activation checkpointing: keep the input of each stage of the query encoder and recompute the rest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on (auto: cuda if available)."""
     cpu_threads: int | None = None
-    """Threads that compute on a CPU (None: as many as are fastest at the time; all of them with --deterministic)."""
+    """Compute threads on a CPU (None: tuned for speed during training; all cores with --deterministic)."""
     log_every: int = 50
-    """Log every N steps."""
+    """Steps between log entries."""
     checkpoint_every: int | None = None
-    """Steps between two checkpoints (None: the end of an epoch, at most once a minute)."""
+    """Steps between checkpoints (None: at the end of an epoch, at most once a minute)."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     knn_every: int | None = None
-    """Epochs between two kNN evaluations, 0 for none (None: from the data)."""
+    """Epochs between kNN evaluations; 0 for none (None: from the closest recipe, or about 20 per run)."""
     knn_k: int = 200
-    """Neighbours that vote in the kNN evaluation."""
+    """Number of neighbours in the kNN evaluation."""
     knn_t: float = 0.1
-    """Temperature of the votes in the kNN evaluation."""
+    """Temperature of the weighted votes in the kNN evaluation."""
     allow_large_queue: bool = False
-    """Let the queue be larger than the data set, so that it holds several keys of an image."""
+    """Allow a queue larger than the data set, which then has several keys of the same image."""
     max_skipped_steps: int = 50
-    """Consecutive steps with a loss or gradient that is not finite, after which the run stops with exit code 5."""
+    """Consecutive steps with a non-finite loss or gradient after which the run stops with exit code 5."""
     tensorboard: bool = True
-    """Write TensorBoard files to tb/."""
+    """Write TensorBoard event files to tb/."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -69,26 +68,25 @@ class RunOptions:
         require(self, "knn_t", lambda v: v > 0, "a temperature above 0", "the authors use 0.1")
         if self.checkpoint_activations and self.compile not in ("auto", "off"):
             raise ConfigError(
-                f"--checkpoint-activations needs --compile off, and it is {self.compile}: a compiled forward decides "
-                "itself what it keeps; drop one of the two"
+                f"--checkpoint-activations needs --compile off, and it is {self.compile}: torch.compile itself selects "
+                "the activations to keep; drop one of the two"
             )
         if self.resume and self.overwrite:
-            raise ConfigError("--resume goes on with a run and --overwrite deletes it: drop one of the two")
+            raise ConfigError("--resume continues a run and --overwrite deletes it: drop one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleOptions:
-    """Several devices."""
+    """Training on several devices."""
 
     gpus: int | None = None
-    """Processes to start on this machine through torchrun, each with a GPU of its own, or a share of the CPU (None:
-    this one alone, or as torchrun has started it)."""
+    """Processes to start on this machine through torchrun, one per GPU or share of the CPU (None: only this one)."""
     grad_comm: Literal["fp32", "bf16"] = "fp32"
-    """Number format in which devices send each other gradients; bf16 is half the bytes."""
+    """Number format of the gradient all-reduce; bf16 halves the traffic."""
     dist_timeout: float = 600.0
-    """Seconds after which an unresponsive rank is considered lost; the run ends and can be resumed."""
+    """Seconds after which an unresponsive rank is considered lost; the run stops and can be resumed."""
     paranoid: bool = False
-    """Compare weights, queue and optimiser of all devices bit for bit, whenever the loss is read."""
+    """Check at every log entry that weights, queue and optimiser state are bit-identical on all ranks."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,1 +1,1 @@
-"""The encoders, and where keys and negatives come from. Imports distributed, config and below."""
+"""The encoders, and the sources of keys and negatives. Imports distributed, config and below."""

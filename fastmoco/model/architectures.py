@@ -1,4 +1,4 @@
-"""Names of backbones, known before torch is loaded, and the families behind them."""
+"""Names of backbones, checked without importing torch, and the families that build them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def check_architecture(arch: str | None, stem: str | None = None) -> None:
-    """Raises ConfigError, with the closest name, for an architecture or stem that does not exist."""
-    for what, value, known in (("architecture", arch, ARCHITECTURES), ("stem", stem, STEMS)):
+    """Raise ConfigError, with the closest name, for an unknown architecture or stem."""
+    for kind, value, known in (("architecture", arch, ARCHITECTURES), ("stem", stem, STEMS)):
         if value is not None and value not in known:
-            raise ConfigError(f"unknown {what} {value!a}; did you mean {closest(value, known)}? ({', '.join(known)})")
+            raise ConfigError(f"unknown {kind} {value!a}; did you mean {closest(value, known)}? ({', '.join(known)})")
 
 
 def check_wanted(arch: str | None, stem: str | None, side: int | None) -> None:
-    """Raises ConfigError for requirements that no backbone can meet."""
+    """Raise ConfigError for requirements that no backbone can meet."""
     check_architecture(arch, stem)
     if side is not None and side < 8:
         raise ConfigError(f"the side of a view is {side} pixels, expected 8 or more")
@@ -35,11 +35,11 @@ def family(arch: str) -> type[BackboneFamily]:
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]], arch: str | None = None) -> tuple[str, str, float]:
-    """(arch, stem, width) of the backbone that has tensors of exactly these names and shapes.
+    """(arch, stem, width) of the backbone with tensors of exactly these names and shapes.
 
-    arch  restricts the search to the family of this architecture, where it is one that exists
+    arch  restricts the search to the family of this architecture; ignored if unknown
 
-    Raises ValueError with the reason where there is none.
+    Raises ValueError with the reason if there is none.
     """
     targets = [ARCHITECTURES[arch]] if arch in ARCHITECTURES else dict.fromkeys(ARCHITECTURES.values())
     reasons = []

@@ -1,9 +1,9 @@
-"""Where keys and negatives come from: the three mechanisms that He et al. 2020 compare (section 3.2, figure 2).
+"""Sources of keys and negatives: the three mechanisms that He et al. 2020 compare (section 3.2, figure 2).
 
-                 positive of a query          negatives                     both encoders learn
-    queue        the key of the other view    the last K keys               no: the key encoder follows
-    end-to-end   the key of the other view    the batch's other keys        yes
-    memory bank  the stored feature           K stored ones of other images no: there is only one
+                 positive of a query          negatives                       gradient into the keys
+    queue        the key of the other view    the last K keys                 no: the key encoder is an EMA
+    end-to-end   the key of the other view    the batch's other keys          yes
+    memory bank  its stored feature           K stored ones of other images   no: there is one encoder
 
 Step, loss, augmentation and evaluation are the same for all; the queue is in `fastmoco.model.key_queue`.
 
@@ -25,12 +25,12 @@ from pipelines.views import Views
 
 
 class ContrastBatch(NamedTuple):
-    """What one InfoNCE compares.
+    """The inputs of one InfoNCE loss.
 
     q          (B/R, C) queries of this rank, with gradient
     k          (B/R, C) their positives, row by row
-    negatives  (K, C) for all of them; None where those are the other rows of `keys`
-    keys       (B, C) all ranks' positives, of which k are this one's share; None where nobody needs them
+    negatives  (K, C) of all queries; None if they are the other rows of `keys`
+    keys       (B, C) positives of all ranks, of which k are this rank's rows; None if not needed
     """
 
     q: Tensor
@@ -40,21 +40,21 @@ class ContrastBatch(NamedTuple):
 
 
 class Dictionary(Protocol):
-    """A mechanism, as an `nn.Module` whose buffers are all that a step changes in it and a checkpoint holds.
+    """A mechanism, as an `nn.Module` whose buffers are its entire state in steps and checkpoints.
 
-    NAME   what its tensors are called by in a checkpoint
-    TIED  whether keys need a gradient, and so a `MoCo` of twins
+    NAME  prefix of its tensors in a checkpoint
+    TIED  whether keys need a gradient, and so a `MoCo` with tied encoders
     """
 
     NAME: ClassVar[str]
     TIED: ClassVar[bool]
 
     def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
-        """The forward pass: what is to be told apart. Their losses add up."""
+        """The forward pass: the inputs of one loss or more, which are added up."""
         ...
 
     def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
-        """What a step leaves for later ones; nothing, bit for bit, where the 0-d bool `ok` is False."""
+        """Store keys or features for later steps; if the 0-d bool `ok` is False, change no bit."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -63,8 +63,8 @@ class Dictionary(Protocol):
 class BatchKeys(nn.Module):
     """End-to-end: the dictionary is the batch, and gradients flow into the encoders of queries and of keys.
 
-    Of what the paper allows ("the two encoders can be different"), ours are the same: twins of one set of weights, so
-    that the step is plain gradient descent on those. Nothing is kept between steps.
+    The paper allows different encoders. These are tied: both have one set of weights, so that the step is plain
+    gradient descent. There is no state between steps.
     """
 
     NAME: ClassVar[str] = "batch"
@@ -74,23 +74,23 @@ class BatchKeys(nn.Module):
         return [ContrastBatch(q, model.world.share(keys), None, keys) for q, keys in model(views, symmetric)]
 
     def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
-        """Nothing to remember."""
+        """No state to update."""
 
 
 class MemoryBank(nn.Module):
-    """One feature v of every image, (M, C) float32 of unit norm (Wu et al. 2018, section 3.2).
+    """One stored feature v per image, (M, C) float32 of unit norm (Wu et al. 2018, section 3.2).
 
-    The positive of a query q of image i is its own entry v_i, as it is there (equation 2), so that one encoder and one
-    view do; a fresh key would need the key encoder that this mechanism is compared with. After a step
+    The positive of a query q of image i is the entry v_i, as in their equation 2, so that one encoder and one view are
+    enough; a fresh key would need a key encoder, which this mechanism does without. After a step
 
         v_i ← normalise(momentum · v_i + (1 − momentum) · q)
 
-    The dictionary of a step is drawn for the whole batch, as He et al. 2020 describe it: `negatives` entries with
-    replacement, of the images outside the batch, so that no image is its own negative. Entry number n of draw d is a
-    pure function of (seed, d, n), from Philox on the device; `draws`, the number of steps that changed the bank, is in
-    the checkpoint.
+    The dictionary of a step is drawn once for the batch, as He et al. 2020 describe: `negatives` entries, with
+    replacement, of images outside the batch, so that no image is its own negative. Entry n of draw d is a pure function
+    of (seed, d, n), computed with Philox on the device; `draws`, the number of steps that changed the bank, is saved in
+    checkpoints.
 
-    It starts with random unit vectors drawn from `generator`, on the CPU. Every rank holds all of it.
+    Initialised with random unit vectors from `generator`, on the CPU. Replicated on all ranks.
     """
 
     NAME: ClassVar[str] = "bank"
@@ -118,36 +118,36 @@ class MemoryBank(nn.Module):
 
     def contrast_batches(self, model: MoCo, views: Views, symmetric: bool) -> list[ContrastBatch]:
         assert not symmetric, "there are no keys to exchange with the queries"
-        others = self.features[self.draw(self.world.all_gather(views.index).wait())]
-        return [ContrastBatch(model.queries(views.query), self.features[views.index], others)]
+        negatives = self.features[self.draw(self.world.all_gather(views.index).wait())]
+        return [ContrastBatch(model.queries(views.query), self.features[views.index], negatives)]
 
     @torch.no_grad()
     def draw(self, index: Tensor) -> Tensor:
-        """(K,) int64: images to contrast with, none of them in `index` (B,), whose entries are all different."""
+        """(K,) int64: images to use as negatives, none of them in `index` (B,), whose entries must be distinct."""
         outside = len(self.features) - len(index)
         assert outside > 0, "there is no image outside the batch"
         slots = torch.arange(-(-self.negatives // 4), device=index.device)
         words = _philox_words(slots, self.draws, (self.seed, Domain.NEGATIVES)).flatten()[: self.negatives]
-        rank = (words * outside) >> 32
-        # Image number `rank` of those outside: past every member of the batch that has at most so many before it.
-        before = index.sort().values - torch.arange(len(index), device=index.device)
-        return rank + torch.searchsorted(before, rank, right=True)
+        n = (words * outside) >> 32
+        # Image n of those outside the batch: skip the members of the batch with at most n such images before them.
+        outside_before = index.sort().values - torch.arange(len(index), device=index.device)
+        return n + torch.searchsorted(outside_before, n, right=True)
 
     @torch.no_grad()
     def update(self, batches: list[ContrastBatch], views: Views, ok: Tensor) -> None:
-        (contrast,) = batches
+        (batch,) = batches
         index = self.world.all_gather(views.index).wait()
-        q, stored = self.world.all_gather(contrast.q.detach()).wait(), self.features[index]
+        q, stored = self.world.all_gather(batch.q.detach()).wait(), self.features[index]
         new = F.normalize(torch.lerp(q.to(stored.dtype), stored, self.momentum), dim=1)
         self.features.index_copy_(0, index, torch.where(ok, new, stored))
         self.draws.add_(ok)
 
 
 def _philox_words(slots: Tensor, epoch: Tensor, key: tuple[int, int]) -> Tensor:
-    """`pipelines.randomness.philox_words` of the counters (slot, 0, 0, epoch) where they lie: (4, n) int64.
+    """`pipelines.randomness.philox_words` of the counters (slot, 0, 0, epoch), on their device: (4, n) int64.
 
-    Words are the lower half of an int64. A product of two may pass 2⁶³: its bits are right all the same, and the shift
-    that brings the upper half down drags in signs, which the mask removes.
+    A word is the lower half of an int64. A product of two may exceed 2⁶³: its bits are still right, and the mask
+    removes the sign bits that the shift to the lower half brings in.
     """
     low = 0xFFFFFFFF
     c0, c3 = slots, epoch.expand_as(slots)

@@ -1,4 +1,4 @@
-"""An encoder: a backbone and a projection head.
+"""The encoder: a backbone and a projection head.
 
 B batch · S side of a view · D features of the backbone · C embedding
 """
@@ -19,11 +19,11 @@ from fastmoco.model.batchnorm.split import SplitBatchNorm2d
 
 
 class Encoder(nn.Module):
-    """A view in, an embedding out.
+    """A network from views to embeddings.
 
     backbone     (B, 3, S, S) → (B, feature_dim)
     feature_dim  D
-    head         hidden widths of linear layers with ReLU between them: none in MoCo v1, one in v2
+    head         widths of the hidden layers, with ReLU between linear layers: none in MoCo v1, one in v2
     dim          C
     """
 
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(*layers[:-1])
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, feature_dim), after global average pooling: what is kept after pretraining."""
+        """(B, 3, S, S) → (B, feature_dim), after global average pooling: the output used after pretraining."""
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,16 +62,16 @@ def build_encoder(
     dim: int = 128,
     bn_splits: int = 1,
 ) -> Encoder:
-    """An encoder with torchvision's default initialisation (torch's global generator), in channels-last layout.
+    """Build an encoder with torchvision's default initialisation (torch's global generator), in channels-last layout.
 
     arch       a key of `fastmoco.registry.ARCHITECTURES`
     width      factor on every channel count, a multiple of 1/8 so that all are multiples of 8 (tensor cores)
     stem       "imagenet" (7×7 of stride 2, then pooling) or "cifar" (3×3 of stride 1)
-    head       hidden widths of the projection: () is linear (MoCo v1), (2048,) the MLP of MoCo v2 with ResNet-50
-    dim        C, size of the embedding
+    head       hidden widths of the projection head: () is linear (MoCo v1), (2048,) the MLP of MoCo v2 with ResNet-50
+    dim        C, dimension of the embedding
     bn_splits  groups of a batch that batch norm normalises separately; 1 is plain batch norm
 
-    Raises ConfigError for a name that does not exist and a value that cannot be built.
+    Raises ConfigError for an unknown name or an invalid value.
     """
     check_architecture(arch, stem)
     if not (0 < width <= 64) or (width * 8) % 1:

@@ -1,4 +1,4 @@
-"""The two encoders: views in, aligned queries and keys out.
+"""The two encoders: from views to aligned queries and keys.
 
 B batch · R ranks that share it · C embedding · S side of a view
 """
@@ -19,14 +19,14 @@ from pipelines.views import Views
 
 
 class MoCo(nn.Module):
-    """A query encoder that learns, and a key encoder that starts as its copy and follows it (`fastmoco.step.sgd_ema`).
+    """The query encoder, and a key encoder that starts as its copy and is its moving average (`fastmoco.step.sgd_ema`).
 
-    Both stay in training mode: the key encoder normalises with the statistics of its batch too.
+    Both stay in training mode: the key encoder too normalises with the statistics of its batch.
 
-    With `twins`, for end-to-end training, keys have a gradient too: the key encoder is the query encoder's twin, of the
-    same weights at every step, and `TrainStep` adds up the gradients of both.
+    With `tied`, for end-to-end training, keys have a gradient too: both encoders have the same weights at every step,
+    and `TrainStep` adds up their gradients.
 
-    Of the `world`'s ranks each embeds its share of the views, and receives the keys of all.
+    Each rank of `world` embeds its shard of the views and receives the keys of all ranks.
     """
 
     def __init__(self, query: Encoder, *, tied: bool = False, world: World | None = None) -> None:
@@ -40,30 +40,30 @@ class MoCo(nn.Module):
     def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
         """Pairs (q, k) of this rank's queries (B/R, C) and all ranks' keys (B, C), float32 of unit norm.
 
-        Row i of q is from the same image as row i of k, or on rank r as row rB/R + i: `world.share(k)` are its
-        positives. k has a gradient only where the encoders are twins.
+        On rank r, row i of q is from the same image as row rB/R + i of k: `world.share(k)` are the positives. k has a
+        gradient only if the encoders are tied.
 
-        Asymmetric, one pair, with all ranks' rows in the order of `views.query`:
+        Asymmetric: one pair, with all ranks' rows in the order of `views.query`:
 
             q = f_q(views.query),  k[key_order] = f_k(views.key)
 
-        Symmetric, also the exchanged views, in the order of `views.key`:
+        Symmetric: also the exchanged views, in the order of `views.key`:
 
             q′ = f_q(views.key),  k′ = f_k(views.query)[key_order]
 
-        In each pair one side went through its encoder in the shuffled order, so that split batch norm groups a query
-        and its key with different images (He et al. 2020, section 3.3, "Shuffling BN").
+        In each pair one side passes its encoder in the shuffled order, so that split batch norm groups a query and its
+        key with different images (He et al. 2020, section 3.3, "Shuffling BN").
         """
         sides = [(views.query, views.key)] + ([(views.key, views.query)] if symmetric else [])
-        # Keys first: their journey to the other ranks takes no time, since queries take longer.
-        journeys = [self._depart(self._keys(images)) for _, images in sides]
+        # Keys first: gathering them overlaps with the forward pass of the queries, which takes longer.
+        pending = [self._gather(self._keys(images)) for _, images in sides]
         q = [self.queries(images) for images, _ in sides]
-        k = [journey() for journey in journeys]
-        k = [_unshuffle(k[0], views.key_order), *(other[views.key_order] for other in k[1:])]
+        k = [wait() for wait in pending]
+        k = [_unshuffle(k[0], views.key_order), *(exchanged[views.key_order] for exchanged in k[1:])]
         return list(zip(q, k, strict=True))
 
-    def _depart(self, keys: Tensor) -> Callable[[], Tensor]:
-        """Starts to gather all ranks' keys (B, C) from each one's (B/R, C); the call returned ends it."""
+    def _gather(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Start to gather the (B/R, C) keys of each rank; the returned function waits for the (B, C) of all."""
         if self.tied:
             return lambda: all_gather_with_grad(keys, self.world)
         return self.world.all_gather(keys).wait

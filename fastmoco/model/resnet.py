@@ -1,4 +1,4 @@
-"""ResNets, ResNeXts and wide ResNets of torchvision, at any width and with a stem for small images.
+"""torchvision's ResNets, ResNeXts and wide ResNets, at any width and optionally with a stem for small images.
 
 B batch · S side of a view · D features
 """
@@ -21,11 +21,11 @@ from fastmoco.model.family import COUNTERS, NormLayer
 Shapes = Mapping[str, tuple[int, ...]]
 
 _STEM_CHANNELS = 64  # of every torchvision ResNet at width 1
-_STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first kernel
+_STEMS = {7: "imagenet", 3: "cifar"}  # by kernel size of the first convolution
 
 
 class Shape(NamedTuple):
-    """Blocks of the four stages, and the groups and their width in a bottleneck's 3×3 convolution."""
+    """Type of block, blocks per stage, and groups and their width in the 3×3 convolution of a bottleneck."""
 
     block: str
     layers: tuple[int, int, int, int]
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     @property
     def expansion(self) -> int:
-        """Output channels of a block over its planes."""
+        """Output channels of a block, as a multiple of its planes."""
         return 4 if self.block == "bottleneck" else 1
 
 
@@ -45,7 +45,7 @@ SHAPES = {
     "resnet101": Shape("bottleneck", (3, 4, 23, 3)),
     "resnet152": Shape("bottleneck", (3, 8, 36, 3)),
     "resnext50_32x4d": Shape("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=4),
-    "resnext50_32x8d": Shape("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=8),  # of the MoCo paper
+    "resnext50_32x8d": Shape("bottleneck", (3, 4, 6, 3), groups=32, width_per_group=8),  # in the MoCo paper
     "resnext101_32x8d": Shape("bottleneck", (3, 4, 23, 3), groups=32, width_per_group=8),
     "resnext101_64x4d": Shape("bottleneck", (3, 4, 23, 3), groups=64, width_per_group=4),
     "wide_resnet50_2": Shape("bottleneck", (3, 4, 6, 3), width_per_group=128),
@@ -54,7 +54,7 @@ SHAPES = {
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+    """torchvision's block, with ReLU and residual sum fused into the preceding batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x), relu=True)
@@ -63,7 +63,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's block, with ReLU and residual sum handed to the batch norm before them."""
+    """torchvision's block, with ReLU and residual sum fused into the preceding batch norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x), relu=True)
@@ -75,8 +75,8 @@ class Bottleneck(resnet.Bottleneck):
 class _ResNet(resnet.ResNet):
     """torchvision's ResNet without its classifier, every channel count multiplied by `width`.
 
-    Parameter names, order and initialisation are torchvision's, so at width 1 with the ImageNet stem its state loads
-    into torchvision's model, which then misses `fc.weight` and `fc.bias` only.
+    Parameter names, order and initialisation are torchvision's: at width 1 with the ImageNet stem, its state dict loads
+    into torchvision's model, and only `fc.weight` and `fc.bias` are missing.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class Backbone(_ResNet):
 
 
 def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:
-    """stage(x), whose activations are recomputed when the backward needs them."""
+    """stage(x), with its activations recomputed in the backward pass."""
     return checkpoint(
         stage,
         x,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing here draws; and reading its state is refused in a CUDA graph
+        preserve_rng_state=False,  # no random numbers here; a CUDA graph cannot read the RNG state
         context_fn=lambda: (nullcontext(), freeze_running_stats(stage)),
     )
 
@@ -147,9 +147,9 @@ class ResNetFamily:
     def build(
         arch: str, *, width: float = 1.0, stem: str = "imagenet", norm_layer: NormLayer | None = None
     ) -> nn.Module:
-        """With a norm layer, a `Backbone`; without, torchvision's own `ResNet`, which computes the same in evaluation.
+        """A `Backbone` if given a norm layer, else torchvision's own `ResNet`, which computes the same in evaluation.
 
-        Raises ConfigError where the width leaves no channel in a group.
+        Raises ConfigError if the width leaves no channel in a group.
         """
         shape = SHAPES[arch]
         if width * shape.width_per_group < 1:
@@ -159,9 +159,8 @@ class ResNetFamily:
             return Backbone(shape, width=width, stem=stem, norm_layer=norm_layer)
         blocks = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}
         model = _ResNet(shape, blocks, width=width, stem=stem, norm_layer=nn.BatchNorm2d)
-        object.__setattr__(
-            model, "__class__", resnet.ResNet
-        )  # only construction differs: so it is pickled and exported without fastmoco
+        # Only construction differs. As torchvision's class it can be pickled and exported without fastmoco.
+        object.__setattr__(model, "__class__", resnet.ResNet)
         return model
 
     @staticmethod
@@ -185,18 +184,18 @@ class ResNetFamily:
             if shape.layers == layers and shape.block == block and width * shape.width_per_group >= 1
         ]
         if not candidates:
-            raise ValueError(f"its stages have {layers} {block} blocks, as none of {', '.join(SHAPES)}")
+            raise ValueError(f"its stages have {layers} {block} blocks, unlike {', '.join(SHAPES)}")
         reasons = []
         for name in candidates:
             reason = _difference(shapes, _shapes(name, stem, width))
             if reason is None:
                 return name, stem, width
             reasons.append(f"{name}: {reason}")
-        raise ValueError(f"its tensors fit none of the known architectures ({'; '.join(reasons)})")
+        raise ValueError(f"its tensors match none of the known architectures ({'; '.join(reasons)})")
 
 
 def set_cifar_stem(model: nn.Module) -> None:
-    """Gives a ResNet of torchvision or timm a 3×3 convolution of stride 1 and no pooling, for small images."""
+    """Give a ResNet of torchvision or timm a 3×3 convolution of stride 1 and no pooling, for small images."""
     channels = model.get_parameter("conv1.weight").shape[0]
     model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
 
@@ -215,7 +214,7 @@ def _blocks(shapes: Shapes, stage: int) -> int:
 
 
 def _difference(actual: Shapes, expected: Shapes) -> str | None:
-    """The first difference; None where there is none."""
+    """The first difference, or None."""
     for name, shape in expected.items():
         if name not in actual:
             if not name.endswith(COUNTERS):
@@ -223,4 +222,4 @@ def _difference(actual: Shapes, expected: Shapes) -> str | None:
         elif actual[name] != shape:
             return f"{name} is {list(actual[name])}, expected {list(shape)}"
     surplus = next((name for name in actual if name not in expected), None)
-    return None if surplus is None else f"{surplus[:80]!a} is not in it"
+    return None if surplus is None else f"{surplus[:80]!a} is unexpected"

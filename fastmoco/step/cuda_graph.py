@@ -1,4 +1,4 @@
-"""The training step as one CUDA graph: captured once, then replayed, so that the host launches one thing a step.
+"""The training step as a CUDA graph: captured once, then replayed with one launch per step.
 
 B batch · S side of a view
 """
@@ -15,32 +15,32 @@ from fastmoco.errors import ConfigError
 from fastmoco.step.train_step import TrainStep
 from pipelines.views import Views
 
-WARM_UP = 3  # runs before the capture: compilation, autotuning and workspaces happen in the first ones
+WARM_UP = 3  # runs before the capture, for compilation, autotuning and the allocation of workspaces
 
 
 class Graph(Protocol):
-    """What a GraphedStep needs of a device; in tests a stand-in without one."""
+    """The operations that a GraphedStep needs; tests replace them by ones that need no GPU."""
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Executes `run` where it will be captured."""
+        """Execute `run` on the stream of the capture."""
         ...
 
     def capture(self, run: Callable[[], None]) -> None:
-        """Records what `run` launches, without executing it. Raises RuntimeError where that is impossible."""
+        """Record what `run` launches, without executing it. Raises RuntimeError if it cannot be captured."""
         ...
 
     def replay(self) -> None:
-        """Executes what was recorded, on the current contents of the same memory."""
+        """Execute the recorded work on the current contents of the same memory."""
         ...
 
 
 class CudaGraph:
-    """A `torch.cuda.CUDAGraph`, warmed up and captured in one stream of its own.
+    """A `torch.cuda.CUDAGraph`, warmed up and captured on one side stream.
 
-    One stream for both: libraries keep workspaces by stream, and autograd accumulates a gradient in the stream that
-    made it. The capture refuses unsafe calls of this thread only (`thread_local`), since threads of a loader may pin
-    memory or ask for events at any time; but nothing may be launched from this thread in another stream meanwhile. A
-    pipeline that works one batch ahead does so inside `next`, so it is at rest whenever a step is running.
+    Both on the same stream: libraries keep workspaces per stream, and autograd accumulates a gradient on the stream
+    that produced it. The capture rejects unsafe calls of this thread only (`thread_local`), since loader threads may
+    pin memory or query events at any time; meanwhile this thread must not launch work on another stream. A pipeline
+    that prefetches does so inside `next`, so it is idle while a step runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,18 +64,17 @@ class CudaGraph:
 
 
 class GraphedStep:
-    """`TrainStep.run` as one graph: `step(views, lr, ema_momentum)` does what the step itself would, bit for bit.
+    """`TrainStep.run` as one graph: `step(views, lr, ema_momentum)` gives the same bits as the step itself.
 
-    Forward, loss, backward, update, enqueue, sums and loss scaling are all in it. Views, lr and ema_momentum are copied
-    to where the graph reads them: 3 MB for 512 pairs of 32 pixels in bfloat16, 1 µs at 4 TB/s. State lies where it
-    did: `read_metrics`, `state_dict` and `load_state_dict` of the step go on working, and may be called between steps.
+    It includes forward, loss, backward, update, enqueue, sums and loss scaling. Views, lr and ema_momentum are copied
+    into the graph's input buffers: 3 MB for 512 pairs of 32 pixels in bfloat16, 1 µs at 4 TB/s. State stays in the same
+    memory: `read_metrics`, `state_dict` and `load_state_dict` of the step may be called between steps.
 
-    step     the step to capture. It is warmed up with `example`; every tensor that this changes is put back
-    example  views of the shapes, types and layout of all that will follow
+    step     the step to capture. It is warmed up with `example`, and every tensor changed by that is restored
+    example  views with the shapes, types and layout of all later ones
     graph    by default a CUDA graph
 
-    Raises ConfigError where the step is not on a GPU, or where something in it cannot be captured: nothing then runs
-    without the graph unasked.
+    Raises ConfigError if the step is not on a GPU or cannot be captured; there is no silent fallback to eager mode.
     """
 
     def __init__(self, step: TrainStep, example: Views, graph: Graph | None = None) -> None:
@@ -101,29 +100,29 @@ class GraphedStep:
             cause = _cause(error)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            why = str(cause).strip().partition("\n")[0]
+            reason = str(cause).strip().partition("\n")[0]
             raise ConfigError(
-                f"the training step cannot be captured as a CUDA graph ({why}): use --cuda-graph off"
+                f"the training step cannot be captured as a CUDA graph ({reason}): use --cuda-graph off"
             ) from error
         self.step = step
 
     def __call__(self, views: Views, lr: float, ema_momentum: float) -> None:
-        """Trains on one batch, without waiting for the device. Raises ConfigError where `views` are not as captured."""
-        for name, tensor, own in zip(Views.__slots__, _tensors(views), self._inputs, strict=True):
-            if (tensor.shape, tensor.dtype, tensor.device) != (own.shape, own.dtype, own.device):
+        """Train on one batch without waiting for the device. Raises ConfigError if `views` are not as captured."""
+        for name, tensor, captured in zip(Views.__slots__, _tensors(views), self._inputs, strict=True):
+            if (tensor.shape, tensor.dtype, tensor.device) != (captured.shape, captured.dtype, captured.device):
                 raise ConfigError(
-                    f"views.{name} is {_describe(tensor)}, and the CUDA graph was captured with {_describe(own)}: "
-                    "keep the batch, or use --cuda-graph off"
+                    f"views.{name} is {_describe(tensor)}, and the CUDA graph was captured with {_describe(captured)}: "
+                    "do not change the batch, or use --cuda-graph off"
                 )
-        for tensor, own in zip(_tensors(views), self._inputs, strict=True):
-            own.copy_(tensor, non_blocking=True)
+        for tensor, captured in zip(_tensors(views), self._inputs, strict=True):
+            captured.copy_(tensor, non_blocking=True)
         self.step.lr.fill_(lr)
         self.step.ema_momentum.fill_(ema_momentum)
         self._graph.replay()
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was refused first: ending a capture that has failed raises an error of its own, which only says so."""
+    """The original error: ending a failed capture raises another one, which does not name the cause."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return error

@@ -12,44 +12,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_ALIGN = 32  # elements, 128 bytes in float32: every tensor starts aligned, so that kernels keep their wide loads
+_ALIGN = 32  # elements, 128 bytes in float32: tensors start aligned, so that kernels can use vectorised loads
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one named tensor lies in a flat buffer, in floats; a 4-d tensor lies there in channels-last order."""
+    """Location of a named tensor in a flat buffer, in floats; a 4-d tensor is stored in channels-last order."""
 
     name: str
     shape: torch.Size
     offset: int
 
     def view(self, flat: Tensor) -> Tensor:
-        """The tensor of this name inside `flat`, sharing its memory."""
-        part = flat[self.offset : self.offset + self.shape.numel()]
+        """The tensor as a view of `flat`."""
+        values = flat[self.offset : self.offset + self.shape.numel()]
         if len(self.shape) != 4:
-            return part.view(self.shape)
+            return values.view(self.shape)
         outputs, inputs, height, width = self.shape
-        return part.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+        return values.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
 
 
 class FlatParameters:
     """Moves the parameters, gradients and batch norm statistics of a module into flat buffers.
 
-    values   (P,) the parameters; those that decay come first, in `values[:num_decayed]`
-    grads    (P,) their gradients, or None for a frozen module; zeroing is one operation
-    buffers  (Q,) the floating buffers: running means and variances
+    values   (P,) the parameters; those with weight decay come first, in `values[:num_decayed]`
+    grads    (P,) their gradients, or None for a frozen module; zeroed in one operation
+    buffers  (Q,) the floating-point buffers: running means and variances
 
-    Every parameter, gradient and buffer of the module becomes a view into these, so names, values and shapes of its
-    state_dict stay, and load_state_dict copies into them. Padding between tensors is zero and stays zero. Two modules
-    of one architecture have the same layout.
+    Every parameter, gradient and buffer of the module becomes a view of these, so its state_dict keeps its names,
+    values and shapes, and load_state_dict copies into the flat buffers. Padding between tensors is and stays zero.
+    Modules of the same architecture have the same layout.
 
-    With `decay_norm_and_bias` False, the parameters of normalisation layers and all biases are left out of weight
+    With `decay_norm_and_bias` False, the parameters of normalisation layers and all biases are excluded from weight
     decay; MoCo decays everything.
 
-    The module must be on its device, of one floating type (float32; float64 in tests), its parameters all trained or
-    all frozen. Copy or move it before; `is_intact` says whether something has torn the views off since, as
-    `.to(device)` and `zero_grad()` do.
+    The module must be on its device, of one floating type (float32; float64 in tests), its parameters all trainable or
+    all frozen. Copy or move it before; `.to(device)` and `zero_grad()` detach the views, which `is_intact` checks.
     """
 
     def __init__(self, module: nn.Module, *, decay_norm_and_bias: bool = True) -> None:
@@ -59,7 +58,7 @@ class FlatParameters:
         rest = {name: p for name, p in named.items() if name in skip}
         statistics = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         types = {tensor.dtype for tensor in (*named.values(), *statistics.values())}
-        assert len(types) == 1, f"parameters and buffers must be of one type, not {types}"
+        assert len(types) == 1, f"parameters and buffers must have one type, not {types}"
         trained = {p.requires_grad for p in named.values()}
         assert len(trained) == 1, "parameters must be all trained or all frozen"
 
@@ -82,12 +81,12 @@ class FlatParameters:
         self._module = module
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """A (P,) buffer in this layout as views by parameter name: what a checkpoint holds."""
+        """Views of a (P,) buffer in this layout by parameter name, as in a checkpoint."""
         assert flat.shape == self.values.shape, (flat.shape, self.values.shape)
         return {slot.name: slot.view(flat) for slot in self.slots}
 
     def is_intact(self) -> bool:
-        """Whether every parameter, gradient and buffer of the module still lies in the flat buffers."""
+        """Whether all parameters, gradients and buffers of the module are still views of the flat buffers."""
         pairs: list[tuple[Tensor | None, Tensor]] = []
         for slot in self.slots:
             parameter = self._module.get_parameter(slot.name)
@@ -99,7 +98,7 @@ class FlatParameters:
 
 
 def _lay_out(tensors: dict[str, Tensor] | dict[str, nn.Parameter], offset: int) -> tuple[tuple[Slot, ...], int]:
-    """Slots for the tensors in their order from `offset` on, and the aligned end."""
+    """Slots of the tensors, in their order, from `offset` on; and the aligned end."""
     slots = []
     for name, tensor in tensors.items():
         slots.append(Slot(name, tensor.shape, offset))

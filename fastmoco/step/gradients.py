@@ -1,4 +1,4 @@
-"""Gradients of all ranks added up while the backward pass still runs.
+"""The sum of all ranks' gradients, overlapped with the backward pass.
 
 P floats of parameters with padding · R ranks
 """
@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from fastmoco.distributed.world import AsyncResult, World
 from fastmoco.step.flat_params import FlatParameters
 
-BUCKET_BYTES = 25 * 2**20  # of gradients in float32: as many as PyTorch's DistributedDataParallel sends at once
+BUCKET_BYTES = 25 * 2**20  # of gradients in float32, as in PyTorch's DistributedDataParallel
 
 
 class GradientReducer:
-    """Replaces the flat gradients of a module by their sum over the ranks: the same bits on all of them.
+    """Replaces the flat gradients of a module by their sum over the ranks, with the same bits on all of them.
 
-    The buffer is cut into runs of whole parameters, and each run is on its way as soon as the backward has made all of
-    its gradients, the last layers first. They lie where NCCL reads them, so nothing is copied. With one rank nothing
-    happens at all.
+    The buffer is divided into buckets of whole parameters. A bucket is all-reduced in place, without a copy, as soon as
+    the backward pass has produced all of its gradients, the last layers first. With one rank nothing is done.
 
-    DistributedDataParallel would copy gradients into buckets of its own or take `.grad` over for them, which then no
-    longer is the buffer that the fused update reads; rebuild those buckets after the first step, and look at the graph
-    of every forward, neither of which a captured CUDA graph may do; and wrap the encoder that everyone else names.
+    Not DistributedDataParallel: it copies gradients into its own buckets or replaces `.grad` by views of them, and the
+    fused update would not read those; it rebuilds the buckets after the first step and traverses the autograd graph of
+    every forward, which a CUDA graph cannot do; and it wraps the encoder, which changes the names of its parameters.
 
-    module   whose parameters lie in `flat`
-    half     send bfloat16: half the bytes, and sums with the rounding of 8 bits
-    overlap  False where gradients are changed after the backward and before `finish`
+    module   its parameters are in `flat`
+    half     send bfloat16: half the bytes, and sums rounded to 8 bits
+    overlap  must be False if gradients are changed between the backward and `finish`
     """
 
     def __init__(
@@ -49,22 +48,21 @@ class GradientReducer:
         self._counts: list[int] = []
         if world.size == 1:
             return
-        parts = _cut(module, flat, bucket_bytes)
-        for number, (names, part) in enumerate(parts):
-            self._buckets.append(flat.grads[part])
+        for number, (names, extent) in enumerate(_divide(module, flat, bucket_bytes)):
+            self._buckets.append(flat.grads[extent])
             self._counts.append(len(names))
             if overlap:
                 for name in names:
-                    module.get_parameter(name).register_post_accumulate_grad_hook(self._arrived(number))
+                    module.get_parameter(name).register_post_accumulate_grad_hook(self._on_gradient(number))
         self._missing = list(self._counts)
 
     @property
     def bytes(self) -> int:
-        """What a rank contributes to every step."""
+        """Bytes that a rank contributes to the sums of a step."""
         return sum(bucket.numel() for bucket in self._buckets) * (2 if self._half else 4)
 
     def finish(self) -> None:
-        """After the backward: sends what is left, and has the stream (on a CPU, the host) wait for all sums."""
+        """After the backward: send the remaining buckets; the stream (on a CPU, the host) waits for all sums."""
         while len(self._pending) < len(self._buckets):
             self._send()
         for bucket, pending in self._pending:
@@ -75,10 +73,10 @@ class GradientReducer:
         if self._buckets:
             self._missing = list(self._counts)
 
-    def _arrived(self, number: int) -> Callable[[Tensor], None]:
+    def _on_gradient(self, number: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
             self._missing[number] -= 1
-            # In one order on all ranks, as collectives must be: a bucket waits for those before it.
+            # Collectives must be in the same order on all ranks: a bucket waits for those before it.
             while len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] <= 0:
                 self._send()
 
@@ -90,19 +88,19 @@ class GradientReducer:
         self._pending.append((bucket, self._world.all_reduce(message)))
 
 
-def _cut(module: nn.Module, flat: FlatParameters, bucket_bytes: int) -> list[tuple[list[str], slice]]:
-    """Runs of parameters of at most so many bytes (or one parameter), in the order in which their gradients come.
+def _divide(module: nn.Module, flat: FlatParameters, bucket_bytes: int) -> list[tuple[list[str], slice]]:
+    """Buckets of consecutive parameters, at most `bucket_bytes` or one parameter each, in the order of their gradients.
 
-    A gradient comes the later, the earlier its layer is in the forward pass; the order of registration stands for that.
+    The backward pass reverses the order of the layers in the forward pass, for which the order of registration is used.
     """
-    place = {name: number for number, (name, _) in enumerate(module.named_parameters())}
+    position = {name: number for number, (name, _) in enumerate(module.named_parameters())}
     ends = [*(slot.offset for slot in flat.slots[1:]), len(flat.values)]
-    runs: list[tuple[list[str], slice]] = []
-    most = bucket_bytes // flat.values.element_size()
+    buckets: list[tuple[list[str], slice]] = []
+    max_size = bucket_bytes // flat.values.element_size()
     for slot, end in zip(flat.slots, ends, strict=True):
-        if runs and end - runs[-1][1].start <= most and slot.offset != flat.num_decayed:
-            names, part = runs[-1]
-            runs[-1] = ([*names, slot.name], slice(part.start, end))
+        if buckets and end - buckets[-1][1].start <= max_size and slot.offset != flat.num_decayed:
+            names, extent = buckets[-1]
+            buckets[-1] = ([*names, slot.name], slice(extent.start, end))
         else:
-            runs.append(([slot.name], slice(slot.offset, end)))
-    return sorted(runs, key=lambda run: min(place[name] for name in run[0]), reverse=True)
+            buckets.append(([slot.name], slice(slot.offset, end)))
+    return sorted(buckets, key=lambda bucket: min(position[name] for name in bucket[0]), reverse=True)

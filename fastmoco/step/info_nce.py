@@ -17,16 +17,16 @@ from fastmoco.model.dictionaries import ContrastBatch
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Mean over i of −log( exp(q_i·k_i / τ) / (exp(q_i·k_i / τ) + Σ_j exp(q_i·queue_j / τ)) ).
 
-    The cross entropy of finding the positive at index 0:
+    The cross entropy with the positive at index 0:
 
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
         F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
 
-    written as softplus(logsumexp(negatives) − positive), which needs no concatenation and keeps its digits where the
-    loss is small. The gradient flows into q, and into k where it asks for one.
+    written as softplus(logsumexp(negatives) − positive), which needs no concatenation and is accurate for a small loss.
+    The gradient flows into q, and into k if it requires one.
 
     q (N, C), k (N, C), queue (K, C), all of unit norm → 0-d; computed in float32 also under autocast, or in
-    float64 where q is.
+    float64 if q is.
     van den Oord et al. 2018, equation 4; He et al. 2020, equation 1.
     """
     assert q.shape == k.shape, (q.shape, k.shape)
@@ -44,11 +44,11 @@ def in_batch_info_nce(q: Tensor, k: Tensor, temperature: float, first: int = 0) 
 
         F.cross_entropy(q @ k.T / temperature, first + torch.arange(N))
 
-    The gradient flows into q and k. N×N logits are few: nothing is gained by not storing them.
+    The gradient flows into q and k. The N×N logits are too small for a fused kernel to pay off.
 
     q (N, C), k (M, C) of unit norm, row i of q from the same image as row first + i of k → 0-d; in float32 also under
-    autocast, or in float64 where q is. M is N, unless these queries are one rank's and the keys all ranks'. He et al.
-    2020, figure 2a: N − 1 negatives, as the positive is among the N keys (figure 3).
+    autocast, or in float64 if q is. M is N on one rank; on several, k has the keys of all. He et al. 2020, figure 2a:
+    M − 1 negatives, as the positive is among the keys (figure 3).
     """
     assert first + len(q) <= len(k), (q.shape, k.shape, first)
     with torch.autocast(q.device.type, enabled=False):
@@ -58,9 +58,9 @@ def in_batch_info_nce(q: Tensor, k: Tensor, temperature: float, first: int = 0) 
 
 
 class InfoNCE:
-    """`fastmoco.step.objective.Objective`: `info_nce`, or `in_batch_info_nce` where the batch has no negatives.
+    """`info_nce`, or `in_batch_info_nce` if the batch has no negatives (an `objective.Objective`).
 
-    With kernels "triton" the former is fused (`fastmoco.step.info_nce_triton`).
+    With kernels "triton", `info_nce` is fused (`fastmoco.step.info_nce_triton`).
     """
 
     def __init__(self, *, temperature: float, kernels: str = "torch") -> None:

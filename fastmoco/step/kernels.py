@@ -1,4 +1,4 @@
-"""Implementations of batch norm, loss and update: torch's operations, or our Triton kernels."""
+"""Availability of the implementations of batch norm, loss and update: torch or Triton."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastmoco.registry import KERNELS
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:
-    """Raises ConfigError for an unknown name, BackendMissingError where Triton is not installed or has no device.
+    """Raise ConfigError for an unknown name, BackendMissingError if Triton is not installed or there is no GPU.
 
-    Triton runs on the CPU only in its interpreter, which TRITON_INTERPRET=1 switches on before it is imported: for
-    tests, some thousand times slower than torch.
+    On a CPU, Triton runs only in its interpreter, enabled by TRITON_INTERPRET=1 before the import: for tests, about a
+    thousand times slower than torch.
     """
     if kernels not in KERNELS:
         raise ConfigError(f"unknown kernels {kernels!r}; expected one of {', '.join(KERNELS)}")
@@ -22,7 +22,7 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         return
     if importlib.util.find_spec("triton") is None:
         raise BackendMissingError(
-            "--kernels triton, and Triton is not installed: pip install triton, or use --kernels torch"
+            "--kernels triton needs Triton, which is not installed: pip install triton, or use --kernels torch"
         )
     from triton import knobs
 

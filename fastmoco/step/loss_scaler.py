@@ -9,7 +9,7 @@ from torch import Tensor
 class LossScaler:
     """Dynamic loss scaling, kept on the device (Micikevicius et al. 2018, section 3.2).
 
-    scale is halved where a step overflows, and doubled after 2,000 in a row that do not.
+    The scale is halved after a step that overflows, and doubled after 2,000 consecutive steps that do not.
     """
 
     GROWTH_INTERVAL = 2000
@@ -20,7 +20,7 @@ class LossScaler:
         self.good_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, ok: Tensor) -> None:
-        """ok, a 0-d bool on the device: whether the step was finite."""
+        """Adjust the scale; ok, a 0-d bool on the device, is whether the step was finite."""
         good_steps = torch.where(ok, self.good_steps + 1, 0)
         grow = good_steps == self.GROWTH_INTERVAL
         scale = torch.where(ok, torch.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)

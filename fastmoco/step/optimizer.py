@@ -1,4 +1,4 @@
-"""What an optimiser offers, to be entered in `fastmoco.registry.OPTIMIZERS`.
+"""The interface of an optimiser, registered in `fastmoco.registry.OPTIMIZERS`.
 
 P floats of parameters with padding
 """
@@ -15,10 +15,10 @@ from fastmoco.step.flat_params import FlatParameters
 class Optimizer(Protocol):
     """Updates the query encoder from its gradients, and the key encoder as its moving average.
 
-    query, key    flat parameters of the two encoders, of one layout; query.grads (P,) are the gradients
+    query, key    flat parameters of the two encoders, with the same layout; query.grads (P,) are the gradients
     sgd_momentum  --sgd-momentum; an optimiser may use it for its own first moment
     weight_decay  --wd, for `query.values[:query.num_decayed]`
-    kernels       one of `fastmoco.registry.KERNELS`; where there is no Triton implementation, torch's is used
+    kernels       one of `fastmoco.registry.KERNELS`; without a Triton implementation, torch's is used
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class Optimizer(Protocol):
     ) -> None: ...
 
     def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor, scale: Tensor | None = None) -> None:
-        """One update in place, with the gradients divided by `scale` (0-d) where given; it leaves them zero.
+        """Update in place, with the gradients divided by `scale` (0-d) if given, and zero them.
 
-        lr, ema_momentum, ok are 0-d on the device. Where ok is False, values and state stay bit for bit as they were.
-        It may read nothing on the host: the step is captured as a CUDA graph.
+        lr, ema_momentum, ok are 0-d on the device. If ok is False, no bit of values and state changes. It must not read
+        device values on the host, since the step is captured as a CUDA graph.
         """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Buffers (P,) in the layout of `query`, by the names they have in a checkpoint."""
+        """Buffers (P,) in the layout of `query`, by their names in a checkpoint."""
         ...

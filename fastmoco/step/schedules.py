@@ -1,6 +1,6 @@
-"""Learning rate and EMA momentum of a step: pure functions of its number, so that a resumed run needs no state.
+"""Learning rate and EMA momentum: pure functions of the step number, so that a resumed run needs no state.
 
-A step is counted from 0; an epoch is `step // steps_per_epoch`.
+Steps are counted from 0; the epoch is `step // steps_per_epoch`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def lr_at(
         step      base_lr · 0.1 ^ (number of milestones ≤ e)
         constant  base_lr
 
-    The first is that of Loshchilov and Hutter 2017, equation 5, without restarts.
+    The first is from Loshchilov and Hutter 2017, equation 5, without restarts.
 
-    e is the epoch, a whole number as in the authors' code, or with `per_step` the fraction step / steps_per_epoch;
+    e is the epoch, an integer as in the authors' code, or with `per_step` the fraction step / steps_per_epoch;
     E = epochs, w = warmup_epochs. In the first w epochs the rate is base_lr · (step + 1) / (w · steps_per_epoch), which
-    rises every step and reaches base_lr at their last (Goyal et al. 2017, section 2.2).
+    reaches base_lr in the last warm-up step (Goyal et al. 2017, section 2.2).
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:

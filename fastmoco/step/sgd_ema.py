@@ -1,4 +1,4 @@
-"""The update: SGD of the query encoder and the moving average into the key encoder.
+"""The update: SGD of the query encoder and the moving average of the key encoder.
 
 P floats of parameters with padding
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmoco.step.flat_params import FlatParameters
 
-_CACHED = 2**16  # floats at a time on a CPU, so that no temporary leaves its second-level cache
+_CPU_CHUNK = 2**16  # floats, so that all temporaries stay in the L2 cache
 
 
 @torch.no_grad()
@@ -36,31 +36,31 @@ def momentum_update(
         θ = θ − lr · u
         φ = ema_momentum · φ + (1 − ema_momentum) · θ
 
-    The first three lines are `torch.optim.SGD` (its first step, u = g, is u starting at zero). The last has θ after its
-    update: the φ of the next step's keys, as in the authors' code, which averages when that step begins.
+    The first three lines are `torch.optim.SGD` (its first step, u = g, is that of u = 0). The last line has the updated
+    θ: φ is for the keys of the next step, as in the authors' code, which averages when that step begins.
 
     query, key, grads, momentum_buffer (P,) float32; lr, ema_momentum 0-d floating, ok 0-d bool, on the same device.
-    Where ok is False, query, key and momentum_buffer stay bit for bit as they were, whatever the gradients hold.
-    `grads` is not changed. He et al. 2020, equation 2 and algorithm 1.
+    If ok is False, no bit of query, key and momentum_buffer changes, whatever the gradients. `grads` is never changed.
+    He et al. 2020, equation 2 and algorithm 1.
     """
     # 1 − m in the precision of the caller: in float32, 1 − 0.999 is wrong in the fifth digit.
-    share = (1.0 - ema_momentum).to(key.dtype)
+    one_minus_m = (1.0 - ema_momentum).to(key.dtype)
     size = len(query)
-    piece = _CACHED if query.device.type == "cpu" else size
-    for start in range(0, size, piece):
-        part = slice(start, start + piece)
-        new_buffer = torch.add(grads[part], momentum_buffer[part], alpha=sgd_momentum)
+    chunk_size = _CPU_CHUNK if query.device.type == "cpu" else size
+    for start in range(0, size, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        new_buffer = torch.add(grads[chunk], momentum_buffer[chunk], alpha=sgd_momentum)
         decayed = min(len(new_buffer), max(0, num_decayed - start))
         if weight_decay and decayed:
-            new_buffer[:decayed].add_(query[part][:decayed], alpha=weight_decay)
-        new_query = query[part] - lr * new_buffer
-        new_key = torch.lerp(key[part], new_query, share)
+            new_buffer[:decayed].add_(query[chunk][:decayed], alpha=weight_decay)
+        new_query = query[chunk] - lr * new_buffer
+        new_key = torch.lerp(key[chunk], new_query, one_minus_m)
         for old, new in ((momentum_buffer, new_buffer), (query, new_query), (key, new_key)):
-            torch.where(ok, new, old[part], out=old[part])
+            torch.where(ok, new, old[chunk], out=old[chunk])
 
 
 class MomentumUpdate:
-    """`momentum_update` of two modules of one layout, and the SGD momentum buffer (P,) that belongs to it.
+    """`momentum_update` of two modules with the same layout, with its SGD momentum buffer (P,).
 
     With kernels "triton" the whole call is one pass over the parameters (`fastmoco.step.sgd_ema_triton`).
     """
@@ -75,7 +75,7 @@ class MomentumUpdate:
         kernels: str = "torch",
     ) -> None:
         assert query.slots == key.slots, "the encoders differ in layout"
-        assert query.num_decayed == key.num_decayed, "the encoders differ in what decays"
+        assert query.num_decayed == key.num_decayed, "the encoders differ in which parameters decay"
         self.query = query
         self.key = key
         self.sgd_momentum = sgd_momentum
@@ -84,7 +84,7 @@ class MomentumUpdate:
         self.momentum_buffer = torch.zeros_like(query.values)
 
     def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor, scale: Tensor | None = None) -> None:
-        """The update with the gradients divided by `scale` (0-d float32), after which they are zero, whatever ok is."""
+        """Update with the gradients divided by `scale` (0-d float32), and zero them whatever ok is."""
         grads = self.query.grads
         assert grads is not None
         buffers = self.query.values, self.key.values, grads, self.momentum_buffer

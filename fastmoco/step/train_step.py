@@ -1,4 +1,4 @@
-"""One training step, from views to the next parameters, without a host read.
+"""One training step, from views to the updated parameters, without reading device values on the host.
 
 B batch · R ranks that share it · C embedding · K negatives · N keys of a step (B, or 2B when symmetric)
 """
@@ -36,33 +36,32 @@ D = TypeVar("D", bound=Dictionary)
 class TrainStep(Generic[D]):
     """`step(views, lr, ema_momentum)`: forward, InfoNCE, backward, update, enqueue.
 
-    dictionary              where keys and negatives come from: a `KeyQueue`, or one of `model.dictionaries`
+    dictionary              source of keys and negatives: a `KeyQueue`, or one of `model.dictionaries`
     temperature             τ of InfoNCE
-    symmetric               exchange the views too; the losses add up, both sets of keys enter the queue
+    symmetric               use the exchanged views too; the losses are added, both sets of keys enter the queue
     sgd_momentum            momentum of SGD
     weight_decay            L2 penalty of SGD
-    decay_norm_and_bias     whether it reaches normalisation layers and biases, as in the authors' code
+    decay_norm_and_bias     whether it applies to normalisation layers and biases, as in the authors' code
     dtype                   float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
     compile                 "off", "default" or "max-autotune": how the encoders' forward is compiled
     kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
-                            torch's batch norm, which the compiler fuses itself: for them, loss and update alone
-    checkpoint_activations  keep less for the backward and compute it again (`fastmoco.model.encoder.Backbone`)
-    half_gradients          ranks send each other gradients in bfloat16
+                            torch's batch norm, which the compiler fuses: for them only loss and update are fused
+    checkpoint_activations  recompute activations in the backward pass (`fastmoco.model.resnet.Backbone`)
+    half_gradients          all-reduce the gradients in bfloat16
     objective, optimizer    keys of `fastmoco.registry.OBJECTIVES` and `OPTIMIZERS`
 
-    With several ranks (`model.world`) each trains on its share of the batch, and all end a step with the same bits:
-    gradients, batch norm statistics and losses are averaged, keys gathered, and so the step is that of one rank on the
-    whole batch.
+    With several ranks (`model.world`) each trains on its shard of the batch, and all end a step with the same bits:
+    gradients, batch norm statistics and losses are averaged and keys gathered, so that the step is that of one rank on
+    the whole batch.
 
-    A step whose loss or gradient is not finite changes nothing: parameters, momentum buffer, batch norm statistics and
-    dictionary stay bit for bit as they were, and the step is counted as skipped. That is decided on the device;
-    the host learns of it from `read_metrics`.
+    A step whose loss or gradient is not finite changes no bit of parameters, momentum buffer, batch norm statistics and
+    dictionary, and is counted as skipped. That is decided on the device; `read_metrics` reports it.
 
-    Where the encoders are twins, both learn: the gradients of the two add up, and the key encoder is given the query
-    encoder's new weights whatever ema_momentum is.
+    If the encoders are tied, their gradients are added, and the key encoder gets the query encoder's new weights
+    whatever ema_momentum is.
 
-    The model and the dictionary must be on their device. The model's parameters move into flat buffers here: load
-    weights into it before or after, but do not move it again.
+    The model and the dictionary must be on their device. The model's parameters are moved into flat buffers here: load
+    weights into it before or after, but do not move it to another device or type.
     """
 
     def __init__(
@@ -87,11 +86,11 @@ class TrainStep(Generic[D]):
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
         if temperature <= 0:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
-        assert model.tied == dictionary.TIED, "keys have a gradient where their mechanism needs one, and only there"
+        assert model.tied == dictionary.TIED, "encoders must be tied if and only if keys need gradients"
         self.device = next(model.parameters()).device
         check_kernels(kernels, self.device)
         mode = _COMPILE_MODES[compile]
-        assert mode is None or not checkpoint_activations, "a compiled forward decides itself what it keeps"
+        assert mode is None or not checkpoint_activations, "torch.compile itself selects the activations to keep"
         self.model = model.train()
         self.dictionary = dictionary
         self.temperature = temperature
@@ -110,11 +109,11 @@ class TrainStep(Generic[D]):
         )
         self.objective: Objective = load(OBJECTIVES[objective])(temperature=temperature, kernels=kernels)
         use_kernels(model, kernels if mode is None else "torch")
-        for encoder in (model.query, model.key):  # the key encoder has a backward only where its keys have a gradient
+        for encoder in (model.query, model.key):  # the key encoder has a backward only if the encoders are tied
             if hasattr(encoder.backbone, "checkpoint_activations"):
                 encoder.backbone.checkpoint_activations = checkpoint_activations
             elif checkpoint_activations:
-                raise ConfigError("this backbone cannot recompute its activations: leave out --checkpoint-activations")
+                raise ConfigError("this backbone does not support --checkpoint-activations: leave it out")
         self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -126,15 +125,15 @@ class TrainStep(Generic[D]):
             model.key.compile(mode=mode, dynamic=False)
 
     def __call__(self, views: Views, lr: float, ema_momentum: float) -> None:
-        """Trains on one batch. lr and ema_momentum (from `step.schedules`) reach the device without waiting."""
+        """Train on one batch without waiting for the device. lr and ema_momentum are from `step.schedules`."""
         self.lr.fill_(lr)
         self.ema_momentum.fill_(ema_momentum)
         self.run(views)
 
     def run(self, views: Views) -> None:
-        """The step itself, with the lr and ema_momentum that lie on the device: kernels only, always the same ones.
+        """The step with the lr and ema_momentum on the device: kernels only, always the same ones.
 
-        It leaves the gradients zero, as it needs to find them.
+        The gradients must be zero before, and are zero afterwards.
         """
         assert self.query.grads is not None
         statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
@@ -152,9 +151,9 @@ class TrainStep(Generic[D]):
             self.key.grads.zero_()
         self._gradient_reducer.finish()
         loss = averages()
-        # All ranks come to the same verdict, on the same mean loss and sums of gradients. The largest magnitude is one
-        # pass without a temporary: NaN and infinity both come through. That the gradients are still scaled changes no
-        # verdict, because the scale is 1 or more.
+        # All ranks decide alike, from the same mean loss and sums of gradients. The largest magnitude takes one pass
+        # without a temporary, and NaN and infinity propagate. The gradients are still scaled, which changes nothing,
+        # because the scale is 1 or more.
         ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
 
         self.update(self.lr, self._no_momentum if self.model.tied else self.ema_momentum, ok, scale)
@@ -166,22 +165,22 @@ class TrainStep(Generic[D]):
         self._count(loss, ok)
 
     def _average(self, loss: Tensor) -> Callable[[], Tensor]:
-        """Starts to average the ranks' losses and batch norm statistics, all of which the forward pass has made.
+        """Start to average the loss and batch norm statistics of the forward pass over the ranks.
 
-        The call returned ends it, after the backward: the statistics are then in place, and it returns the loss.
+        Call the returned function after the backward: it stores the mean statistics and returns the mean loss.
         """
         if self.world.size == 1:
             return lambda: loss
-        parts = [self.query.buffers, self.key.buffers, loss[None]]
-        pending = self.world.all_reduce(torch.cat(parts))
+        tensors = [self.query.buffers, self.key.buffers, loss[None]]
+        pending = self.world.all_reduce(torch.cat(tensors))
 
-        def end() -> Tensor:
-            means = pending.wait().div_(self.world.size).split([len(part) for part in parts])
+        def finish() -> Tensor:
+            means = pending.wait().div_(self.world.size).split([len(tensor) for tensor in tensors])
             for flat, mean in zip((self.query, self.key), means, strict=False):
                 flat.buffers.copy_(mean)
             return means[-1][0]
 
-        return end
+        return finish
 
     def changed_tensors(self) -> list[Tensor]:
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
@@ -201,31 +200,31 @@ class TrainStep(Generic[D]):
         sums["consecutive_skipped"].add_(1.0).mul_(~ok)
 
     def read_metrics(self) -> dict[str, float]:
-        """What happened since the last call, with one host read; call it every N steps.
+        """Metrics since the last call, in one transfer that waits for the device; call it every N steps.
 
-        loss                 mean over the steps that were not skipped; NaN where there is none
-        steps                how many, skipped ones included
-        skipped_steps        how many were skipped
-        consecutive_skipped  length of the run of skipped steps that ends now; it may reach back past the last call
+        loss                 mean over the steps that were not skipped; NaN if there are none
+        steps                number of steps, including skipped ones
+        skipped_steps        number of skipped steps
+        consecutive_skipped  number of skipped steps up to now without a good one, also from before the last call
         """
         values = torch.stack([self._sums[name] for name in _SUMS]).tolist()
-        read = dict(zip(_SUMS, values, strict=True))
+        sums = dict(zip(_SUMS, values, strict=True))
         for name in ("loss_sum", "steps", "skipped_steps"):
             self._sums[name].zero_()
-        trained = read["steps"] - read["skipped_steps"]
+        trained = sums["steps"] - sums["skipped_steps"]
         return {
-            "loss": read["loss_sum"] / trained if trained else float("nan"),
-            **{name: int(read[name]) for name in ("steps", "skipped_steps", "consecutive_skipped")},
+            "loss": sums["loss_sum"] / trained if trained else float("nan"),
+            **{name: int(sums[name]) for name in ("steps", "skipped_steps", "consecutive_skipped")},
         }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The step's own state, live tensors: the optimiser's by parameter name, loss scaler, sums.
+        """Live tensors: the optimiser's state by parameter name, the loss scaler and the sums.
 
-        Model and dictionary are saved by who owns them.
+        The model and the dictionary have their own state dicts.
         """
-        torn = "the model was moved, or its gradients set to None, after the step took over its parameters"
-        assert self.query.is_intact(), torn
-        assert self.key.is_intact(), torn
+        detached = "the model was moved, or its gradients set to None, after the step was built"
+        assert self.query.is_intact(), detached
+        assert self.key.is_intact(), detached
         state = {name: self.query.named(buffer) for name, buffer in self.update.state().items()}
         state["sums"] = dict(self._sums)
         if self.scaler is not None:
@@ -233,7 +232,7 @@ class TrainStep(Generic[D]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Copies a `state_dict` into this step. Raises CheckpointError where names, shapes or types differ."""
+        """Copy a `state_dict` into this step. Raises CheckpointError if names, shapes or types differ."""
         copy_state(state, self.state_dict())
 
 

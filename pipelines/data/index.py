@@ -1,6 +1,6 @@
 """The index of a data set: N upright images, their sizes and labels, and where their bytes are stored.
 
-N images · H, W height and width in pixels of the whole, upright image
+N images · H, W height and width in pixels of the upright image
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def places(data: str, cache: Path) -> tuple[Path, Path]:
     """Paths of the manifest of a folder or list file: next to it, and in `cache`, used if that is not writable."""
     path = Path(data)
     name = hashlib.blake2b(os.fsencode(data), digest_size=16).hexdigest()
-    beside = path / FILE_NAME if path.is_dir() else path.with_name(f".{path.name}{FILE_NAME}")
-    return beside, cache / "manifests" / f"{name}.npz"
+    adjacent = path / FILE_NAME if path.is_dir() else path.with_name(f".{path.name}{FILE_NAME}")
+    return adjacent, cache / "manifests" / f"{name}.npz"
 
 
 def find(data: str, cache: Path) -> ScanManifest | None:

@@ -1,4 +1,4 @@
-"""The whole decoded data set in one buffer on the device.
+"""The decoded data set in one buffer on the device.
 
 N images · H, W sides of an image in pixels
 """

@@ -317,7 +317,7 @@ def test_what_each_mechanism_leaves_open_is_filled_in() -> None:
         ),
         ({"mechanism": "memory-bank", "batch_size": 1000}, r"--batch-size 1000 is all the images.*500 or less"),
         ({"mechanism": "memory-bank", "symmetric": True}, r"--symmetric .* from the bank: use --no-symmetric"),
-        ({"mechanism": "end-to-end", "moco_m": 0.99}, r"--moco-m is 0.99, .* no key encoder that follows.*--moco-m 0"),
+        ({"mechanism": "end-to-end", "moco_m": 0.99}, r"--moco-m is 0.99, .* no momentum encoder.*--moco-m 0"),
         ({"mechanism": "memory-bank", "moco_m_cos": True}, r"--moco-m-cos is set"),
         ({"mechanism": "memory-bank", "bank_m": 1.0}, r"--bank-m is 1.0, expected .* below 1: Wu et al. use 0.5"),
         ({"mechanism": "bank"}, r"--mechanism is 'bank'.*did you mean memory-bank"),

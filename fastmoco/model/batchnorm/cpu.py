@@ -1,4 +1,4 @@
-"""Split batch norm, residual add and ReLU on a CPU, one group at a time while it lies in the cache.
+"""Split batch norm, residual sum and ReLU on a CPU, one group at a time while it is in the cache.
 
 N samples · C channels · H, W sides · s splits
 """
@@ -23,15 +23,17 @@ def split_batch_norm(
     relu: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """`SplitBatchNorm2d` in training, as the twin `fastmoco.model.batchnorm.triton` has it: relu(y + residual).
+    """The training forward of `SplitBatchNorm2d`, then `+ residual` and ReLU if requested.
+
+    The interface is that of `fastmoco.model.batchnorm.triton`.
 
     x, residual (N, C, H, W), channels-last or contiguous, of any floating type; weight, bias, running_mean, running_var
     (C,) float32 (float64 with a float64 x), the running statistics updated in place. Returns the shape and type of x.
 
-    Torch's own kernels do the arithmetic, hence the same bits as one `F.batch_norm` for each group. What is saved is
-    traffic: no concatenation of the groups, forward or backward, and the cheap operations find a group where batch norm
-    left it. A layer of 64×32×32 at batch 512 in bfloat16, forward and backward, on two cores: 142 ms with concatenated
-    groups, 100 ms so.
+    Torch's own kernels do the arithmetic, so the bits are those of one `F.batch_norm` per group. What is saved is
+    memory traffic: groups are not concatenated, forward or backward, and the elementwise operations find a group in the
+    cache. A layer of 64×32×32 at batch 512 in bfloat16, forward and backward, on two cores: 142 ms with concatenated
+    groups, 100 ms with this function.
     """
     return _SplitBatchNorm.apply(x, weight, bias, running_mean, running_var, splits, momentum, eps, relu, residual)
 
@@ -53,18 +55,18 @@ class _SplitBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         y = torch.empty_like(x)
         means, variances = running_mean.repeat(splits, 1), running_var.repeat(splits, 1)
-        # Of each group: its mean, and 1 / sqrt(var + eps).
+        # Mean and 1 / sqrt(var + eps) of each group.
         saved = [torch.empty_like(means), torch.empty_like(variances)]
         groups = [_groups(tensor, splits) for tensor in (x, y, residual)]
-        for i, (of_x, of_y, of_residual) in enumerate(zip(*groups, strict=True)):
+        for i, (group_x, group_y, group_residual) in enumerate(zip(*groups, strict=True)):
             statistics = (means[i], variances[i], True, momentum, eps)
             torch.ops.aten.native_batch_norm.out(
-                of_x, weight, bias, *statistics, out=of_y, save_mean=saved[0][i], save_invstd=saved[1][i]
+                group_x, weight, bias, *statistics, out=group_y, save_mean=saved[0][i], save_invstd=saved[1][i]
             )
             if residual is not None:
-                of_y.add_(of_residual)
+                group_y.add_(group_residual)
             if relu:
-                of_y.relu_()
+                group_y.relu_()
         running_mean.copy_(means.mean(dim=0))
         running_var.copy_(variances.mean(dim=0))
         ctx.save_for_backward(x, y if relu else None, weight, means, variances, *saved)
@@ -75,21 +77,21 @@ class _SplitBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, y, weight, means, variances, *saved = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        # The residual's gradient is that of the sum, which without a ReLU is what came in.
+        # The residual's gradient is that of the sum: without a ReLU, the incoming gradient itself.
         grad_residual = grad if y is None else torch.empty_like(x) if ctx.has_residual else None
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         groups = [_groups(tensor, ctx.splits) for tensor in (grad, x, y, grad_x, grad_residual)]
-        for i, (of_grad, of_x, of_y, of_grad_x, of_residual) in enumerate(zip(*groups, strict=True)):
+        for i, (g, group_x, group_y, group_grad_x, group_grad_residual) in enumerate(zip(*groups, strict=True)):
             if y is not None:
-                of_grad = torch.ops.aten.threshold_backward(of_grad, of_y, 0)
-                if of_residual is not None:
-                    of_residual.copy_(of_grad)
-            found, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                of_grad, of_x, weight, means[i], variances[i], saved[0][i], saved[1][i], True, ctx.eps, [True] * 3
+                g = torch.ops.aten.threshold_backward(g, group_y, 0)
+                if group_grad_residual is not None:
+                    group_grad_residual.copy_(g)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                g, group_x, weight, means[i], variances[i], saved[0][i], saved[1][i], True, ctx.eps, [True] * 3
             )
-            of_grad_x.copy_(found)
-            grad_weight += of_weight
-            grad_bias += of_bias
+            group_grad_x.copy_(dx)
+            grad_weight += dweight
+            grad_bias += dbias
         return grad_x, grad_weight, grad_bias, *[None] * 6, grad_residual if ctx.has_residual else None
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation over groups of a batch, as if each group lived on its own device.
+"""Batch normalisation over groups of a batch, as if each group were on its own device.
 
 N samples · C channels · H, W sides · s splits
 """
@@ -19,32 +19,32 @@ from fastmoco.model.batchnorm.sync import group_batch_norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose training statistics are those of N/s consecutive samples, not of all N.
+    """`nn.BatchNorm2d` with training statistics of N/s consecutive samples instead of all N.
 
     With group g the rows gN/s … (g+1)N/s − 1, for each channel:
 
         y[g] = weight · (x[g] − mean(x[g])) / sqrt(var(x[g]) + eps) + bias          var biased, over N/s · H · W values
         running ← (1 − momentum) · running + momentum · mean over g of (mean(x[g]), var(x[g]) unbiased)
 
-    MoCo needs it: with statistics over the whole batch a query can find its key by the statistics they share
+    MoCo needs it: with statistics over the whole batch, a query can identify its key by the statistics they share
     (He et al. 2020, section 3.3, "Shuffling BN"). In evaluation it is `nn.BatchNorm2d`.
 
-    What follows it in a block can be handed over, so that one kernel does all of it: `forward(x, relu, residual)` is
-    relu(y + residual), each where given, residual of the shape and type of x.
+    The following operations of a block can be fused into it: `forward(x, relu, residual)` is relu(y + residual), each
+    if given, with a residual of the shape and type of x.
 
     Input x (N, C, H, W) of any floating type → the same shape and type; the statistics have the type of the parameters,
-    float32, under autocast too. A group of channels-last rows is itself dense and channels-last, hence one native
-    kernel for each group: on a CPU in `fastmoco.model.batchnorm.cpu`, elsewhere with a concatenation after them.
-    Reductions written out in torch took 5 to 25 times as long on one core, folding the groups into the channels (which
+    float32, under autocast too. A group of channels-last rows is itself dense and channels-last, so each group is one
+    call of the native kernel: on a CPU in `fastmoco.model.batchnorm.cpu`, elsewhere followed by a concatenation.
+    Explicit reductions in torch took 5 to 25 times as long on one core, folding the groups into the channels (which
     copies to NCHW) 4 to 8 times.
 
     kernels             "torch", or "triton" for `fastmoco.model.batchnorm.triton` in training: see `use_kernels`
-    ranks               over which each group is spread; where it is one, N are this rank's samples: see `divide_groups`
-    updates_statistics  False while a forward is repeated for its activations alone: see `freeze_running_stats`
+    ranks               world of the ranks that share a group, or None; N counts this rank's samples: `divide_groups`
+    updates_statistics  False while a forward is repeated only to recompute activations: see `freeze_running_stats`
 
-    `num_batches_tracked` stays 0: only a cumulative average reads it, and counting costs one kernel a layer and step.
+    `num_batches_tracked` stays 0: only a cumulative average needs it, and it would cost a kernel per layer and step.
 
-    Raises ConfigError where N is not a multiple of s, or a group has one value per channel.
+    Raises ConfigError if N is not a multiple of s, or a group has one value per channel.
     """
 
     def __init__(self, num_features: int, num_splits: int = 1, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -64,9 +64,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 statistics = self._statistics()
                 y = group_batch_norm(input, self.weight, self.bias, *statistics, self.momentum, self.eps, self.ranks)
             elif self.kernels == "triton":
-                from fastmoco.model.batchnorm.triton import (
-                    split_batch_norm,  # Triton comes with torch's CUDA builds only
-                )
+                # Triton comes with torch's CUDA builds only
+                from fastmoco.model.batchnorm.triton import split_batch_norm
 
                 return self._fused(split_batch_norm, input, relu, residual)
             elif input.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -88,12 +87,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             )
         if rows * input.shape[2] * input.shape[3] == 1:
             raise ConfigError(
-                f"batch norm meets one sample of 1×1 pixels in each of its {self.num_splits} splits, "
-                "which has no variance; use a larger batch, larger images or fewer splits"
+                f"each of the {self.num_splits} batch norm splits has one sample of 1×1 pixels, and so no variance; "
+                "use a larger batch, larger images or fewer splits"
             )
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Running mean and variance to update: the layer's, or copies that nobody keeps."""
+        """Running mean and variance to update: the layer's, or copies to discard."""
         mean, variance = self.running_mean, self.running_var
         assert mean is not None
         assert variance is not None
@@ -137,17 +136,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_kernels(module: nn.Module, kernels: str) -> None:
-    """Sets whose kernels the batch norms of a module train with: "torch" or "triton" (see `kernels.check_kernels`)."""
+    """Set the training kernels of a module's batch norms: "torch" or "triton" (see `step.kernels.check_kernels`)."""
     for layer in _layers(module):
         layer.kernels = kernels
 
 
 def divide_groups(module: nn.Module, world: World) -> None:
-    """Gives every rank its share of the groups of a batch that is divided over the ranks: what batch norm computes is
-    what it would on one rank, whatever their number.
+    """Distribute the groups of a batch over the ranks, so that batch norm computes the same for any number of ranks.
 
-    With s splits and R ranks, a rank has s/R whole groups, or shares one with R/s − 1 others (all of them where s is 1,
-    which is synchronised batch norm). Raises ConfigError where neither is a whole number.
+    With s splits and R ranks, a rank has s/R whole groups, or shares one with R/s − 1 others (with all of them if s is
+    1, which is synchronised batch norm). Raises ConfigError if neither is a whole number.
     """
     for layer in _layers(module):
         splits, size = layer.num_splits, world.size
@@ -157,14 +155,14 @@ def divide_groups(module: nn.Module, world: World) -> None:
             layer.num_splits, layer.ranks = 1, world.subgroup(splits)
         else:
             raise ConfigError(
-                f"{splits} batch norm splits do not divide over {size} devices, nor these into groups of one split "
-                f"each: use --bn-splits {size}, or 1 for one group over all devices"
+                f"{splits} batch norm splits cannot be distributed over {size} devices: one number must divide the "
+                f"other; use --bn-splits {size}, or 1 for one group over all devices"
             )
 
 
 @contextmanager
 def freeze_running_stats(module: nn.Module) -> Iterator[None]:
-    """Inside, a training forward leaves the running statistics as they are, and gives the same output."""
+    """In this context, a training forward gives the same output but leaves the running statistics unchanged."""
     layers = _layers(module)
     before = [layer.updates_statistics for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""Training batch norm over a group of samples that lies on several ranks.
+"""Training batch norm over a group of samples that is spread over several ranks.
 
 N samples of a rank · C channels · H, W sides · R ranks of the group · M = R · N · H · W values of a channel
 """
@@ -25,20 +25,20 @@ def group_batch_norm(
     eps: float,
     ranks: World,
 ) -> Tensor:
-    """`F.batch_norm(all ranks' x, …, training=True)[this rank's rows]`, in value and in gradient.
+    """`F.batch_norm(x of all ranks, …, training=True)[rows of this rank]`, in value and in gradient.
 
         y = weight · (x − mean) / sqrt(var + eps) + bias                            over all M values, var biased
         dx = weight / sqrt(var + eps) · (dy − Σdy / M − x̂ · Σ(dy · x̂) / M)         sums over all M values too
 
     x (N, C, H, W) of any floating type and of one shape on all ranks; weight, bias, running_mean, running_var (C,) in
     float32 (float64 with a float64 x), the last two updated in place with the unbiased variance. The gradients of
-    weight and bias are those of this rank's loss alone, like every other parameter's.
+    weight and bias are those of this rank's loss only, as for every other parameter.
 
-    Two messages of 2C floats a layer and step: means and variances are gathered, and joined by Chan's formula, which
-    does not cancel where a mean is far larger than the spread; the two sums of the backward are added up. All large
-    passes are torch's own kernels; `nn.SyncBatchNorm` does the same with kernels that exist for CUDA only.
+    Two collectives of 2C floats per layer and step: means and variances are gathered and combined by Chan's formula,
+    which does not cancel if a mean is far larger than the spread; the two sums of the backward are all-reduced. All
+    large passes are torch's native kernels. `nn.SyncBatchNorm` does the same with kernels for CUDA only.
 
-    Raises RankLostError where another rank never comes.
+    Raises RankLostError if another rank does not respond.
     """
     return _GroupBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, ranks)  # pyright: ignore[reportReturnType]
 
@@ -57,11 +57,11 @@ class _GroupBatchNorm(torch.autograd.Function):
         ranks: World,
     ) -> Tensor:
         values = x.numel() // x.shape[1]
-        # A running statistic of momentum 1 is the batch's own, in the parameters' type whatever that of x is.
-        own = torch.zeros((1, 2, len(weight)), dtype=weight.dtype, device=x.device)
-        torch.batch_norm_update_stats(x, own[0, 0], own[0, 1], 1.0)
-        own[0, 1].mul_((values - 1) / values)
-        means, variances = ranks.all_gather(own).wait().unbind(dim=1)
+        # Running statistics with momentum 1 are those of the batch, in the type of the parameters and not of x.
+        local = torch.zeros((1, 2, len(weight)), dtype=weight.dtype, device=x.device)
+        torch.batch_norm_update_stats(x, local[0, 0], local[0, 1], 1.0)
+        local[0, 1].mul_((values - 1) / values)
+        means, variances = ranks.all_gather(local).wait().unbind(dim=1)
         mean = means.mean(dim=0)
         var = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
 
@@ -80,13 +80,13 @@ class _GroupBatchNorm(torch.autograd.Function):
         settings = None, None, False, ctx.eps, [False, True, True]
         _, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, var, *settings)
         sums = torch.stack([bias_grad, weight_grad])  # of dy and of dy · x̂, on this rank
-        of_grad, of_product = ctx.ranks.all_reduce(sums.clone()).wait().div_(ctx.total)
+        mean_grad, mean_product = ctx.ranks.all_reduce(sums.clone()).wait().div_(ctx.total)
 
         def channels(values: Tensor) -> Tensor:
             return values[:, None, None]
 
-        deviation = torch.rsqrt(var + ctx.eps)
-        scale = weight * deviation
-        apart = (x - channels(mean)).mul_(channels(scale * deviation * of_product))
-        x_grad = (grad - channels(of_grad)).mul_(channels(scale)).sub_(apart)
+        inverse_std = torch.rsqrt(var + ctx.eps)
+        scale = weight * inverse_std
+        correction = (x - channels(mean)).mul_(channels(scale * inverse_std * mean_product))
+        x_grad = (grad - channels(mean_grad)).mul_(channels(scale)).sub_(correction)
         return x_grad.to(x.dtype), weight_grad, bias_grad, None, None, None, None, None

@@ -3,7 +3,7 @@
 N samples · C channels · H, W sides · s splits · R = N/s · H · W rows of a split
 """
 
-# Compile-time constants are passed as plain values; launch options such as enable_fp_fusion are no kernel parameters.
+# Compile-time constants are passed as plain values; launch options such as enable_fp_fusion are not parameters.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastmoco.model.batchnorm.triton_kernels import (
     statistics_kernel,
 )
 
-_TILE = 4096  # elements of a tile: 32 a thread of four warps, 8 KiB in flight for each program in 16 bits
-_JOINED = 8  # channels of a joining program: the 32 bytes that memory hands out at least
+_TILE = 4096  # elements of a tile: 32 for each thread of four warps, 8 KiB in flight per program in 16 bits
+_JOINED = 8  # channels per program of the join kernels: 32 bytes, the smallest memory transaction
 
 
 class _Plan(NamedTuple):
-    """How the matrix is divided."""
+    """The tiling of the matrix (see `triton_kernels`)."""
 
     rows: int  # of a split
     channels: int
@@ -68,9 +68,9 @@ def _plan(x: Tensor, splits: int) -> _Plan:
     block_channels = min(128, triton.next_power_of_2(channels))
     block_rows = min(_TILE // block_channels, triton.next_power_of_2(rows))
     programs = triton.cdiv(channels, block_channels) * splits
-    # As many programs as are resident at once, each with a long run of rows; at most 512 to join for a channel.
-    wanted = max(1, min(triton.cdiv(_programs(x.device), programs), 512 // splits))
-    chunk_rows = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
+    # As many programs as are resident at once, each with a long run of rows; at most 512 partial sums per channel.
+    chunks = max(1, min(triton.cdiv(_programs(x.device), programs), 512 // splits))
+    chunk_rows = triton.cdiv(triton.cdiv(rows, chunks), block_rows) * block_rows
     return _Plan(rows, channels, splits, triton.cdiv(rows, chunk_rows), chunk_rows, block_rows, block_channels)
 
 
@@ -90,7 +90,7 @@ def split_batch_norm(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The training forward of `batchnorm.split.SplitBatchNorm2d`, then `+ residual` and ReLU where requested:
+    """The training forward of `batchnorm.split.SplitBatchNorm2d`, then `+ residual` and ReLU if requested:
 
         y = relu(weight · (x − mean) / sqrt(var + eps) + bias + residual)
 
@@ -106,7 +106,7 @@ def split_batch_norm(
         ResNet-50, B = 256, 64×112×112       411 MB a pass    0.29 + 0.48 ms
         ResNet-50, B = 256, 256×56×56        411 MB a pass    (with residual 0.38 + 0.67)
 
-    or less, where a layer fits the second-level cache and is read from there the second time. Three launches each way.
+    or less, if a layer fits the L2 cache and is read from there the second time. Three launches in each direction.
     """
     assert x.dim() == 4, x.shape
     assert len(x) % splits == 0, (x.shape, splits)
@@ -170,7 +170,7 @@ class _SplitBatchNorm(torch.autograd.Function):
             RESIDUAL=with_residual,
             **plan.blocks,
         )
-        # y is needed only where z cannot be told from x
+        # y is needed only if the sign of z does not follow from x
         ctx.save_for_backward(x, weight, bias, mean, scale, *([y] if relu and with_residual else []))
         ctx.splits, ctx.relu, ctx.with_residual = splits, relu, with_residual
         return y
