@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastmoco.console import Fact, duration, make_console, say, show_facts
+from fastmoco.console import Fact, duration, make_console, say, show_facts, shown_path
 from fastmoco.device import describe, pick_device
 from fastmoco.errors import ConfigError
 from fastmoco.evaluation import embedding_plot, retrieval
+from fastmoco.evaluation.budget import budget_bytes
 from fastmoco.evaluation.confusion import Accuracy, write_csv
 from fastmoco.evaluation.confusion_plot import draw_confusion
 from fastmoco.evaluation.extractor import Extractor
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.report import show_classes, show_label_free, show_results, write_json
-from fastmoco.evaluation.splits import EvaluationSplit, split_dataset
+from fastmoco.evaluation.splits import EvaluationSplit, fit_to_budget, split_dataset
 from fastmoco.evaluation.suite import Evaluation, Result
 from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.run.environment import versions
@@ -49,7 +50,7 @@ def _evaluate(options: EvalOptions) -> None:
     if data is None:
         raise ConfigError(f"{backbone.origin} does not record its training data: name the images with --data")
     dataset = load_dataset(data, data_root=options.data_root, limit=options.limit, bad_images=options.bad_images)
-    split = split_dataset(dataset)
+    split = fit_to_budget(split_dataset(dataset), backbone.feature_dim, budget_bytes(device))
     extractor = Extractor(backbone, options, device, console)
     evaluation = Evaluation(split, extractor, options)
     folder = _folder(options)
@@ -76,7 +77,7 @@ def _evaluate(options: EvalOptions) -> None:
     except OSError as error:
         raise ConfigError(f"cannot write to {folder} ({error.strerror or error}): choose another with --out") from error
     written = [Fact("written", "eval.json", "all metrics"), *(Fact("", name) for name in files)]
-    facts = [Fact("time", duration(time.monotonic() - began)), Fact("folder", os.path.relpath(folder)), *written]
+    facts = [Fact("time", duration(time.monotonic() - began)), Fact("folder", shown_path(folder)), *written]
     show_facts(console, "done", facts)
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastmoco.evaluation.budget import budget_bytes, gibibytes
 from fastmoco.run.fingerprint import fingerprint
 from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
@@ -28,6 +29,7 @@ from pipelines.files import replacing
 FORMAT = 1  # increment when the same backbone, images and preprocessing give different features
 MAX_BYTES = 32 * 2**30
 _MAX_SHARE_OF_FREE = 0.5  # of the free disk space, for one entry
+_ROWS = 65_536  # read at a time
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -64,15 +66,17 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, name: str, rows: int, columns: int) -> Tensor | None:
-        """(rows, columns) float32 on the CPU; None if the entry is missing or damaged."""
+    def load(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """(rows, columns) float32 on the device; None if the entry is missing or damaged."""
         path = self._path(name)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 stored = file.get_slice("features")
                 if (list(stored.get_shape()), stored.get_dtype()) != ([rows, columns], "F32"):
                     return None
-                features = file.get_tensor("features").clone()  # a copy, not the memory-mapped file
+                features = torch.empty((rows, columns), device=device)
+                for start in range(0, rows, _ROWS):  # in parts: the host never holds the whole entry
+                    features[start : start + _ROWS] = stored[start : start + _ROWS]
             os.utime(path)  # time of last use
         except (OSError, SafetensorError):
             return None
@@ -84,7 +88,11 @@ class FeatureCache:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # concurrent evaluations may store the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+            free, memory = shutil.disk_usage(self.folder).free, budget_bytes(torch.device("cpu"))
+            if 2 * needed > memory:  # a copy on the host, and its serialised bytes
+                return (
+                    f"the features are not cached: that takes {gibibytes(2 * needed)} of {gibibytes(memory)} of memory"
+                )
             if needed > _MAX_SHARE_OF_FREE * free:
                 return f"the features are not cached: they take {needed:,} bytes and {self.folder} has {free:,} free"
             with replacing(path, temporary):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pipelines.files import write_atomically
 
+_CHUNK_BYTES = 256 * 2**20  # for the scores of a chunk of images, of which four temporary copies are made
+
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
@@ -53,14 +55,21 @@ def measure(scores: Tensor, labels: Tensor) -> Accuracy:
     """
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected scores (M, C) and labels (M,), got {tuple(scores.shape)}, {tuple(labels.shape)}")
+    chunk = max(1, _CHUNK_BYTES // (scores.shape[1] * scores.element_size()))
+    parts = [_ranks(*part) for part in zip(scores.split(chunk), labels.split(chunk), strict=True)]
+    rank, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
+    confusion = confusion_matrix(labels.cpu(), predicted.cpu(), labels=range(scores.shape[1]))
+    top1, top5 = (100 * (rank < k).double().mean().item() for k in (1, 5))
+    return Accuracy(top1, top5 if scores.shape[1] > 5 else None, confusion)
+
+
+def _ranks(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of classes that score higher than the true one, and the class with the highest score, (M,) int64 each."""
     classes = torch.arange(scores.shape[1], device=scores.device)
     known = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     true = known.gather(1, labels[:, None])
     rank = (known > true).sum(1) + ((known == true) & (classes < labels[:, None])).sum(1)
-    rank = torch.where(true[:, 0] == -math.inf, scores.shape[1], rank)
-    confusion = confusion_matrix(labels.cpu(), known.argmax(1).cpu(), labels=range(scores.shape[1]))
-    top1, top5 = (100 * (rank < k).double().mean().item() for k in (1, 5))
-    return Accuracy(top1, top5 if scores.shape[1] > 5 else None, confusion)
+    return torch.where(true[:, 0] == -math.inf, scores.shape[1], rank), known.argmax(1)
 
 
 def write_csv(accuracy: Accuracy, names: tuple[str, ...], path: Path) -> None:

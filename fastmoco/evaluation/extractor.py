@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastmoco.console import say
-from fastmoco.device import DTYPES
-from fastmoco.errors import CheckpointError
+from fastmoco.device import DTYPES, describe
+from fastmoco.errors import CheckpointError, DeviceError
 from fastmoco.evaluation import cache as feature_cache
-from fastmoco.evaluation.features import TunedSource, extract
+from fastmoco.evaluation.budget import is_out_of_memory, release_cached_memory
+from fastmoco.evaluation.features import BATCH, TunedSource, extract
 from fastmoco.evaluation.labelled_views import LabelledViews, ViewKind
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.splits import Subset
@@ -38,6 +39,8 @@ from pipelines.views import CropSource
 SMALL_SIDE = 64  # up to this many pixels, views are augmented as on CIFAR: padded crops, colours of the CIFAR demo
 MIN_IMAGES_FOR_WORKERS = 2_000  # fewer are read before worker processes have started, which takes seconds
 _PAIR_BATCH = 128
+_MIN_BATCH = 16  # of an extraction that has run out of memory with larger ones
+_CHECKED_ROWS = 65_536  # at a time
 
 Function = Callable[[Tensor], Tensor]
 T = TypeVar("T")
@@ -67,11 +70,12 @@ class Extractor:
     def features(self, subset: Subset) -> Tensor:
         """Features (len(subset), D) float32 on the device. The whole index is extracted once, or read from the cache.
 
-        Raises DataError for an image that cannot be read, CheckpointError for features that are not finite.
+        Raises DataError for an image that cannot be read, CheckpointError for features that are not finite, DeviceError
+        without the memory for them.
         """
         index = subset.index
         if id(index) not in self._features_of:
-            self._features_of[id(index)] = self._load_or_extract(index).to(self.device)
+            self._features_of[id(index)] = self._load_or_extract(index)
         features = self._features_of[id(index)]
         return features if len(subset) == len(index) else features[torch.from_numpy(subset.positions).to(self.device)]
 
@@ -144,12 +148,12 @@ class Extractor:
             preprocessing = {name: getattr(b, name) for name in ("side", "mean", "std", "arch", "stem", "width")}
             preprocessing |= {"amp": self.options.amp, "pipeline": pipeline, "device": self.device.type}
             name = feature_cache.key(self.weights_hash, feature_cache.images_hash(index), preprocessing)
-            cached = self._cache.load(name, len(index), b.feature_dim)
+            cached = self._cache.load(name, len(index), b.feature_dim, self.device)
             if cached is not None:
                 say(self.console, f"features of {index.name}: {len(index):,} images, from the cache")
                 return cached
         features = self._extract(self.embed, index, np.arange(len(index)), pipeline)
-        if not features.isfinite().all():
+        if not all(part.isfinite().all() for part in features.split(_CHECKED_ROWS)):
             raise CheckpointError(f"the features of {b.origin} are not finite: use another, or --amp fp32")
         seconds = time.monotonic() - began
         rate = f"{len(index) / max(seconds, 1e-9):,.0f} images/s"
@@ -160,22 +164,42 @@ class Extractor:
         return features
 
     def _extract(self, function: Function, index: ImageIndex, positions: np.ndarray, pipeline: str) -> Tensor:
-        """Extract with a progress bar on a terminal."""
-        b, source = self.backbone, self._open(pipeline, index)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        """Extract, in smaller batches if memory runs out. Raises DeviceError if that does not help."""
+        source, batch = self._open(pipeline, index), min(BATCH, len(positions))
         try:
-            with bar:
-                task = bar.add_task("features", total=len(positions))
-
-                def counted(images: Tensor) -> Tensor:
-                    rows = function(images)
-                    bar.advance(task, len(images))
-                    return rows
-
-                return extract(counted, source, index, positions, b.side, b.mean, b.std)
+            while True:
+                try:
+                    return self._extract_in_batches(function, source, index, positions, batch)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                if batch <= _MIN_BATCH:
+                    raise DeviceError(
+                        f"{describe(self.device)} has too little free memory for features of {len(positions):,} "
+                        f"images, even in batches of {batch}: free some, or use --limit"
+                    )
+                batch = max(_MIN_BATCH, batch // 2)
+                release_cached_memory(self.device)
+                say(self.console, f"out of memory: features are extracted in batches of {batch}", "yellow")
         finally:
             source.close()
+
+    def _extract_in_batches(
+        self, function: Function, source: CropSource, index: ImageIndex, positions: np.ndarray, batch: int
+    ) -> Tensor:
+        """Extract with a progress bar on a terminal."""
+        b = self.backbone
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        with bar:
+            task = bar.add_task("features", total=len(positions))
+
+            def counted(images: Tensor) -> Tensor:
+                rows = function(images)
+                bar.advance(task, len(images))
+                return rows
+
+            return extract(counted, source, index, positions, b.side, b.mean, b.std, batch)
 
     def _one_pass_pipeline(self, index: ImageIndex) -> str:
         """Pipeline for a single pass. Unlike `choose`, it ignores free memory, so that the cache key is stable."""

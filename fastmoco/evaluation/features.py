@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.data.index import ImageIndex
 from pipelines.plan.planner import eval_plans
+from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops, CropSource
 
 BATCH = 256
@@ -31,11 +32,16 @@ class TunedSource:
         self._source.close()
 
 
-def normalised(crops: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(B, S, S, 3) uint8 → (B, 3, S, S) float32, normalised, channels-last in memory."""
-    scale = torch.tensor(std, device=crops.device).mul_(255)
-    shift = torch.tensor(mean, device=crops.device).div_(torch.tensor(std, device=crops.device))
-    return (crops.float() / scale - shift).permute(0, 3, 1, 2)
+class Normalise:
+    """(B, S, S, 3) uint8 → (B, 3, S, S) float32: normalised by mean and standard deviation, channels-last in memory."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        deviation = np.asarray(std, dtype=np.float32)
+        self._scale = to_device(deviation * np.float32(255), device)
+        self._shift = to_device(np.asarray(mean, dtype=np.float32) / deviation, device)
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        return (crops.float() / self._scale - self._shift).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()  # not inference_mode: the linear probe is trained on the result
@@ -51,14 +57,17 @@ def extract(
 ) -> Tensor:
     """Apply `function` to normalised centre crops (B, 3, S, S) of the images at positions (N,) of an index.
 
-    Returns (N, D) float32 on the device of the source. The last batch is padded by repeating its last image, so that a
-    compiled function sees one shape; the padding is removed from the result. B is `batch`, or min(256, N) without.
+    Returns (N, D) float32 on the device of the source, for which the host does not wait. The last batch is padded by
+    repeating its last image, so that a compiled function sees one shape; the padding is removed from the result. B is
+    `batch`, or min(256, N) without.
     """
     batch = batch or min(BATCH, len(positions))
     padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
-    features = None
+    features = normalise = None
     for number, crops in enumerate(source.crops(eval_plans(index.sizes, padded, batch, side))):
-        rows = function(normalised(crops.images[0], mean, std)).float()
+        images = crops.images[0]
+        normalise = normalise or Normalise(mean, std, images.device)
+        rows = function(normalise(images)).float()
         if features is None:  # allocated once: concatenating a list of batches would take twice the memory
             features = rows.new_empty((len(padded), *rows.shape[1:]))
         features[number * batch : (number + 1) * batch] = rows

@@ -17,7 +17,14 @@ _CHUNK_BYTES = 256 * 2**20  # for the (chunk, N) similarities
 
 @torch.no_grad()
 def knn_classify(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int = 200, temperature: float = 0.1, num_classes: int
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int,
+    in_place: bool = False,
 ) -> Tensor:
     """Predict the class with the most votes for every query.
 
@@ -31,10 +38,13 @@ def knn_classify(
     classes with equal votes wins; which of several equally distant kth neighbours votes is unspecified.
 
     bank (N, D) and queries (M, D) float, bank_labels (N,) int64 in [0, num_classes), all on one device
-    → (M,) int64. A zero feature has similarity 0 to all others. Raises ValueError on other shapes and labels.
+    → (M,) int64. A zero feature has similarity 0 to all others. `in_place` normalises the bank itself, which saves a
+    copy. Raises ValueError on other shapes and labels.
     """
-    votes = knn_votes(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=num_classes)
-    return votes.argmax(1)
+    _check(bank, bank_labels, queries, k, temperature, num_classes)
+    bank = _normalised(bank, in_place)
+    parts = [_votes(bank, bank_labels, rows, k, temperature, num_classes).argmax(1) for rows in _chunks(bank, queries)]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -43,11 +53,11 @@ def knn_votes(
 ) -> Tensor:
     """The votes that `knn_classify` counts: (M, num_classes), 0 for a class without neighbours."""
     _check(bank, bank_labels, queries, k, temperature, num_classes)
-    dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
-    bank = F.normalize(bank.to(dtype), dim=1)
-    chunk = max(1, _CHUNK_BYTES // (len(bank) * bank.element_size()))
-    votes = [_votes(bank, bank_labels, rows.to(dtype), k, temperature, num_classes) for rows in queries.split(chunk)]
-    return torch.cat(votes)
+    bank = _normalised(bank, in_place=False)
+    votes = bank.new_empty(len(queries), num_classes)
+    for rows, own in zip(_chunks(bank, queries), _chunks(bank, votes), strict=True):
+        own.copy_(_votes(bank, bank_labels, rows, k, temperature, num_classes))
+    return votes
 
 
 def knn_accuracy(
@@ -59,14 +69,28 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
     num_classes: int,
+    in_place: bool = False,
 ) -> float:
     """Accuracy of `knn_classify` in percent, for query labels (M,) int64. NaN without queries."""
-    predicted = knn_classify(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=num_classes)
+    predicted = knn_classify(
+        bank, bank_labels, queries, k=k, temperature=temperature, num_classes=num_classes, in_place=in_place
+    )
     return 100 * (predicted == labels).double().mean().item()
 
 
+def _normalised(bank: Tensor, in_place: bool) -> Tensor:
+    """Unit-norm rows in float32, or float64 for float64 features."""
+    bank = bank.to(torch.float64 if bank.dtype == torch.float64 else torch.float32)
+    return F.normalize(bank, dim=1, out=bank if in_place else None)
+
+
+def _chunks(bank: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Parts of the queries, or of what belongs to them, whose similarities to the bank take `_CHUNK_BYTES`."""
+    return rows.split(max(1, _CHUNK_BYTES // (len(bank) * bank.element_size())))
+
+
 def _votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
-    values, neighbours = top_k_neighbours(bank, queries, k)
+    values, neighbours = top_k_neighbours(bank, queries.to(bank.dtype), k)
     return count_votes(values, labels[neighbours], temperature, num_classes)
 
 

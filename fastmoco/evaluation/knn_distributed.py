@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.distributed.world import World
+from fastmoco.evaluation.budget import SharedOutOfMemoryError, is_out_of_memory
 from fastmoco.evaluation.features import BATCH
 from fastmoco.evaluation.knn import count_votes, knn_accuracy, top_k_neighbours
 
 _CHUNK_BYTES = 256 * 2**20  # for a chunk's similarities to a rank's shard and its neighbours gathered from all ranks
+_NO_MEMORY = -1  # sent instead of the length of a feature
 
 
-def shard(positions: np.ndarray, ranks: int) -> tuple[list[np.ndarray], int]:
-    """Contiguous shards of the positions, one per rank, and the batch size. With few images, some shards are empty.
+def shard(positions: np.ndarray, ranks: int, batch: int = BATCH) -> tuple[list[np.ndarray], int]:
+    """Contiguous shards of the positions, one per rank, and the batch size: `batch`, or fewer for fewer images, of
+    which some shards are then empty.
 
     Shards end at batch boundaries: a feature is computed in the same batch as on a single rank, so its bits are equal.
     """
-    batch = min(BATCH, len(positions))
+    batch = min(batch, len(positions))
     batches = -(-len(positions) // batch)
     ends = [batches * (rank + 1) // ranks * batch for rank in range(ranks)]
     return np.split(positions, ends[:-1]), batch
@@ -51,6 +54,7 @@ def distributed_knn_accuracy(
     k: int,
     temperature: float,
     num_classes: int,
+    batch: int = BATCH,
 ) -> float:
     """`knn_accuracy` of a bank and queries whose features are extracted by all ranks.
 
@@ -61,34 +65,46 @@ def distributed_knn_accuracy(
     Each rank keeps its shard of the bank and gathers all queries. The k nearest neighbours of each query in every shard
     are gathered, and the k nearest of those vote. Similarities, and so the neighbours, equal those of a single rank up
     to the last bit, which depends on the shape of the matrix product. Traffic: 4·M·D bytes, and 12·R·k per query.
+    If a rank runs out of memory in its extraction, all raise SharedOutOfMemoryError; later, only that rank fails.
     """
-    bank, queries = (_extract_shard(extract, side, positions[side], world) for side in (0, 1))
+    bank, queries = (_extract_shard(extract, side, positions[side], world, batch) for side in (0, 1))
     if world.size == 1:
-        return knn_accuracy(bank, labels[0], queries, labels[1], k=k, temperature=temperature, num_classes=num_classes)
-    bank_counts, query_counts = ([len(s) for s in shard(p, world.size)[0]] for p in positions)
+        return knn_accuracy(
+            bank, labels[0], queries, labels[1], k=k, temperature=temperature, num_classes=num_classes, in_place=True
+        )
+    bank_counts, query_counts = ([len(s) for s in shard(p, world.size, batch)[0]] for p in positions)
     queries = gather_rows(queries, query_counts, world)
     bank_labels = labels[0].split(bank_counts)[world.rank]
-    bank, k = F.normalize(bank, dim=1), min(k, len(positions[0]))
+    bank, k = F.normalize(bank, dim=1, out=bank), min(k, len(positions[0]))
     chunk = max(1, _CHUNK_BYTES // (4 * max(1, len(bank)) + 12 * world.size * k))
-    correct = 0
+    correct = labels[1].new_zeros(())
     for chunk_queries, chunk_labels in zip(queries.split(chunk), labels[1].split(chunk), strict=True):
         values, classes = _neighbours(bank, bank_labels, chunk_queries, k, world)
-        correct += int((count_votes(values, classes, temperature, num_classes).argmax(1) == chunk_labels).sum())
-    return 100 * correct / len(queries)
+        correct += (count_votes(values, classes, temperature, num_classes).argmax(1) == chunk_labels).sum()
+    return 100 * int(correct) / len(queries)
 
 
 def _extract_shard(
-    extract: Callable[[int, np.ndarray, int], Tensor], side: int, positions: np.ndarray, world: World
+    extract: Callable[[int, np.ndarray, int], Tensor], side: int, positions: np.ndarray, world: World, batch: int
 ) -> Tensor:
-    """Features of this rank's shard; (0, D) if it is empty."""
-    shards, batch = shard(positions, world.size)
+    """Features of this rank's shard; (0, D) if it is empty. If one of several ranks lacks the memory, all raise
+    SharedOutOfMemoryError."""
+    shards, batch = shard(positions, world.size, batch)
     own = shards[world.rank]
-    features = extract(side, own, batch) if len(own) else None
     if world.size == 1:
-        assert features is not None
-        return features
-    dims = world.all_gather(torch.tensor([0 if features is None else features.shape[1]], device=world.device)).wait()
-    return torch.zeros((0, int(dims.max())), device=world.device) if features is None else features
+        return extract(side, own, batch)
+    features, dim = None, 0
+    try:
+        features = extract(side, own, batch) if len(own) else None
+        dim = 0 if features is None else features.shape[1]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        dim = _NO_MEMORY
+    dims = world.all_gather(torch.tensor([dim], device=world.device)).wait().tolist()
+    if _NO_MEMORY in dims:
+        raise SharedOutOfMemoryError(f"rank {dims.index(_NO_MEMORY)} ran out of memory")
+    return torch.zeros((0, max(dims)), device=world.device) if features is None else features
 
 
 def _neighbours(bank: Tensor, labels: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco.evaluation.features import normalised
+from fastmoco.evaluation.features import Normalise
 from pipelines.data.index import ImageIndex
 from pipelines.plan.boxes import sample_boxes
 from pipelines.plan.order import epoch_order
@@ -61,11 +61,13 @@ class LabelledViews:
         """
         label_of = np.full(len(self.index), -1)
         label_of[self.positions] = self.labels
+        normalise = None
         for crops in self.source.crops(self._plans(epochs)):
             plan, images = crops.plan, crops.images[0]
             if self.kind == "padded":
                 images = self._padded_crop(images, plan)
-            images = normalised(images, self.mean, self.std)
+            normalise = normalise or Normalise(self.mean, self.std, images.device)
+            images = normalise(images)
             if self.kind != "center":
                 flips = uniform(philox(self.seed, Domain.COLOUR, sample=plan.indices, epoch=plan.epoch)[0]) < 0.5
                 images = torch.where(to_device(flips, images.device).view(-1, 1, 1, 1), images.flip(-1), images)

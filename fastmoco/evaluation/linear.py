@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmoco.errors import ConfigError
 from fastmoco.evaluation.settings import Sgd
 from pipelines.plan.order import epoch_order
+from pipelines.transfer import to_device
 
 INIT_STD = 0.01
 
@@ -67,7 +68,7 @@ def cached_batches(features: Tensor, labels: Tensor, sgd: Sgd, seed: int = 0) ->
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(sgd.epochs):
-            order = torch.from_numpy(epoch_order(seed, epoch, len(features))).to(features.device)
+            order = to_device(epoch_order(seed, epoch, len(features)), features.device)
             for rows in order.split(sgd.batch_size):
                 yield features[rows], labels[rows]
 

@@ -34,7 +34,12 @@ class Logistic(NamedTuple):
 
     def scores(self, features: Tensor) -> Tensor:
         """(M, D) → logits (M, C), float64 on the CPU; -inf for classes absent from the training labels."""
-        return (features.double().cpu() - self.shift) / self.scale @ self.weight.T + self.bias
+        return (features.cpu().double() - self.shift) / self.scale @ self.weight.T + self.bias
+
+
+def fit_bytes(feature_dim: int, num_classes: int) -> int:
+    """Bytes per image that `fit_logistic` holds on the host: float64 features and logits, and two copies of each."""
+    return 3 * 8 * (feature_dim + num_classes)
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Logistic:
@@ -47,7 +52,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
 
     features (N, D), labels (N,) int64 in [0, num_classes) of two classes or more. Raises ValueError on other labels.
     """
-    x, y = features.double().cpu(), labels.cpu().numpy()
+    x, y = features.cpu().double(), labels.cpu().numpy()
     shift = x.mean(0)
     scale = float((x - shift).square().mean().sqrt()) or 1.0
     model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)

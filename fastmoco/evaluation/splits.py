@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.errors import DeviceError
+from fastmoco.evaluation.budget import gibibytes, rows_that_fit
 from pipelines.data.index import Dataset, ImageIndex
 from pipelines.randomness import Domain, permutation
 
@@ -37,6 +39,28 @@ class Subset:
     def labels_on(self, device: torch.device) -> Tensor:
         """The labels as a tensor on a device."""
         return torch.from_numpy(self.labels()).to(device)
+
+
+def stratified(labels: np.ndarray, rows: int) -> np.ndarray:
+    """Sorted positions of about `rows` of N labels (N,) int64: of each class its share, but at least one.
+
+    A pure function of (labels, rows); a smaller sample is part of a larger one.
+    """
+    count = len(labels)
+    order = permutation(0, Domain.SUBSET, count)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    members = np.bincount(labels)
+    number = np.arange(count) - np.repeat(np.cumsum(members) - members, members)  # of an image within its class
+    kept = number < np.repeat(np.maximum(1, members * rows // count), members)
+    return np.sort(by_class[kept])
+
+
+def subsample(subset: Subset, rows: int) -> Subset:
+    """A `stratified` sample of about `rows` images of a subset, in its order; of equal chances without labels."""
+    if rows >= len(subset):
+        return subset
+    labels = np.zeros(len(subset), dtype=np.int64) if subset.index.labels is None else subset.labels()
+    return Subset(subset.index, subset.positions[stratified(labels, rows)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +107,36 @@ def split_dataset(dataset: Dataset) -> EvaluationSplit:
     else:
         description = f"{len(queries):,} images held out of {bank.index.name}, against the other {len(bank):,}"
     return EvaluationSplit(bank, queries, bank.index.class_names, description)
+
+
+def fit_to_budget(split: EvaluationSplit, feature_dim: int, budget: int) -> EvaluationSplit:
+    """The split, or if its features exceed `budget` bytes on the device, one with fewer images, which it describes.
+
+    Raises DeviceError if too few would be left.
+    """
+    bank, queries, classes = split.bank, split.queries, len(split.class_names)
+    shared = bank is queries
+    # Features of an index, those of a part of it, and the normalised bank of kNN; of the queries also their scores.
+    copies = 1 + (len(bank) < len(bank.index))
+    row_bytes = (4 * feature_dim * (copies + 1), 0 if shared else 4 * feature_dim * copies + 12 * classes)
+    rows = rows_that_fit(len(bank), len(queries), row_bytes, budget, max(HELD_OUT, classes))
+    needed = f"{gibibytes(len(bank) * row_bytes[0] + len(queries) * row_bytes[1])} of features"
+    if rows is None:
+        raise DeviceError(
+            f"{needed} exceed the {gibibytes(budget)} for them, half of the free memory, by too much to sample the "
+            f"images: free some, or use --device cpu"
+        )
+    if rows == (len(bank), len(queries)):
+        return split
+    bank, queries = _alone(subsample(bank, rows[0])), _alone(subsample(queries, rows[1]))
+    used = f"{len(bank):,} and {len(queries):,} of these, since {needed} exceed the {gibibytes(budget)} for them"
+    return replace(split, bank=bank, queries=bank if shared else queries, description=f"{split.description}; {used}")
+
+
+def _alone(subset: Subset) -> Subset:
+    """The same images as a whole index, since the features of an index are extracted together."""
+    whole = len(subset) == len(subset.index)
+    return subset if whole else Subset.all_of(subset.index.select(subset.positions))
 
 
 def _unlabelled(bank: ImageIndex | None, images: ImageIndex) -> EvaluationSplit:

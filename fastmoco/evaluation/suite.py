@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.device import DTYPES
+from fastmoco.console import say
+from fastmoco.device import DTYPES, describe
 from fastmoco.errors import ConfigError
+from fastmoco.evaluation.budget import budget_bytes, is_out_of_memory, release_cached_memory, rows_that_fit
 from fastmoco.evaluation.collapse import LabelFree, judge
 from fastmoco.evaluation.confusion import Accuracy, measure
 from fastmoco.evaluation.extractor import Extractor
@@ -25,11 +27,12 @@ from fastmoco.evaluation.fine_tune import fine_tune
 from fastmoco.evaluation.knn import knn_votes
 from fastmoco.evaluation.labelled_views import ViewKind
 from fastmoco.evaluation.linear import cached_batches, fit_linear
-from fastmoco.evaluation.logistic import choose_c, fit_logistic
+from fastmoco.evaluation.logistic import choose_c, fit_bytes, fit_logistic
 from fastmoco.evaluation.options import EvalOptions
-from fastmoco.evaluation.splits import EvaluationSplit
+from fastmoco.evaluation.splits import EvaluationSplit, stratified
 from pipelines.errors import DataError
 from pipelines.randomness import Domain, permutation
+from pipelines.transfer import to_device
 
 K = 200  # of the kNN classifier, as in the authors' demo
 LABEL_FREE_IMAGES = 4_096  # enough to estimate the rank of 2,048 features
@@ -90,7 +93,10 @@ class Evaluation:
             _ = self.draws  # raises if a class has too few images
 
     def run(self) -> Iterator[Result]:
-        """Run the probes one by one. Raises ConfigError, DataError and CheckpointError."""
+        """Run the probes one by one; one that runs out of memory is left out, which is printed.
+
+        Raises ConfigError, DataError, CheckpointError, and DeviceError if the features do not fit.
+        """
         probes: dict[str, Callable[[], Iterator[Result]]] = {
             "knn": self._knn,
             "linear": self._linear,
@@ -99,7 +105,14 @@ class Evaluation:
             "fine-tune": self._fine_tune,
         }
         for probe in self.probes:
-            yield from probes[probe]()
+            try:
+                yield from probes[probe]()
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_cached_memory(self.device)
+            self._leave_out(probe, f"it runs out of memory on {describe(self.device)}")
 
     def label_free(self) -> LabelFree:
         """Diagnose collapse on up to 4,096 of the queries. Raises DataError for fewer than two."""
@@ -122,9 +135,11 @@ class Evaluation:
         yield _result("knn", f"k {self.k}, T {t:g}", {"k": self.k, "temperature": t}, accuracy, began)
 
     def _linear(self) -> Iterator[Result]:
-        bank, labels, queries = self._features()
-        began, sgd, kind = time.monotonic(), self.options.linear_sgd, self.options.linear_views
-        if kind == "center":
+        sgd, kind, features = self.options.linear_sgd, self.options.linear_views, self.extractor.features
+        queries, bank = features(self.split.queries), features(self.split.bank) if kind == "center" else None
+        began = time.monotonic()
+        if bank is not None:
+            labels = self.split.bank.labels_on(self.device)
             batches, steps_per_epoch = cached_batches(bank, labels, sgd, self.options.seed)
             layer = self._fit_linear(self.extractor.with_tuned_threads(batches), steps_per_epoch)
         else:
@@ -138,14 +153,22 @@ class Evaluation:
         yield _result("linear", text, asdict(sgd) | {"views": kind}, accuracy, began)
 
     def _logistic(self) -> Iterator[Result]:
+        rows = self._rows_in_host_memory(len(self.split.bank))
+        if rows is None:
+            self._leave_out("logistic", "the host has too little memory for it")
+            return
         bank, labels, queries = self._features()
         began, c = time.monotonic(), self.options.logistic_c
+        if rows < len(bank):
+            kept = to_device(stratified(self.split.bank.labels(), rows), self.device)
+            bank, labels = bank[kept], labels[kept]
         if chosen := c is None:
             c = choose_c(bank, labels, self.classes)
         fitted = fit_logistic(bank, labels, self.classes, c)
         text = f"scikit-learn, C {c:g}" + (" (chosen on a held-out tenth)" if chosen else "")
         text += "" if fitted.converged else ", not converged"
-        settings = {"c": c, "chosen": chosen, "converged": fitted.converged}
+        text += f", {len(bank):,} of {len(self.split.bank):,} images for want of memory" * (rows < len(self.split.bank))
+        settings = {"c": c, "chosen": chosen, "converged": fitted.converged, "images": len(bank)}
         yield _result("logistic", text, settings, self._accuracy(fitted.scores(queries)), began)
 
     def _few_label(self) -> Iterator[Result]:
@@ -153,6 +176,9 @@ class Evaluation:
         query_labels, c = self.split.queries.labels_on(self.device), self.options.logistic_c or C
         for amount, draws in zip(self.options.amounts, self.draws, strict=True):
             began = time.monotonic()
+            if self._rows_in_host_memory(len(draws[0])) != len(draws[0]):
+                self._leave_out(f"few-label {amount.text}", "the host has too little memory for it")
+                continue
             accuracy = few_label(bank, labels, queries, query_labels, draws, amount, self.classes, c)
             times = "1 draw" if len(draws) == 1 else f"{len(draws)} draws"
             text = f"scikit-learn, C {c:g}, {times} of {accuracy.labels:,} labels"
@@ -169,6 +195,15 @@ class Evaluation:
         scores = extractor.apply(lambda images: extractor.autocast(model, images), self.split.queries)
         text = f"SGD, lr {sgd.lr:g} {sgd.schedule}, {sgd.epochs} epochs, {kind} views"
         yield _result("fine-tune", text, asdict(sgd) | {"views": kind}, self._accuracy(scores), began)
+
+    def _rows_in_host_memory(self, rows: int) -> int | None:
+        """As many of these images as logistic regression may hold; None if it would be fewer than the classes."""
+        row_bytes = fit_bytes(self.extractor.backbone.feature_dim, self.classes)
+        fitting = rows_that_fit(rows, 1, (row_bytes, 0), budget_bytes(torch.device("cpu")), self.classes)
+        return None if fitting is None else fitting[0]
+
+    def _leave_out(self, probe: str, reason: str) -> None:
+        say(self.extractor.console, f"the {probe} probe is left out: {reason}", "yellow")
 
     def _features(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features and labels of the bank, features of the queries."""

@@ -17,6 +17,7 @@ from pipelines.data.dataset import load_dataset
 from pipelines.data.index import ImageIndex
 from tests.oddities import fill
 
+CPU = torch.device("cpu")
 PREPROCESSING = {"side": 32, "mean": (0.5, 0.5, 0.5), "amp": "fp32"}
 
 
@@ -65,13 +66,13 @@ def test_the_images_hash_depends_on_pixels_in_memory_and_their_order() -> None:
 
 def test_stored_features_are_loaded(tmp_path: Path) -> None:
     cache, features = FeatureCache(tmp_path / "features"), torch.randn(7, 3)
-    assert cache.load("a", 7, 3) is None
+    assert cache.load("a", 7, 3, CPU) is None
     assert cache.store("a", features) is None
-    loaded = cache.load("a", 7, 3)
+    loaded = cache.load("a", 7, 3, CPU)
     assert loaded is not None
     assert (loaded == features).all()
-    assert cache.load("a", 8, 3) is None
-    assert cache.load("b", 7, 3) is None
+    assert cache.load("a", 8, 3, CPU) is None
+    assert cache.load("b", 7, 3, CPU) is None
     assert [path.name for path in cache.folder.iterdir()] == ["a.safetensors"], "no temporary file is left"
 
 
@@ -79,9 +80,9 @@ def test_stored_features_are_loaded(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_a_miss_and_is_replaced(tmp_path: Path, content: bytes) -> None:
     cache = FeatureCache(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(content)
-    assert cache.load("a", 7, 3) is None
+    assert cache.load("a", 7, 3, CPU) is None
     assert cache.store("a", torch.zeros(7, 3)) is None
-    assert cache.load("a", 7, 3) is not None
+    assert cache.load("a", 7, 3, CPU) is not None
 
 
 def test_a_failed_write_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_the_least_recently_used_entries_are_deleted(tmp_path: Path, monkeypatch
     for number, name in enumerate("abc"):
         cache.store(name, torch.zeros(100, 10))
         os.utime(tmp_path / f"{name}.safetensors", ns=(number, number))
-    assert cache.load("a", 100, 10) is not None  # used, so newer than b and c
+    assert cache.load("a", 100, 10, CPU) is not None  # used, so newer than b and c
     monkeypatch.setattr(feature_cache, "MAX_BYTES", 3 * (tmp_path / "a.safetensors").stat().st_size)
     cache.store("d", torch.zeros(100, 10))
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c", "d"]

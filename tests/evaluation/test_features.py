@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.evaluation import features
-from fastmoco.evaluation.features import extract, normalised
+from fastmoco.evaluation.features import Normalise, extract
 from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD
 from pipelines.backends.resident import ResidentCrops
 from pipelines.data.index import ImageIndex
+from pipelines.views import BatchPlan, Crops
 
 CPU = torch.device("cpu")
+
+
+class ZeroSource:
+    """Crops without an operation of their own."""
+
+    def __init__(self, index: ImageIndex) -> None:
+        self.images = torch.zeros(1, len(index), 8, 8, 3, dtype=torch.uint8)
+
+    def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
+        return (Crops(self.images[:, : len(plan.indices)], plan) for plan in plans)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -64,8 +80,21 @@ def test_low_precision_features_are_returned_as_float32(index: ImageIndex) -> No
 
 def test_normalisation_equals_that_of_training() -> None:
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8))
-    views = normalised(crops, CIFAR_MEAN, CIFAR_STD)
+    views = Normalise(CIFAR_MEAN, CIFAR_STD, CPU)(crops)
     assert views.is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
     expected = (crops.permute(0, 3, 1, 2) / 255 - mean) / std
     torch.testing.assert_close(views, expected, rtol=0, atol=2e-6)
+
+
+def test_constants_are_copied_to_the_device_once_and_nothing_is_read_from_it(index: ImageIndex, monkeypatch) -> None:
+    """Otherwise the host waits for the device in every batch."""
+    copied, read = [], []
+    original = features.to_device
+    monkeypatch.setattr(features, "to_device", lambda *values: copied.append(values) or original(*values))
+    for name in ("item", "tolist", "cpu", "__bool__"):
+        monkeypatch.setattr(Tensor, name, lambda *_, name=name: read.append(name))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a blocking copy on CUDA"))
+    extract(lambda x: x.flatten(1), ZeroSource(index), index, np.arange(23), 8, CIFAR_MEAN, CIFAR_STD, 4)
+    assert len(copied) == 2
+    assert read == []

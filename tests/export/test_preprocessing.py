@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.evaluation.features import normalised
+from fastmoco.evaluation.features import Normalise
 from fastmoco.export.preprocessing import Preprocessing
 from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from pipelines.backends.resident import ResidentCrops
@@ -29,7 +29,8 @@ def evaluated(kind: type[ResidentCrops] | type[TorchCrops], index: ImageIndex, s
     """(N, 3, S, S): the views of an evaluation."""
     source = kind(index, side, CPU, 0)
     plans = eval_plans(index.sizes, np.arange(len(index)), len(index), side)
-    return normalised(next(iter(source.crops(plans))).images[0], IMAGENET_MEAN, IMAGENET_STD)
+    crops = next(iter(source.crops(plans))).images[0]
+    return Normalise(IMAGENET_MEAN, IMAGENET_STD, crops.device)(crops)
 
 
 def grey_levels(actual: Tensor, expected: Tensor) -> Tensor:
