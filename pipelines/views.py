@@ -71,6 +71,9 @@ class CropSource(Protocol):
 class Views:
     """Both views of a batch, or of a rank's share of it: the input of the encoders.
 
+    On CUDA the next batch but one of the iterator overwrites it: before another batch is asked for, all work on it must
+    be enqueued in the current stream, and what is to be kept must be copied.
+
     query      (B/R, 3, S, S) channels-last, normalised, in the training dtype
     key        (B/R, 3, S, S) likewise, rows shuffled: in the key batch concatenated over ranks, row r belongs to the
                query in row key_order[r]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection, forkserver, sharedctypes
-from multiprocessing.context import ForkServerContext
+from multiprocessing import connection, sharedctypes
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipelines.errors import DataError
+from pipelines.platforms import clean_context, has_fork_server
 
 PREFETCHED = 4  # tasks queued for each worker
+PRELOADED = ["pipelines.backends.torch", "pipelines.backends.baseline"]
 EXIT_TIMEOUT_S = 5.0  # upper bound, under load, on the time until the exit of a process is visible
 
 
@@ -38,11 +41,11 @@ class _DoneEvent:
         return bool(self._flag.value)
 
 
-class _Context(ForkServerContext):
-    """Starts workers from a fork server, with a lock-free event."""
-
-    def Event(self) -> _DoneEvent:  # type: ignore[override]  # noqa: N802  # set and is_set are all a DataLoader uses
-        return _DoneEvent()
+def _context() -> BaseContext:
+    """Starts workers, with a lock-free event."""
+    context: Any = copy.copy(clean_context(PRELOADED))
+    context.Event = _DoneEvent  # set and is_set are all that a DataLoader uses
+    return context
 
 
 def start_worker(_: int) -> None:
@@ -76,18 +79,22 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
         options |= {
             "prefetch_factor": PREFETCHED,
             "worker_init_fn": start_worker,
-            "multiprocessing_context": _Context(),
+            "multiprocessing_context": _context(),
         }
     return options
 
 
 def start_server() -> None:
-    """Starts the server that forks the workers, without waiting for it.
+    """Starts the server that forks the workers, without waiting for it; Windows has none, and no signals.
 
     The server and its workers block SIGTERM, which torchrun sends to whole process groups: a rank whose workers died
     would have no more batches, and the others would wait for it in vain. SIGKILL still ends a worker.
     """
-    forkserver.set_forkserver_preload(["pipelines.backends.torch", "pipelines.backends.baseline"])  # imports torch once
+    if not has_fork_server():
+        return
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(PRELOADED)
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         forkserver.ensure_running()  # its signal mask is inherited

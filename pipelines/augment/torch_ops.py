@@ -6,7 +6,8 @@ V views · S side · H, W sides of a plane · images are planar float32 (V, 3, S
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from pipelines.augment.params import Column, Op, blur_taps
 from pipelines.augment.presets import Augmentation
 from pipelines.cpu_threads import parallel_for
-from pipelines.transfer import to_device
+from pipelines.transfer import to_device_at_once
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, in the digits that torchvision uses
 # Upper limit of a group of views. Its planes exceed a second-level cache of 2 MiB, in which most operations take half
@@ -30,33 +31,38 @@ def apply(
     augmentation: Augmentation,
     dtype: torch.dtype,
     source: np.ndarray | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Crops to normalised views: colour jitter in each view's order, greyscale, blur, solarise, flip, normalise.
 
     crops   (N, S, S, 3) uint8, any strides
     params  (V, P) float32 on the host, columns as in `Column`
     source  (V,) which crop each view comes from; by default crop v for view v
-    Returns (V, 3, S, S) of `dtype`, channels-last in memory.
+    out     an earlier result of the same shape and type, which is overwritten
+    Returns (V, 3, S, S) of `dtype`, channels-last in memory. On CUDA there is one copy from the host, and no wait.
     """
-    count, side = len(params), crops.shape[1]
+    count, side, device = len(params), crops.shape[1], crops.device
     source = np.arange(count) if source is None else source
-    out = torch.empty((count, side, side, 3), dtype=dtype, device=crops.device)
-    mean, std = (torch.tensor(v, device=crops.device).view(1, 3, 1, 1) for v in (augmentation.mean, augmentation.std))
-    scale, offset = 1 / std, -mean / std
-    gather = _Gather(crops)
+    if out is None:
+        out = torch.empty((count, side, side, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)
+    views, gather = out.permute(0, 2, 3, 1), _Gather(crops)
+    mean, std = (np.array(values, dtype=np.float32) for values in (augmentation.mean, augmentation.std))
+    max_views = count if crops.is_cuda else max(1, _GROUP_BYTES // (3 * side * side * 4))
+    groups, (scale, offset) = groups_on_device(params, source, max_views, device, (1 / std, -mean / std))
+    scale, offset = scale.view(3, 1, 1), offset.view(3, 1, 1)
 
-    def apply_to(rows: np.ndarray) -> None:
-        images = gather(source[rows], params[rows, Column.FLIP] != 0)
-        colour(images, params[rows], augmentation)
+    def apply_to(group: Group) -> None:
+        images = gather(group.source, group.flipped)
+        colour(images, group, augmentation)
         images = images.mul_(scale).add_(offset).to(dtype).permute(0, 2, 3, 1)  # while planar: three times as fast
-        _assign_rows(out, rows, images)
+        _assign_rows(views, group.rows, images)
 
     if crops.is_cuda:
-        for rows in _groups(params, count):
-            apply_to(rows)
+        for group in groups:
+            apply_to(group)
     else:
-        parallel_for(apply_to, _groups(params, max(1, _GROUP_BYTES // (3 * side * side * 4))))
-    return out.permute(0, 3, 1, 2)
+        parallel_for(apply_to, groups)
+    return out
 
 
 class _Gather:
@@ -69,41 +75,90 @@ class _Gather:
         self._shape, self._rows = stored.shape[1:], stored.flatten(1)
         self._planes = [1 + axes.index(axis) for axis in (3, 1, 2)]  # axes of channels, height and width
 
-    def __call__(self, index: np.ndarray, flipped: np.ndarray) -> Tensor:
-        """index (V,) of the crops, flipped (V,) whether to flip each horizontally, which is cheaper on bytes."""
-        chosen = self._rows.index_select(0, to_device(index, self._rows.device)).view(-1, *self._shape)
-        _on_subset(chosen, flipped, lambda x: x.flip(self._planes[2]))
+    def __call__(self, index: Tensor, flipped: Tensor) -> Tensor:
+        """index (V,) of the crops, flipped (n,) rows to flip horizontally, which is cheaper on bytes."""
+        chosen = self._rows.index_select(0, index).view(-1, *self._shape)
+        _on_rows(chosen, flipped, lambda x: x.flip(self._planes[2]))
         return chosen.permute(0, *self._planes).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
 
-def colour(images: Tensor, params: np.ndarray, augmentation: Augmentation) -> None:
-    """All but flip and normalisation, in place. images (V, 3, S, S), of which all or none are jittered."""
-    grey = params[:, Column.GREY] != 0
-    if augmentation.grey_first:
-        _on_subset(images, grey, _to_grey)
-    if _is_jittered(params).any():
-        factors = to_device(params[:, Column.BRIGHTNESS : Column.HUE + 1], images.device).view(-1, 4, 1, 1, 1)
-        for op in _op_order(params):
-            changes = np.flatnonzero(np.diff(op)) + 1
-            for start, stop in itertools.pairwise([0, *changes.tolist(), len(op)]):
-                _JITTER[op[start]](images[start:stop], factors[start:stop, op[start]])
-    if not augmentation.grey_first:
-        _on_subset(images, grey, _to_grey)
-    sigma, taps = params[:, Column.BLUR_SIGMA], blur_taps(augmentation, images.shape[-1])
-    if images.is_cuda:
-        widths = to_device(sigma[sigma > 0], images.device)
-        _on_subset(images, sigma > 0, lambda x: blur_grouped_conv(x, widths, taps))
-    else:
-        blur_band_matrices(images, sigma, taps)
-    _on_subset(images, params[:, Column.SOLARISE] != 0, lambda x: torch.where(x >= 0.5, 1 - x, x))
-
-
-def _groups(params: np.ndarray, max_views: int) -> Iterator[np.ndarray]:
-    """Row numbers of up to `max_views` views that are not jittered, or have hue at the same position in their order.
+class Group(NamedTuple):
+    """Up to `max_views` views that are not jittered, or have hue at the same position in their order.
 
     Hue takes longest and is applied to a whole group at once. Within a group, views are sorted by their operations, so
     that the other operations take few calls as well.
+
+    rows, source         (V,) int64, the views' positions in the batch, and the crops they come from
+    flipped, grey, blurred, solarised  (n,) int64, which of the V views, at positions in the group
+    sigma                (n,) float32, of the blurred views
+    factors              (V, 4, 1, 1, 1) float32, in the order of `Op`
+    jitter               the operations in order, as (operation, first, last + 1 of the V views)
     """
+
+    rows: Tensor
+    source: Tensor
+    flipped: Tensor
+    grey: Tensor
+    blurred: Tensor
+    solarised: Tensor
+    sigma: Tensor
+    factors: Tensor
+    jitter: list[tuple[Op, int, int]]
+
+
+def groups_on_device(
+    params: np.ndarray,
+    source: np.ndarray,
+    max_views: int,
+    device: torch.device,
+    others: Sequence[np.ndarray] = (),
+) -> tuple[list[Group], list[Tensor]]:
+    """The groups of all views, and `others`, copied to the device at once. params (V, P), source (V,)."""
+    planned = [_group(params[rows], rows, source) for rows in _group_rows(params, max_views)]
+    tensors = iter(to_device_at_once([*itertools.chain(*(arrays for arrays, _ in planned)), *others], device))
+    groups = []
+    for _, jitter in planned:
+        rows, source_rows, *subsets, sigma, factors = itertools.islice(tensors, 8)
+        flipped, grey, blurred, solarised = subsets
+        factors = factors.view(-1, 4, 1, 1, 1)
+        groups.append(Group(rows, source_rows, flipped, grey, blurred, solarised, sigma, factors, jitter))
+    return groups, list(tensors)
+
+
+def _group(
+    params: np.ndarray, rows: np.ndarray, source: np.ndarray
+) -> tuple[list[np.ndarray], list[tuple[Op, int, int]]]:
+    """The arrays of a `Group` in its order, and the jitter. params (V, P) and rows (V,) of its views."""
+    sigma = params[:, Column.BLUR_SIGMA]
+    subsets = [params[:, Column.FLIP] != 0, params[:, Column.GREY] != 0, sigma > 0, params[:, Column.SOLARISE] != 0]
+    jitter = []
+    for op in _op_order(params) if _is_jittered(params).any() else ():
+        changes = np.flatnonzero(np.diff(op)) + 1
+        edges = [0, *changes.tolist(), len(op)]
+        jitter += [(Op(op[start]), start, stop) for start, stop in itertools.pairwise(edges)]
+    factors = params[:, Column.BRIGHTNESS : Column.HUE + 1]
+    arrays = [rows, source[rows], *map(np.flatnonzero, subsets), sigma[sigma > 0], factors]
+    return arrays, jitter
+
+
+def colour(images: Tensor, group: Group, augmentation: Augmentation) -> None:
+    """All but flip and normalisation, in place. images (V, 3, S, S)."""
+    if augmentation.grey_first:
+        _on_rows(images, group.grey, _to_grey)
+    for op, start, stop in group.jitter:
+        _JITTER[op](images[start:stop], group.factors[start:stop, op])
+    if not augmentation.grey_first:
+        _on_rows(images, group.grey, _to_grey)
+    taps = blur_taps(augmentation, images.shape[-1])
+    if images.is_cuda:
+        _on_rows(images, group.blurred, lambda x: blur_grouped_conv(x, group.sigma, taps))
+    else:
+        blur_band_matrices(images, group.blurred, group.sigma, taps)
+    _on_rows(images, group.solarised, lambda x: torch.where(x >= 0.5, 1 - x, x))
+
+
+def _group_rows(params: np.ndarray, max_views: int) -> Iterator[np.ndarray]:
+    """The row numbers of each `Group`."""
     order = _op_order(params)
     hue_position = np.where(_is_jittered(params), (order == Op.HUE).argmax(axis=0), -1)
     rows = np.lexsort((*reversed(order), hue_position))
@@ -153,7 +208,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = largest.sub_(smallest)
     sign, hue = green - blue, (green + blue).sub_(red).sub_(smallest)
     hue.div_(chroma.clamp_min(1e-12)).add_(1).copysign_(sign)
-    opposite = 6 * shift.view(-1, 1, 1, 1) - torch.tensor([3.0, 5.0, 7.0], device=images.device).view(3, 1, 1)
+    opposite = 6 * shift.view(-1, 1, 1, 1) - torch.arange(3.0, 8.0, 2.0, device=images.device).view(3, 1, 1)
     opposite.sub_((opposite / 6).round_(), alpha=6)  # within half a circle, so that the sum below is within one
     wave = torch.add(hue.unsqueeze_(1), opposite, out=images).abs_().sub_(3).abs_().clamp_(1, 2)
     highest = smallest.add_(chroma, alpha=2).unsqueeze_(1)
@@ -195,16 +250,16 @@ def blur_grouped_conv(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     return planes.view(images.shape)
 
 
-def blur_band_matrices(images: Tensor, sigma: np.ndarray, taps: int) -> None:
-    """The same blur of all views with sigma > 0, in place, as matrix products: on a CPU a fifth of the time.
+def blur_band_matrices(images: Tensor, rows: Tensor, sigma: Tensor, taps: int) -> None:
+    """The same blur of the views in `rows` (n,), in place, as matrix products: on a CPU a fifth of the time.
 
     A band matrix maps a window of the padded row to a segment of the blurred row, and its transpose does the same for a
-    column; all segments of a view share one matrix.
+    column; all segments of a view share one matrix. sigma (n,) pixels.
     """
-    side, radius, rows = images.shape[-1], taps // 2, np.flatnonzero(sigma)
+    side, radius = images.shape[-1], taps // 2
     segment = max((d for d in range(8, 49) if side % d == 0), default=side)
     window, segments, padded_side = segment + 2 * radius, side // segment, side + 2 * radius
-    for row, band in zip(rows.tolist(), _bands(sigma[rows], radius, segment), strict=True):
+    for row, band in zip(rows.tolist(), _bands(sigma.numpy(), radius, segment), strict=True):
         image = images[row]
         padded = F.pad(image, [radius] * 4, mode="reflect")
         windows = padded.as_strided((segments, 3 * padded_side, window), (segment, padded_side, 1))
@@ -225,16 +280,15 @@ def _bands(sigma: np.ndarray, radius: int, segment: int) -> Tensor:
     return torch.from_numpy(bands)
 
 
-def _on_subset(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:
-    """Applies the operation to the chosen views. `chosen` is on the host, so the device is not synchronised."""
-    rows = np.flatnonzero(chosen)
-    if rows.size:
-        _assign_rows(images, rows, operation(images.index_select(0, to_device(rows, images.device))))
+def _on_rows(images: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
+    """Applies the operation to the views in `rows` (n,). How many they are is known on the host: nothing waits."""
+    if len(rows):
+        _assign_rows(images, rows, operation(images.index_select(0, rows)))
 
 
-def _assign_rows(images: Tensor, rows: np.ndarray, values: Tensor) -> None:
+def _assign_rows(images: Tensor, rows: Tensor, values: Tensor) -> None:
     """images[rows] = values. On a CPU one call copies whole views: half the time of indexing, which copies pixels."""
     if images.is_cuda:
-        images.index_copy_(0, to_device(rows, images.device), values)  # one launch for all views
+        images.index_copy_(0, rows, values)  # one launch for all views
     else:
         torch._foreach_copy_([images[row] for row in rows.tolist()], list(values.unbind()))

@@ -41,18 +41,20 @@ def apply(
     augmentation: Augmentation,
     dtype: torch.dtype,
     source: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`torch_ops.apply` with parameters and source rows on the device.
 
     crops   (N, S, S, 3) uint8, any strides
     params  (V, P) float32, columns as in `Column`; sigma is ignored if the recipe has no blur
     source  (V,) int64, which crop each view comes from; by default crop v for view v
+    out     an earlier result of the same shape and type, which is overwritten
     Returns (V, 3, S, S) of `dtype`, channels-last in memory.
     """
     count, side = len(crops), crops.shape[1]
     assert crops.shape == (count, side, side, 3), crops.shape
     assert crops.dtype == torch.uint8, crops.dtype
-    return _colour(crops, None, params, augmentation, side, dtype, source)
+    return _colour(crops, None, params, augmentation, side, dtype, source, out)
 
 
 def crop_and_apply(
@@ -63,6 +65,7 @@ def crop_and_apply(
     side: int,
     dtype: torch.dtype,
     source: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`crop`, then `apply`: one fused kernel for S ≤ 45, whose crops never leave the registers, otherwise two steps.
 
@@ -70,10 +73,10 @@ def crop_and_apply(
     and result are those of `crop` and `apply`; row v of boxes, params and source is view v.
     """
     if side * side > _CROP_SMALL:
-        return apply(crop(resident, boxes, side, source), params, augmentation, dtype)
+        return apply(crop(resident, boxes, side, source), params, augmentation, dtype, out=out)
     boxes = boxes.contiguous()
     check(resident, boxes, source)
-    return _colour(resident, boxes, params, augmentation, side, dtype, source)
+    return _colour(resident, boxes, params, augmentation, side, dtype, source, out)
 
 
 def _colour(
@@ -84,6 +87,7 @@ def _colour(
     side: int,
     dtype: torch.dtype,
     source: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     """The common part of `apply` (images are crops) and `crop_and_apply` (whole images and boxes)."""
     views, device = len(params), params.device
@@ -99,11 +103,15 @@ def _colour(
     else:
         resident, strides = (images, source, source, source), images.stride()  # three unused pointers
 
-    out = torch.empty((views, side, side, 3), dtype=dtype, device=device)
+    if out is None:
+        out = torch.empty((views, side, side, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)
+    assert (out.shape, out.dtype) == ((views, 3, side, side), dtype), (out.shape, out.dtype)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    pixels_out = out.permute(0, 2, 3, 1)
     blur = augmentation.blur_p > 0
     # intermediate float32 planes of blurred views; those of other views stay unwritten
     planes = torch.empty((2, views, 3, side, side), dtype=torch.float32, device=device) if blur else None
-    colours, rows = (out, out) if planes is None else planes
+    colours, rows = (pixels_out, pixels_out) if planes is None else planes
     normalisation = augmentation.mean, augmentation.std
     pixels = side * side
     block = triton.next_power_of_2(pixels) if pixels <= _SMALL else _TILE
@@ -112,7 +120,7 @@ def _colour(
         strides,
         resident,
         params,
-        out,
+        pixels_out,
         colours,
         *normalisation,
         SIDE=side,
@@ -128,5 +136,5 @@ def _colour(
         options = {"SIDE": side, "RADIUS": blur_taps(augmentation, side) // 2, "BLOCK": _TILE}
         options |= {"num_warps": 8, "enable_fp_fusion": True}
         blur_rows_kernel[triton.cdiv(3 * pixels, _TILE), views](colours, rows, params, **options)
-        blur_columns_kernel[triton.cdiv(pixels, _TILE), views](rows, out, params, *normalisation, **options)
-    return out.permute(0, 3, 1, 2)
+        blur_columns_kernel[triton.cdiv(pixels, _TILE), views](rows, pixels_out, params, *normalisation, **options)
+    return out

@@ -28,6 +28,7 @@ from torch import Tensor
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
+from pipelines.transfer import wait_for
 from pipelines.views import BatchPlan, Crops
 
 AHEAD = 3  # batches in progress: the one that is waited for, and enough after it to keep the threads busy
@@ -63,6 +64,7 @@ class FfcvCrops:
         """Raises DataError for an image that cannot be read."""
         plans = iter(plans)
         waiting: deque[_Batch] = deque()
+        copied: deque[torch.cuda.Event] = deque()
         try:
             while True:
                 for plan in islice(plans, AHEAD - len(waiting)):
@@ -76,7 +78,13 @@ class FfcvCrops:
                 except BaseException:
                     batch.cancel()
                     raise
-                yield Crops(batch.images.to(self._device, non_blocking=True), batch.plan)
+                images = batch.images.to(self._device, non_blocking=True)
+                if images.is_cuda:  # the host may be ahead, and page-locked memory is in use until it is copied
+                    copied.append(torch.cuda.Event())
+                    copied[-1].record(torch.cuda.current_stream(self._device))
+                    if len(copied) > AHEAD:
+                        wait_for(copied.popleft())
+                yield Crops(images, batch.plan)
         finally:
             for batch in waiting:
                 batch.cancel()

@@ -17,7 +17,7 @@ from pipelines.augment.resize import resize_boxes
 from pipelines.cpu_threads import parallel_for
 from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import load
-from pipelines.transfer import to_device
+from pipelines.transfer import to_device_at_once
 from pipelines.views import BatchPlan, Crops
 
 
@@ -42,24 +42,28 @@ class ResidentCrops:
             else:
                 yield Crops(self._one_by_one(plan), plan)
 
-    def views(self, plan: BatchPlan, augmentation: Augmentation, dtype: torch.dtype, source: np.ndarray) -> Tensor:
-        """Crops and colours a plan with `triton_ops.crop_and_apply`: (V, 3, S, S).
+    def views(
+        self,
+        boxes: Tensor,
+        params: Tensor,
+        images: Tensor,
+        augmentation: Augmentation,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Crops and colours with `triton_ops.crop_and_apply`: (V, 3, S, S).
 
-        source (V,) is the row of the plan's flattened views for each view.
+        boxes (V, 4) int32, params (V, P) float32 and images (V,) int64, positions in the index, are on the device.
         """
         from pipelines.augment.triton_ops import crop_and_apply  # Triton comes with torch's CUDA builds only
 
-        boxes = to_device(plan.boxes.reshape(-1, 4)[source], self._device)
-        params = to_device(plan.params.reshape(-1, plan.params.shape[-1])[source], self._device)
-        images = to_device(np.tile(plan.indices, len(plan.boxes))[source], self._device)
-        return crop_and_apply(self._resident, boxes, params, augmentation, self._side, dtype, images)
+        return crop_and_apply(self._resident, boxes, params, augmentation, self._side, dtype, images, out)
 
     def _in_one_kernel(self, plan: BatchPlan) -> Tensor:
         from pipelines.augment.resample_triton import crop
 
         views, count = plan.boxes.shape[:2]
-        boxes = to_device(plan.boxes.reshape(-1, 4), self._device)
-        images = to_device(np.tile(plan.indices, views), self._device)
+        boxes, images = to_device_at_once([plan.boxes.reshape(-1, 4), np.tile(plan.indices, views)], self._device)
         return crop(self._resident, boxes, self._side, images).view(views, count, self._side, self._side, 3)
 
     def _all_at_once(self, plan: BatchPlan) -> Tensor:

@@ -10,9 +10,10 @@ import math
 import mmap
 import os
 import tempfile
+import uuid
 import weakref
 from collections import deque
-from multiprocessing.reduction import DupFd
+from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import DataError
+from pipelines.platforms import has_fork_server
+from pipelines.transfer import wait_for
 
 LENT = 2  # batches handed out without a copy: the one in use and the next; further ones are copied
 
@@ -27,10 +30,15 @@ LENT = 2  # batches handed out without a copy: the one in use and the next; furt
 class SharedBytes:
     """Zeroed memory shared with processes started later, freed with the last of them, however that exits.
 
-    It is an unnamed file in memory, not one in /dev/shm, which containers limit to 64 MiB.
+    It is an unnamed file in memory, not one in /dev/shm, which containers limit to 64 MiB. On Windows it has a name.
     """
 
     def __init__(self, size: int) -> None:
+        if not has_fork_server():  # Windows, which passes no file descriptors
+            self._name = f"fastmoco-{uuid.uuid4()}"
+            self.array = _map_named(self._name, size)
+            return
+        self._name = None
         if hasattr(os, "memfd_create"):
             self._descriptor = os.memfd_create("fastmoco-crops")
         else:
@@ -41,16 +49,24 @@ class SharedBytes:
         self.array = _map(self._descriptor, size)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Attached, (DupFd(self._descriptor), len(self.array))
+        handle = self._name or reduction.DupFd(self._descriptor)  # pyright: ignore[reportAttributeAccessIssue]
+        return _Attached, (handle, len(self.array))
 
 
 class _Attached:
-    """The same memory in another process, mapped from the file descriptor it inherited."""
+    """The same memory in another process, mapped by name or from the file descriptor it inherited."""
 
-    def __init__(self, descriptor: Any, size: int) -> None:
-        number = descriptor.detach()
-        self.array = _map(number, size)
-        os.close(number)
+    def __init__(self, handle: Any, size: int) -> None:
+        if isinstance(handle, str):
+            self.array = _map_named(handle, size)
+            return
+        descriptor = handle.detach()
+        self.array = _map(descriptor, size)
+        os.close(descriptor)
+
+
+def _map_named(name: str, size: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, size, tagname=name), dtype=np.uint8)  # pyright: ignore[reportCallIssue]
 
 
 def _map(descriptor: int, size: int) -> np.ndarray:
@@ -74,10 +90,10 @@ class Ring:
         self._pinned = _Pinned(self.memory.array) if device.type == "cuda" else None
 
     def take(self) -> int:
-        """A slot that is no longer read."""
+        """A slot that is no longer read. Waits if the host is more batches ahead of the device than there are slots."""
         slot = self._free.popleft()
         if (copied := self._copied.pop(slot, None)) is not None:
-            copied.synchronize()  # done long ago: all other free slots were used since
+            wait_for(copied)
         return slot
 
     def offset(self, slot: int) -> int:

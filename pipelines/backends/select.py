@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import SHARE_OF_FREE_MEMORY, free_memory_bytes, resident_bytes
 from pipelines.errors import BackendMissingError
 from pipelines.plan.planner import Planner
+from pipelines.platforms import usable_cpus
 from pipelines.registry import BACKENDS, load
 from pipelines.views import CropSource, Views
 
@@ -49,7 +49,7 @@ def choose(name: str, index: ImageIndex, device: torch.device) -> tuple[str, str
 
 def default_workers() -> int:
     """One worker for every core this process may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_cpus()
 
 
 def open_source(name: str, index: ImageIndex, side: int, device: torch.device, workers: int) -> CropSource:
@@ -68,9 +68,13 @@ def open_pipeline(
     device: torch.device,
     dtype: torch.dtype,
     workers: int,
+    triton: bool | None = None,
 ) -> Pipeline:
-    """Two views of every image of the index, in batches; `source` is what `open_source` gave for that name."""
+    """Two views of every image of the index, in batches; `source` is what `open_source` gave for that name.
+
+    triton  as of `TwoViewPipeline`
+    """
     own = BACKENDS[name].pipeline
     if own is not None:
         return load(own)(index, planner, side, device, dtype, workers)
-    return TwoViewPipeline(planner, source, device, dtype)
+    return TwoViewPipeline(planner, source, device, dtype, triton)

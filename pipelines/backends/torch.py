@@ -23,8 +23,10 @@ from pipelines.errors import DataError
 from pipelines.views import BatchPlan, Crops
 from pipelines.workers import PREFETCHED, checked, worker_options
 
-# Images per task: few enough for all workers to share a batch, enough to hide the cost of a task.
+# Images per task: few enough for all workers to share a batch, enough to hide the cost of a task, which is 0.2 ms of
+# this process. Up to four times as many if they are small: they decode in less time.
 CHUNK = 32
+_TASK_PIXELS = 128 * 32 * 32
 
 
 class TorchCrops:
@@ -32,6 +34,8 @@ class TorchCrops:
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
         self._index, self._side, self._device, self._workers = index, side, device, workers
+        pixels = int(index.sizes.astype(np.int64).prod(axis=1).mean()) if len(index) else 1
+        self.images_per_task = min(max(CHUNK, _TASK_PIXELS // pixels), 4 * CHUNK)
 
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         """No plan has more views or images than the first. Raises DataError for a bad image or a worker that died."""
@@ -39,7 +43,7 @@ class TorchCrops:
         first = next(plans, None)
         if first is None:
             return
-        tasks_per_batch = -(-len(first.indices) // CHUNK)
+        tasks_per_batch = -(-len(first.indices) // self.images_per_task)
         in_flight = max(1, self._workers * PREFETCHED)  # tasks, and one that has arrived
         ring = Ring(self._shape(first), (in_flight - 1) // tasks_per_batch + 1, self._device)
         try:
@@ -67,8 +71,8 @@ class TorchCrops:
             slot = ring.take()
             issued.append((plan, slot))
             count = len(plan.indices)
-            for first in range(0, count, CHUNK):
-                rows = slice(first, first + CHUNK)
+            for first in range(0, count, self.images_per_task):
+                rows = slice(first, first + self.images_per_task)
                 images, boxes = self._index.select(plan.indices[rows]), plan.boxes[:, rows]
                 yield _Task(ring.offset(slot), count, first, images, boxes)
 

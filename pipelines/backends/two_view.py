@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections import deque
 from collections.abc import Iterator
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -10,9 +13,12 @@ from torch import Tensor
 
 from pipelines.augment import torch_ops
 from pipelines.backends.resident import ResidentCrops
+from pipelines.plan.ahead import planned_ahead
 from pipelines.plan.planner import Planner
-from pipelines.transfer import to_device
+from pipelines.transfer import packed_bytes, to_device_at_once
 from pipelines.views import BatchPlan, Crops, CropSource, Views
+
+BUFFERS = 2  # batches in device memory: the one in use, and the one being prepared
 
 
 class TwoViewPipeline:
@@ -31,59 +37,114 @@ class TwoViewPipeline:
         triton: bool | None = None,
     ) -> None:
         self.planner, self.source, self.device, self.dtype = planner, source, device, dtype
-        self.triton = device.type == "cuda" if triton is None else triton
+        available = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self.triton = available if triton is None else triton
 
     def views(self, start: int, stop: int) -> Iterator[Views]:
-        """The batches of steps `start` to `stop` - 1."""
+        """The batches of steps `start` to `stop` - 1. On CUDA a batch is overwritten as `Views` says."""
         plans = self.planner.plans(start, stop)
+        if self.device.type == "cuda":
+            plans = planned_ahead(plans)
         if self.triton and isinstance(self.source, ResidentCrops):
-            batches = (self._views(plan, None) for plan in plans)
+            batches = ((plan, None) for plan in plans)
         else:
-            batches = (self._views(crops.plan, crops) for crops in self.source.crops(plans))
-        return self._ahead(batches) if self.device.type == "cuda" else batches
+            batches = ((crops.plan, crops) for crops in self.source.crops(plans))
+        if self.device.type == "cuda":
+            return self._ahead(batches)
+        return (self._views(plan, crops, _Buffer()) for plan, crops in batches)
 
-    def _ahead(self, batches: Iterator[Views]) -> Iterator[Views]:
-        """Prepares batch n + 1 in a separate stream while the training step works on batch n."""
-        stream = torch.cuda.Stream(self.device)
-        waiting: tuple[Views, torch.cuda.Event] | None = None
+    def _ahead(self, batches: Iterator[tuple[BatchPlan, Crops | None]]) -> Iterator[Views]:
+        """Prepares a batch in a stream of its own while the training step works on the previous one.
+
+        If the device has run out of work, as after a log, the batch that is ready is handed over before the next is
+        prepared. Nothing waits on the host: the writing of a batch waits on the device until its buffer has been used.
+        """
+        loading, buffers = _loading_stream(self.device), deque(_Buffer() for _ in range(BUFFERS))
+        ready: deque[tuple[Views, _Buffer]] = deque()
+        handed_over: _Buffer | None = None
         while True:
-            with torch.cuda.stream(stream):
-                views, ready = next(batches, None), None
-                if views is not None:
-                    done = torch.cuda.Event()
-                    done.record(stream)
-                    ready = views, done
-            if waiting is not None:
-                views, done = waiting
-                training = torch.cuda.current_stream(self.device)
-                training.wait_event(done)
-                for tensor in (views.query, views.key, views.key_order, views.index):
-                    tensor.record_stream(training)
-                yield views
-            if ready is None:
+            training = torch.cuda.current_stream(self.device)
+            if handed_over is not None:
+                handed_over.used.record(training)  # the consumer has enqueued all its work on that batch
+                buffers.append(handed_over)
+            enough = 1 if training.query() else BUFFERS
+            while len(ready) < enough:
+                with torch.cuda.stream(loading):
+                    plan, crops = next(batches, (None, None))
+                    if plan is None:
+                        break
+                    buffer = buffers.popleft()
+                    loading.wait_event(buffer.used)
+                    ready.append((self._views(plan, crops, buffer), buffer))
+                    buffer.written.record(loading)
+            if not ready:
                 return
-            waiting = ready
+            views, handed_over = ready.popleft()
+            training.wait_event(handed_over.written)
+            handed_over.freed_after(training)
+            yield views
 
-    def _views(self, plan: BatchPlan, crops: Crops | None) -> Views:
+    def _views(self, plan: BatchPlan, crops: Crops | None, buffer: _Buffer) -> Views:
         """Colours the crops of a plan; without crops, the resident source crops and colours in one kernel."""
-        source = plan.rows
-        count = len(source) // 2
+        rows = plan.rows
+        count = len(rows) // 2
+        params = plan.params.reshape(-1, plan.params.shape[-1])[rows]
+        arrays = [plan.key_order, plan.indices[:count]]
+        if crops is None:
+            arrays += [plan.boxes.reshape(-1, 4)[rows], params, np.tile(plan.indices, len(plan.boxes))[rows]]
+        elif self.triton:
+            arrays += [params, rows]
+        order, index, *numbers = buffer.upload(arrays, self.device)
+        augmentation, out = self.planner.augmentation, buffer.images
         if crops is None:
             assert isinstance(self.source, ResidentCrops)
-            images = self.source.views(plan, self.planner.augmentation, self.dtype, source)
+            boxes, params, rows = numbers
+            images = self.source.views(boxes, params, rows, augmentation, self.dtype, out)
+        elif self.triton:
+            from pipelines.augment import triton_ops  # Triton comes with torch's CUDA builds only
+
+            params, rows = numbers
+            images = triton_ops.apply(crops.images.flatten(0, 1), params, augmentation, self.dtype, rows, out)
         else:
-            params = plan.params.reshape(2 * count, -1)[source]
-            images = self._apply(crops.images.flatten(0, 1), params, source)
-        order, index = to_device(plan.key_order, self.device), to_device(plan.indices[:count], self.device)
+            images = torch_ops.apply(crops.images.flatten(0, 1), params, augmentation, self.dtype, rows, out)
+        buffer.images = images
         return Views(images[:count], images[count:], order, index)
-
-    def _apply(self, crops: Tensor, params: np.ndarray, source: np.ndarray) -> Tensor:
-        if not self.triton:
-            return torch_ops.apply(crops, params, self.planner.augmentation, self.dtype, source)
-        from pipelines.augment import triton_ops  # Triton comes with torch's CUDA builds only
-
-        on_device = to_device(params, self.device), to_device(source, self.device)
-        return triton_ops.apply(crops, on_device[0], self.planner.augmentation, self.dtype, on_device[1])
 
     def close(self) -> None:
         self.source.close()
+
+
+class _Buffer:
+    """The memory of one batch, allocated for the first and then reused."""
+
+    def __init__(self) -> None:
+        self.images: Tensor | None = None
+        self._numbers: Tensor | None = None
+
+    @cached_property
+    def written(self) -> torch.cuda.Event:
+        """Recorded after the batch is written."""
+        return torch.cuda.Event()
+
+    @cached_property
+    def used(self) -> torch.cuda.Event:
+        """Recorded after the last work on the batch."""
+        return torch.cuda.Event()
+
+    def upload(self, arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+        """The arrays as tensors on the device."""
+        if device.type == "cuda" and self._numbers is None:
+            self._numbers = torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=device)
+        return to_device_at_once(arrays, device, self._numbers)
+
+    def freed_after(self, stream: torch.cuda.Stream) -> None:
+        """Once no longer referenced, the memory is reused only after the work in `stream`, not just in its own."""
+        for tensor in (self.images, self._numbers):
+            assert tensor is not None
+            tensor.record_stream(stream)
+
+
+@cache
+def _loading_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream in which all pipelines prepare batches: torch keeps freed memory for the stream that allocated it."""
+    return torch.cuda.Stream(device)

@@ -46,6 +46,17 @@ class Planner:
         self.steps_per_epoch = steps_per_epoch(len(sizes), batch_size)
         self.order = lru_cache(maxsize=2)(order or (lambda epoch: epoch_order(seed, epoch, len(sizes))))
 
+    def preview(self, count: int) -> Planner:
+        """Plans on a single rank of up to `count` of the first images, with the keys in the order of the queries."""
+        return Planner(
+            self.sizes,
+            seed=self.seed,
+            batch_size=min(count, self.batch_size),
+            augmentation=self.augmentation,
+            shuffle_keys=False,
+            order=self.order,
+        )
+
     def indices(self, step: int) -> np.ndarray:
         """(B,) int64: the images of a step, on all ranks."""
         epoch, batch = divmod(step, self.steps_per_epoch)

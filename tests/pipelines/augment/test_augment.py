@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.augment import torch_ops
 from pipelines.augment.params import ORDERS, Column, Op, blur_taps, sample_params
 from pipelines.augment.presets import CIFAR, V1, V2, Augmentation, with_scale
-from pipelines.augment.torch_ops import apply, colour
+from pipelines.augment.torch_ops import apply
 
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
 RECIPES = [V1, V2, CIFAR, SOLARISING]
@@ -46,6 +46,13 @@ def neutral(count: int) -> np.ndarray:
     rows[:, Column.ORDER] = ORDERS[0]
     rows[:, Column.BRIGHTNESS : Column.HUE] = 1
     return rows
+
+
+def colour(images: Tensor, rows: np.ndarray, augmentation: Augmentation) -> None:
+    """`torch_ops.colour` of views that are one group."""
+    (group,), _ = torch_ops.groups_on_device(rows, np.arange(len(rows)), len(rows), torch.device("cpu"))
+    assert torch.equal(group.rows, torch.arange(len(rows)))
+    torch_ops.colour(images, group, augmentation)
 
 
 def reference(crop: Tensor, row: np.ndarray, augmentation: Augmentation) -> Tensor:
@@ -107,7 +114,7 @@ def test_blur_equals_torchvision(side: int) -> None:
     assert taps == min(15, 2 * side - 1)
     expected = torch.stack([TF.gaussian_blur(i, [taps, taps], [s, s]) for i, s in zip(images, sigmas, strict=True)])
     assert_near(torch_ops.blur_grouped_conv(images, torch.tensor(sigmas), taps), expected, 2e-6)
-    torch_ops.blur_band_matrices(images, np.array(sigmas), taps)
+    torch_ops.blur_band_matrices(images, torch.arange(4), torch.tensor(sigmas), taps)
     assert_near(images, expected, 2e-6)
 
 

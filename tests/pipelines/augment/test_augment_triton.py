@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -15,6 +15,8 @@ from pipelines.augment import torch_ops
 from pipelines.augment.params import ORDERS, Column, sample_params
 from pipelines.augment.presets import CIFAR, V1, V2, Augmentation
 from tests.reference_crops import batched_crops
+
+pytestmark = [pytest.mark.any_device, pytest.mark.usefixtures("poisoned_memory")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
@@ -34,14 +36,6 @@ def resample(require_backend: Callable[[str], None]) -> ModuleType:
     from pipelines.augment import resample_triton
 
     return resample_triton
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """New memory is filled with NaN, so that an element that no kernel wrote fails the test."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_crops(count: int, side: int) -> Tensor:
@@ -194,3 +188,25 @@ def test_replays_in_a_cuda_graph_with_other_parameters(fused: ModuleType, resamp
     graph.replay()
     crops = resample.crop(resident, boxes, 32, source)
     torch.testing.assert_close(actual.cpu(), reference(crops, params, SOLARISING, torch.float32), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("augmentation", [CIFAR, V2], ids=lambda a: a.name)
+def test_an_earlier_result_is_overwritten(fused: ModuleType, resample: ModuleType, augmentation: Augmentation) -> None:
+    """By every implementation, and by nothing but the new views."""
+    images = torch.randint(256, (4, 21, 3, 18), dtype=torch.uint8)
+    boxes, source = boxes_in(torch.tensor([[21, 18]] * 6)).to(DEVICE), torch.tensor([3, 0, 1, 1, 2, 0], device=DEVICE)
+    crops, params = random_crops(6, 12).to(DEVICE), random_params(6, augmentation)
+    on_device, resident = torch.from_numpy(params).to(DEVICE), uniform(resample, images)
+
+    def three(out: list[Tensor | None]) -> list[Tensor]:
+        return [
+            torch_ops.apply(crops, params, augmentation, torch.bfloat16, out=out[0]),
+            fused.apply(crops, on_device, augmentation, torch.bfloat16, out=out[1]),
+            fused.crop_and_apply(resident, boxes, on_device, augmentation, 12, torch.bfloat16, source, out[2]),
+        ]
+
+    expected = three([None] * 3)
+    memory: list[Tensor | None] = [torch.full_like(views, float("nan")) for views in expected]
+    for views, wanted, given in zip(three(memory), expected, memory, strict=True):
+        assert views is given
+        assert torch.equal(views, wanted)

@@ -35,22 +35,23 @@ from tests.oddities import bad_files, encode, good_files, picture, write_files
 from tests.reference_crops import errors, reference
 from tools.make_ffcv import Settings, convert
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A backend under test. `max_error` is the limit per pixel, for backends that use the common filter."""
+    """A backend under test. `max_error` is the limit per pixel, for backends that use the common filter and decoder."""
 
     open: Callable[[ImageIndex, int], CropSource]
     needs: str | None = None
     max_error: float | None = 1.01
+    device: torch.device = CPU
 
 
-def _dali(index: ImageIndex, side: int, resize_by_dali: bool) -> CropSource:
+def _dali(index: ImageIndex, side: int, resize_by_dali: bool, device: torch.device = CPU) -> CropSource:
     from pipelines.backends.dali import DaliCrops
 
-    return DaliCrops(index, side, CPU, 2, resize_by_dali)
+    return DaliCrops(index, side, device, 2, resize_by_dali)
 
 
 def _ffcv(index: ImageIndex, side: int) -> CropSource:
@@ -69,11 +70,15 @@ SOURCES = {
     "torch-2": Source(lambda index, side: TorchCrops(index, side, CPU, 2)),
     "dali": Source(partial(_dali, resize_by_dali=False), needs="dali"),
     "dali-resized": Source(partial(_dali, resize_by_dali=True), needs="dali", max_error=None),  # as on a GPU
+    # nvJPEG rounds differently from libjpeg-turbo
+    "dali-cuda": Source(partial(_dali, resize_by_dali=True, device=CUDA), needs="dali", max_error=None, device=CUDA),
     "ffcv": Source(_ffcv, needs="ffcv"),
 }
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.gpu) if SOURCES[name].device == CUDA else name for name in SOURCES]
+)
 def source(request: pytest.FixtureRequest, require_backend: Callable[[str], None]) -> Source:
     chosen = SOURCES[request.param]
     if chosen.needs:
@@ -128,6 +133,11 @@ def assert_pixels_agree(source: Source, index: ImageIndex, plan: BatchPlan, imag
         assert error.max() <= source.max_error
 
 
+def kept(views: Iterator[Views]) -> list[Views]:
+    """Copies on the CPU, as a pipeline on a GPU overwrites its views."""
+    return [Views(*(t.cpu() for t in (v.query, v.key, v.key_order, v.index))) for v in views]
+
+
 def assert_same(actual: Views, expected: Views) -> None:
     for field in ("query", "key", "key_order", "index"):
         assert torch.equal(getattr(actual, field), getattr(expected, field)), field
@@ -142,6 +152,8 @@ def test_crops_match_the_plan(source: Source, kind: str, request: pytest.Fixture
     index: ImageIndex = request.getfixturevalue(kind)
     planner = planner_of(index, min(CHUNK + 7, len(index)))
     opened = source.open(index, 16)
+    if isinstance(opened, TorchCrops):
+        opened.images_per_task = CHUNK  # small images have larger tasks
     crops = list(opened.crops(planner.plans(3, 6)))
     opened.close()
     assert [c.plan.step for c in crops] == [3, 4, 5]
@@ -186,11 +198,11 @@ def test_evaluation_plans_have_one_view(source: Source, mixed: ImageIndex) -> No
 def test_views_resumed_in_the_middle_equal_the_rest(source: Source, mixed: ImageIndex) -> None:
     """Across the end of an epoch, and while the earlier iterator is still in use."""
     opened = source.open(mixed, 16)
-    pipeline = TwoViewPipeline(planner_of(mixed, 12), opened, CPU, torch.float32)
+    pipeline = TwoViewPipeline(planner_of(mixed, 12), opened, source.device, torch.float32)
     views = pipeline.views(0, 5)
-    head = [next(views), next(views)]
-    resumed = list(pipeline.views(2, 5))
-    rest = list(views)
+    head = kept(itertools.islice(views, 2))
+    resumed = kept(pipeline.views(2, 5))
+    rest = kept(views)
     assert len(head) + len(rest) == 5
     for actual, expected in zip(resumed, rest, strict=True):
         assert_same(actual, expected)
@@ -200,8 +212,8 @@ def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIn
     """The same seed gives the same crops and colours, so accuracy does not depend on the backend."""
     planner = planner_of(mixed, 12)
     resident = TwoViewPipeline(planner, SOURCES["resident"].open(mixed, 16), CPU, torch.float32)
-    other = TwoViewPipeline(planner, source.open(mixed, 16), CPU, torch.float32)
-    for actual, expected in zip(other.views(0, 2), resident.views(0, 2), strict=True):
+    other = TwoViewPipeline(planner, source.open(mixed, 16), source.device, torch.float32)
+    for actual, expected in zip(kept(other.views(0, 2)), resident.views(0, 2), strict=True):
         assert torch.equal(actual.index, expected.index)
         assert torch.equal(actual.key_order, expected.key_order)
         for a, b in ((actual.query, expected.query), (actual.key, expected.key)):
@@ -257,6 +269,12 @@ def test_dataloader_names_a_bad_image(tmp_path: Path, workers: int) -> None:
     pipeline = DataLoaderPipeline(index, planner_of(index, 4), 16, CPU, torch.float32, workers)
     with pytest.raises(DataError, match=r"bit-flipped\.png is not a usable image"):
         list(pipeline.views(0, 1))
+
+
+@pytest.mark.parametrize(("side", "images"), [(32, 4 * CHUNK), (50, 52), (500, CHUNK)])
+def test_small_images_have_larger_tasks(side: int, images: int) -> None:
+    index = ImageIndex("files", np.full((3, 2), side, dtype=np.int32), paths=("a", "b", "c"))
+    assert TorchCrops(index, 16, CPU, 0).images_per_task == images
 
 
 def test_abandoning_an_iterator_ends_the_workers(uniform: ImageIndex) -> None:
