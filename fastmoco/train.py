@@ -14,22 +14,23 @@ from rich.console import Console
 
 from fastmoco.config import RunConfig
 from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_facts
-from fastmoco.device import DTYPES, describe
+from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.watchdog import Watchdog
 from fastmoco.distributed.world import StopVote
-from fastmoco.errors import DeviceError, DivergedError, Preempted, RankLostError
+from fastmoco.errors import DivergedError, Preempted, RankLostError
 from fastmoco.evaluation.online import OnlineEvaluator
 from fastmoco.run.forecast import Forecast
 from fastmoco.run.recorder import RunRecorder
-from fastmoco.run.report import start_facts
+from fastmoco.run.report import show_selection, start_facts
 from fastmoco.run.start import RunContext, run_context
 from fastmoco.run.state import build_state
 from fastmoco.run.thread_count import ThreadCount, tunes_threads
-from fastmoco.run.throughput import StepClock
+from fastmoco.run.throughput import StepClock, mark_on
 from fastmoco.step.cuda_graph import GraphedStep
 from fastmoco.step.schedules import ema_momentum_at, lr_at
+from fastmoco.tuning.select import select
 from pipelines.augment.presets import AUGMENTATIONS, with_scale
-from pipelines.backends.select import open_pipeline, open_source
+from pipelines.backends.select import Pipeline, open_pipeline, open_source
 from pipelines.errors import DataError
 from pipelines.plan.order import orders
 from pipelines.plan.planner import Planner
@@ -48,8 +49,10 @@ def train(config: RunConfig, console: Console) -> Path:
     with run_context(config, console) as context:
         trainer = Trainer(context)
         query = trainer.state.model.query
-        facts = start_facts(context.config, context.dataset, query, context.reasons, context.world, context.folder)
+        reasons = context.reasons | {"device": trainer.selection.checked}
+        facts = start_facts(trainer.config, context.dataset, query, reasons, context.world, context.folder)
         show_facts(context.console, "fastmoco train", facts)
+        show_selection(context.console, trainer.selection.notes, trainer.selection.table)
         trainer.run()
         return context.folder
 
@@ -61,7 +64,7 @@ class Trainer:
         self.config, self.world, self.stop, self.console = context.config, context.world, context.stop, context.console
         config, dataset, device = context.config, context.dataset, context.world.device
         data, model, optim = config.data, config.model, config.optim
-        side, batch, dtype = config.augment.crop_size, optim.batch_size, DTYPES[config.run.amp]
+        side, batch = config.augment.crop_size, optim.batch_size
         self.augmentation = AUGMENTATIONS[config.augment.aug]
         if config.augment.crop_scale_min is not None:
             self.augmentation = with_scale(self.augmentation, config.augment.crop_scale_min)
@@ -78,19 +81,30 @@ class Trainer:
         )
         self.steps_per_epoch = self.planner.steps_per_epoch
         self.total_steps = self.steps_per_epoch * optim.epochs
-        source = open_source(data.pipeline, dataset.train, side, device, data.workers)
-        self.pipeline = open_pipeline(
-            data.pipeline, dataset.train, self.planner, source, side, device, dtype, data.workers
+        self._images = dataset.train
+        self._source = source = open_source(data.pipeline, dataset.train, side, device, data.workers)
+        self.selection = select(
+            config,
+            context.auto,
+            lambda triton: next(self._open(self.planner, torch.float32, triton).views(0, 1)),
+            self.total_steps,
+            len(dataset.train),
+            self.world,
         )
-        self.evaluator = OnlineEvaluator(config, dataset, source, self.pipeline, self.augmentation, self.world, dtype)
+        self.config = config = self.selection.config
+        dtype = DTYPES[config.run.amp]
+        self.pipeline = self._open(self.planner, dtype, self.selection.triton_views)
+        self.evaluator = OnlineEvaluator(
+            config, dataset, source, self.pipeline, self.augmentation, self.world, dtype, context.console
+        )
         self.state = build_state(config, self.world, dataset.train)
         self.recorder = None if context.directory is None else RunRecorder(context.directory, config, context.console)
         self.threads = ThreadCount(torch.get_num_threads()) if tunes_threads(config, self.world) else None
-        self.clock = StepClock(batch, on_step=self.threads.step) if self.threads is not None else StepClock(batch)
+        on_step = (lambda _: None) if self.threads is None else self.threads.step
+        self.clock = StepClock(batch, on_step=on_step, mark=mark_on(device))
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
-        self._source, self._images = source, dataset.train
         self._stopped, self._began = False, time.monotonic()
 
     @property
@@ -105,12 +119,7 @@ class Trainer:
             self._steps()
             self.world.on_main(lambda: self._finish(time.monotonic() - self._began))
         except torch.OutOfMemoryError as error:
-            batch, splits = self.config.optim.batch_size, self.config.model.bn_splits
-            smaller = max(2 * splits, batch // 2 // splits * splits)
-            raise DeviceError(
-                f"{describe(self.world.device)} has too little memory for --batch-size {batch}: start again with "
-                f"--batch-size {smaller} --overwrite, or with --checkpoint-activations"
-            ) from error
+            raise out_of_memory(self.world.device, self.config.optim.batch_size, self.config.model.bn_splits) from error
         finally:
             if self.threads is not None:
                 self.threads.close()
@@ -130,6 +139,8 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.evaluation(0, 0, results)
         self._save()
+        if self.recorder is not None:  # so that writing it does not disturb the first measured steps
+            self.recorder.finish_saving()
 
     def _evaluate(self) -> dict[str, float]:
         began = time.monotonic()
@@ -139,18 +150,14 @@ class Trainer:
 
     def _first_views(self) -> Views:
         """Views of the first images of step 0, all on this rank, with the keys in the order of the queries."""
-        p, side = self.planner, self.config.augment.crop_size
-        planner = Planner(
-            p.sizes,
-            seed=p.seed,
-            batch_size=min(MAX_DRAWN, p.batch_size),
-            augmentation=p.augmentation,
-            shuffle_keys=False,
-            order=p.order,
+        dtype, planner = DTYPES[self.config.run.amp], self.planner.preview(MAX_DRAWN)
+        return next(self._open(planner, dtype, self.selection.triton_views).views(0, 1))
+
+    def _open(self, planner: Planner, dtype: torch.dtype, triton: bool | None) -> Pipeline:
+        data, side, device = self.config.data, self.config.augment.crop_size, self.world.device
+        return open_pipeline(
+            data.pipeline, self._images, planner, self._source, side, device, dtype, data.workers, triton
         )
-        device, dtype = self.world.device, DTYPES[self.config.run.amp]
-        name, workers = self.config.data.pipeline, self.config.data.workers
-        return next(open_pipeline(name, self._images, planner, self._source, side, device, dtype, workers).views(0, 1))
 
     def _resume(self) -> None:
         path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))

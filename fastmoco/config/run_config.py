@@ -245,7 +245,7 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "out", "overwrite", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
     | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
-    | {"lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads"}
+    | {"check", "tune", "lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads"}
 )
 """Fields that may change when a run is resumed, because they affect the weights by rounding at most."""
 

@@ -32,6 +32,12 @@ class RunOptions:
     """Kernels of batch norm, loss and update (auto: triton on a GPU); compiled encoders use torch's batch norm."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture the training step as a CUDA graph and replay it (auto: on a GPU)."""
+    stem_format: Literal["auto", "channels-last", "contiguous"] = "auto"
+    """Memory format of the first convolution, whose input has three channels (auto: channels-last, unless tuned)."""
+    check: Literal["on", "off", "strict"] = "on"
+    """Compare the first step with plain PyTorch; fast paths that fail are left out (strict: are an error)."""
+    tune: Literal["auto", "off", "now"] = "auto"
+    """Time the settings above that are auto and take the fastest (auto: on a GPU, for runs of 20 minutes or more)."""
     checkpoint_activations: bool = False
     """Activation checkpointing: keep the input of each stage of the query encoder and recompute the rest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
@@ -121,12 +122,22 @@ class Backbone(_ResNet):
             shape, {"basic": BasicBlock, "bottleneck": Bottleneck}, width=width, stem=stem, norm_layer=norm_layer
         )
         self.checkpoint_activations = False
+        self.stem_format = "channels-last"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = self.maxpool(self.bn1(self._first_convolution(x), relu=True))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = _recomputed(stage, x) if self.checkpoint_activations and torch.is_grad_enabled() else stage(x)
         return self.avgpool(x).flatten(1)
+
+    def _first_convolution(self, x: Tensor) -> Tensor:
+        """conv1(x), channels-last; computed in `stem_format`, since libraries differ in speed at three channels."""
+        if self.stem_format == "channels-last":
+            return self.conv1(x)
+        y = F.conv2d(
+            x.contiguous(), self.conv1.weight.contiguous(), stride=self.conv1.stride, padding=self.conv1.padding
+        )
+        return y.contiguous(memory_format=torch.channels_last)
 
 
 def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:

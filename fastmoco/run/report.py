@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from fastmoco.config import ResolvedConfig
-from fastmoco.console import Fact, summary_facts
+from fastmoco.console import Fact, say, show_facts, summary_facts
 from fastmoco.device import describe
 from fastmoco.distributed.world import World
 from fastmoco.model.encoder import Encoder
@@ -18,6 +19,7 @@ from pipelines.data.dataset import Dataset
 
 _EVALUATION_FORMATS = {
     "knn_top1_percent": "kNN {:.1f} %",
+    "knn_bank_images": "with {:,.0f} images in the bank",
     "knn_pixels_top1_percent": "kNN of raw pixels {:.1f} %",
     "alignment": "alignment {:.3f}",
     "uniformity": "uniformity {:.3f}",
@@ -55,13 +57,24 @@ def start_facts(
         Fact(model.mechanism.replace("-", " "), dictionary, reasons.get("moco_k", "")),
         Fact("batch", _batch(optim.batch_size, model.bn_splits, world.size)),
         Fact("optimiser", sgd, reasons.get("lr", "")),
-        Fact("device" if world.size == 1 else "devices", _devices(config, world)),
+        Fact("device" if world.size == 1 else "devices", _devices(config, world), reasons.get("device", "")),
         Fact("folder", str(folder)),
     ]
     facts += [Fact("left out", path, reason) for path, reason in dataset.quarantine[:3]]
     if len(dataset.quarantine) > 3:
         facts.append(Fact("left out", f"{len(dataset.quarantine):,} images in total"))
     return facts
+
+
+def show_selection(console: Console, notes: Sequence[str], table: Sequence[tuple[str, float, bool]]) -> None:
+    """Fast paths that were left out, and the candidates that were timed: (name, milliseconds a step, chosen)."""
+    for note in notes:
+        say(console, note, "yellow")
+    if table:
+        chosen = {name: "chosen" for name, _, is_chosen in table if is_chosen}
+        show_facts(
+            console, "time of a step", [Fact(f"{ms:.1f} ms", name, chosen.get(name, "")) for name, ms, _ in table]
+        )
 
 
 def _batch(images: int, splits: int, devices: int) -> str:

@@ -10,7 +10,7 @@ from fastmoco.device import pick_amp
 from fastmoco.distributed.launch import SINGLE_PROCESS, RankInfo
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import recipe
-from fastmoco.step.kernels import check_kernels
+from fastmoco.step.kernels import check_kernels, triton_missing
 from pipelines.backends.select import choose, default_workers
 from pipelines.data.index import ImageIndex
 
@@ -62,7 +62,9 @@ def resolve(
         reasons["stem"] = f"crops of {side} pixels"
     filled["bn_splits"] = _bn_splits(given["bn_splits"], batch, rank_info.size)
     filled["amp"] = pick_amp(given["amp"], device)
-    filled |= _speed(config, device)
+    speed, why = _speed(config, device)
+    filled |= speed
+    reasons |= {"kernels": why} if why else {}
     if given["cpu_threads"] is None and given["deterministic"] and device.type == "cpu":
         filled["cpu_threads"] = torch.get_num_threads()  # sums depend on it, by rounding
     filled["pipeline"], reasons["pipeline"] = choose(given["pipeline"], images, device)
@@ -128,23 +130,25 @@ def _bn_splits(given: int | None, batch: int, devices: int) -> int:
     return max(n for n in candidates if n == 1 or (divides(n) and batch % n == 0 and batch // n >= GROUP))
 
 
-def _speed(config: RunConfig, device: torch.device) -> dict[str, str]:
-    """Kernels, compilation and CUDA graph.
+def _speed(config: RunConfig, device: torch.device) -> tuple[dict[str, str], str]:
+    """Kernels, compilation, CUDA graph and format of the stem, and what is missing for faster ones.
 
     Compilation is off with the Triton kernels: they fuse batch norm, ReLU and residual sum, which is what it would fuse
     in an encoder, and the CUDA graph saves the launches.
     """
     run, on_gpu = config.run, device.type == "cuda"
-    kernels = ("triton" if on_gpu else "torch") if run.kernels == "auto" else run.kernels
+    missing = triton_missing() if on_gpu else None
+    kernels = ("triton" if on_gpu and missing is None else "torch") if run.kernels == "auto" else run.kernels
     check_kernels(kernels, device)
-    compiled = on_gpu and kernels == "torch" and not run.checkpoint_activations
+    compiled = on_gpu and kernels == "torch" and missing is None and not run.checkpoint_activations
     if run.cuda_graph == "on" and not on_gpu:
         raise ConfigError(f"--cuda-graph on needs a GPU, and the device is {device}: use --cuda-graph off")
     return {
         "kernels": kernels,
         "compile": ("default" if compiled else "off") if run.compile == "auto" else run.compile,
         "cuda_graph": ("on" if on_gpu else "off") if run.cuda_graph == "auto" else run.cuda_graph,
-    }
+        "stem_format": "channels-last" if run.stem_format == "auto" else run.stem_format,
+    }, "" if missing is None else f"without fused kernels and torch.compile: {missing}"
 
 
 def _dictionary_size(config: RunConfig, usual: int, images: int, batch: int) -> tuple[int, str]:

@@ -33,12 +33,14 @@ class RunContext:
 
     config     the same on all ranks
     reasons    for the values that were filled in, by field
+    auto       fields of the configuration that were not given
     folder     of the run; `directory` is that folder opened for writing, on rank 0 only
     console    prints on rank 0 only
     """
 
     config: ResolvedConfig
     reasons: dict[str, str]
+    auto: frozenset[str]
     dataset: Dataset
     world: World
     folder: Path
@@ -89,10 +91,11 @@ def _create_context(config: RunConfig, console: Console, world: World, opened: l
         """Resolve settings that depend on this rank's memory, and open the folder on its disk."""
         resolved, reasons = resolve(config, dataset.train, world.device, world.rank_info)
         folder = Path(resolved.run.out) if resolved.run.out else Path("runs") / default_run_name(resolved)
+        auto = [name for name, value in config.flat().items() if value in (None, "auto")]
         if world.rank_info.restarts and (folder / "config.json").is_file():
-            resolved = ResolvedConfig.of(_restarted(folder))
+            resolved, auto = ResolvedConfig.of(_restarted(folder)), []
         opened.append(RunDirectory.open(folder, resume=resolved.run.resume, overwrite=resolved.run.overwrite))
-        return {"config": resolved.to_json(), "reasons": reasons, "folder": str(opened[0].path)}
+        return {"config": resolved.to_json(), "reasons": reasons, "auto": auto, "folder": str(opened[0].path)}
 
     shared = world.on_main(resolve_and_open)
     folder = Path(shared["folder"])
@@ -103,6 +106,7 @@ def _create_context(config: RunConfig, console: Console, world: World, opened: l
     return RunContext(
         config=ResolvedConfig.of(RunConfig.from_json(shared["config"])),
         reasons=shared["reasons"],
+        auto=frozenset(shared["auto"]),
         dataset=dataset,
         world=world,
         folder=folder,

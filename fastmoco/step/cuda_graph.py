@@ -56,8 +56,12 @@ class CudaGraph:
         current.wait_stream(self._stream)
 
     def capture(self, run: Callable[[], None]) -> None:
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            run()
+        current = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            torch.cuda.set_stream(current)  # torch's context manager does not where ending the capture fails
 
     def replay(self) -> None:
         self._graph.replay()

@@ -1,6 +1,6 @@
 """All parameters of a module in one buffer, so that one kernel updates them all.
 
-P floats of parameters with padding · Q floats of batch norm statistics
+P floats of parameters with padding · Q floats of batch norm statistics · N counters with padding
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Location of a named tensor in a flat buffer, in floats; a 4-d tensor is stored in channels-last order."""
+    """Location of a named tensor in a flat buffer, in elements; a 4-d tensor is stored in channels-last order."""
 
     name: str
     shape: torch.Size
@@ -34,11 +34,12 @@ class Slot:
 
 
 class FlatParameters:
-    """Moves the parameters, gradients and batch norm statistics of a module into flat buffers.
+    """Moves the parameters, gradients and buffers of a module into flat buffers.
 
     values   (P,) the parameters; those with weight decay come first, in `values[:num_decayed]`
     grads    (P,) their gradients, or None for a frozen module; zeroed in one operation
     buffers  (Q,) the floating-point buffers: running means and variances
+    counters (N,) the int64 buffers: batches tracked by batch norm, so that a checkpoint copies them at once
 
     Every parameter, gradient and buffer of the module becomes a view of these, so its state_dict keeps its names,
     values and shapes, and load_state_dict copies into the flat buffers. Padding between tensors is and stays zero.
@@ -57,6 +58,7 @@ class FlatParameters:
         decayed = {name: p for name, p in named.items() if name not in skip}
         rest = {name: p for name, p in named.items() if name in skip}
         statistics = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        counts = {name: b for name, b in module.named_buffers() if b.dtype == torch.int64}
         types = {tensor.dtype for tensor in (*named.values(), *statistics.values())}
         assert len(types) == 1, f"parameters and buffers must have one type, not {types}"
         trained = {p.requires_grad for p in named.values()}
@@ -66,18 +68,24 @@ class FlatParameters:
         more_slots, size = _lay_out(rest, self.num_decayed)
         self.slots = (*slots, *more_slots)
         self.buffer_slots, buffer_size = _lay_out(statistics, 0)
+        self.counter_slots, counter_size = _lay_out(counts, 0)
 
         like = next(iter(named.values())).detach()
         self.values = like.new_zeros(size)
         self.grads = like.new_zeros(size) if trained.pop() else None
         self.buffers = like.new_zeros(buffer_size)
+        self.counters = like.new_zeros(counter_size, dtype=torch.int64)
         for slot in self.slots:
             parameter = named[slot.name]
             parameter.data = slot.view(self.values).copy_(parameter.data)
             parameter.grad = None if self.grads is None else slot.view(self.grads)
-        for slot in self.buffer_slots:
-            buffer = statistics[slot.name]
-            buffer.data = slot.view(self.buffers).copy_(buffer.data)
+        for slots, flat, buffers in (
+            (self.buffer_slots, self.buffers, statistics),
+            (self.counter_slots, self.counters, counts),
+        ):
+            for slot in slots:
+                buffer = buffers[slot.name]
+                buffer.data = slot.view(flat).copy_(buffer.data)
         self._module = module
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -93,7 +101,8 @@ class FlatParameters:
             pairs.append((parameter, slot.view(self.values)))
             if self.grads is not None:
                 pairs.append((parameter.grad, slot.view(self.grads)))
-        pairs += [(self._module.get_buffer(slot.name), slot.view(self.buffers)) for slot in self.buffer_slots]
+        for slots, flat in ((self.buffer_slots, self.buffers), (self.counter_slots, self.counters)):
+            pairs += [(self._module.get_buffer(slot.name), slot.view(flat)) for slot in slots]
         return all(tensor is not None and tensor.data_ptr() == view.data_ptr() for tensor, view in pairs)
 
 

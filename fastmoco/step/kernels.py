@@ -10,6 +10,11 @@ from fastmoco.errors import BackendMissingError, ConfigError
 from fastmoco.registry import KERNELS
 
 
+def triton_missing() -> str | None:
+    """Why Triton cannot be used, in one line; None if it is installed."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
 def check_kernels(kernels: str, device: torch.device) -> None:
     """Raise ConfigError for an unknown name, BackendMissingError if Triton is not installed or there is no GPU.
 
@@ -20,10 +25,8 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise ConfigError(f"unknown kernels {kernels!r}; expected one of {', '.join(KERNELS)}")
     if kernels == "torch":
         return
-    if importlib.util.find_spec("triton") is None:
-        raise BackendMissingError(
-            "--kernels triton needs Triton, which is not installed: pip install triton, or use --kernels torch"
-        )
+    if triton_missing() is not None:
+        raise BackendMissingError(f"--kernels triton, but {triton_missing()}: install it, or use --kernels torch")
     from triton import knobs
 
     if device.type != "cuda" and not knobs.runtime.interpret:

@@ -47,6 +47,7 @@ class TrainStep(Generic[D]):
     kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
                             torch's batch norm, which the compiler fuses: for them only loss and update are fused
     checkpoint_activations  recompute activations in the backward pass (`fastmoco.model.resnet.Backbone`)
+    stem_format             memory format of the first convolution, "channels-last" or "contiguous"
     half_gradients          all-reduce the gradients in bfloat16
     objective, optimizer    keys of `fastmoco.registry.OBJECTIVES` and `OPTIMIZERS`
 
@@ -78,6 +79,7 @@ class TrainStep(Generic[D]):
         compile: str = "off",
         kernels: str = "torch",
         checkpoint_activations: bool = False,
+        stem_format: str = "channels-last",
         half_gradients: bool = False,
         objective: str = "info-nce",
         optimizer: str = "sgd",
@@ -114,12 +116,17 @@ class TrainStep(Generic[D]):
                 encoder.backbone.checkpoint_activations = checkpoint_activations
             elif checkpoint_activations:
                 raise ConfigError("this backbone does not support --checkpoint-activations: leave it out")
+            if hasattr(encoder.backbone, "stem_format"):
+                encoder.backbone.stem_format = stem_format
+            elif stem_format != "channels-last":
+                raise ConfigError(f"this backbone does not support --stem-format {stem_format}: leave it out")
         self.scaler = LossScaler(self.device) if dtype == torch.float16 else None
         self.lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ema_momentum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._no_momentum = torch.zeros_like(self.ema_momentum)
         # Counts are float64, exact to 2^53, so that one stacked tensor brings them all to the host.
-        self._sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in _SUMS}
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
+        self._sums: dict[str, Tensor] = dict(zip(_SUMS, sums, strict=True))
         if mode is not None:
             model.query.compile(mode=mode, dynamic=False)
             model.key.compile(mode=mode, dynamic=False)

@@ -1,0 +1,1 @@
+"""How a run computes its step: fast paths compared with plain PyTorch before training, timed, and remembered."""

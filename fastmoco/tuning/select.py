@@ -1,0 +1,268 @@
+"""The choice of how a configuration is trained: the preferred way that is right, or the fastest."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmoco.config import ResolvedConfig
+from fastmoco.device import DTYPES
+from fastmoco.distributed.world import World
+from fastmoco.errors import ConfigError
+from fastmoco.step.cuda_graph import GraphedStep
+from fastmoco.step.kernels import triton_missing
+from fastmoco.step.train_step import TrainStep
+from fastmoco.tuning import cache
+from fastmoco.tuning.candidates import Auto, Candidate, variations, without_graph
+from fastmoco.tuning.check import Checker, Verdict, build_for, views_failure
+from fastmoco.tuning.timing import step_seconds
+from pipelines.views import Views
+
+WORTH_S = 20 * 60  # training time from which --tune auto measures: that takes about a minute
+COMPILE_WORTH_S = 60 * 60  # and from which it tries torch.compile, which takes minutes
+FASTER = 0.98  # a candidate must need less than this share of the best one's time to replace it
+
+
+@dataclass
+class Selection:
+    """config        the run with the chosen values
+    checked       what was compared, as text; empty if nothing was
+    notes         what was left out, and why, one line each
+    triton_views  False if augmentation must not use Triton
+    table         (candidate, milliseconds per step, chosen) of what was timed
+    """
+
+    config: ResolvedConfig
+    checked: str = ""
+    notes: list[str] = field(default_factory=list)
+    triton_views: bool | None = None
+    table: list[tuple[str, float, bool]] = field(default_factory=list)
+
+
+def select(
+    config: ResolvedConfig,
+    auto: Auto,
+    first_views: Callable[[bool], Views],
+    steps: int,
+    images: int,
+    world: World,
+    graph: Callable[[TrainStep, Views], GraphedStep] = GraphedStep,
+) -> Selection:
+    """Check and tune a run as --check and --tune ask for.
+
+    auto         fields of `config` that may change
+    first_views  the first batch, float32, augmented in Triton kernels or not; called only if there is something to do
+    steps        of the run, on `images` images
+    graph        captures a step
+
+    Raises ConfigError if a field given by name cannot be used, or with --check strict any other.
+    """
+    options, cuda = config.run, world.device.type == "cuda"
+    checks = options.check != "off" and (cuda or _is_fast(Candidate.of(config)))
+    tunes = not options.deterministic and (options.tune == "now" or (options.tune == "auto" and cuda and bool(auto)))
+    if not (checks or tunes):
+        return Selection(config)
+    drawn, failure = first_views(False), None
+    views = Views(*(getattr(drawn, name).clone() for name in Views.__slots__))  # a pipeline may reuse its buffers
+    if cuda and triton_missing() is None and options.check != "off":
+        failure = views_failure(lambda: first_views(True), views)
+        if failure is not None and options.check == "strict":
+            raise ConfigError(f"--check strict: augmentation in Triton: {failure}")
+    if world.size > 1:  # the keys of a rank may be of different images from its queries
+        order = torch.arange(len(views.query), device=world.device)
+        views = Views(views.query, views.key, order, views.index)
+    selection = Selector(config, auto, views, steps, images, world, tunes=tunes, graph=graph).run()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(world.device)  # the reference may need more than the run itself
+    if failure is not None:
+        selection.notes.append(f"left out augmentation in Triton: {failure}")
+        selection.triton_views = False
+    return selection
+
+
+class Selector:
+    """Chooses among the fields in `auto`; the arguments are those of `select`.
+
+    views  the first batch, float32, on the device: all pairs, or one rank's share
+    tunes  whether to time candidates
+    path   of the cache
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        auto: Auto,
+        views: Views,
+        steps: int,
+        images: int,
+        world: World,
+        path: Path | None = None,
+        tunes: bool = False,
+        graph: Callable[[TrainStep, Views], GraphedStep] = GraphedStep,
+    ) -> None:
+        self._config, self._auto, self._views, self._images, self._world = config, auto, views, images, world
+        self._steps, self._graph, self._tunes = steps, graph, tunes
+        self._path = cache.cache_path() if path is None else path
+        self._key = cache.key(config, auto, world.device, world.size)
+        self._local = _local(config, world.size)
+        self._checker = Checker(self._local, views, images, world.device, graph)
+        self._selection = Selection(config)
+        self._milliseconds: dict[Candidate, float] = {}
+
+    def run(self) -> Selection:
+        options, tunes = self._config.run, self._tunes
+        chosen = Candidate.of(self._config)
+        if tunes and options.tune == "auto":
+            remembered = self._on_main(lambda: cache.load(self._path, self._key))
+            if remembered is not None:
+                chosen, tunes = remembered, False
+        if options.check != "off":
+            chosen = self._first_that_passes(chosen)
+        if tunes:
+            chosen = self._on_main(lambda: self._fastest(chosen)) or chosen
+        self._selection.config = chosen.apply(self._config)
+        return self._selection
+
+    def _on_main(self, function: Callable[[], Candidate | None]) -> Candidate | None:
+        """The result of rank 0 on every rank."""
+
+        def call() -> dict[str, Any] | None:
+            candidate = function()
+            return None if candidate is None else asdict(candidate)
+
+        fields = self._world.on_main(call)
+        return None if fields is None else Candidate(**fields)
+
+    # ---- check ----
+
+    def _first_that_passes(self, preferred: Candidate) -> Candidate:
+        """The first candidate that all ranks find right."""
+        first = preferred.apply(self._config)
+        failures: list[str] = []
+        for candidate in without_graph(first, self._auto, self._world.device):
+            if not _is_fast(replace(candidate, cuda_graph=first.run.cuda_graph)):
+                return candidate  # plain PyTorch is what the others are compared with
+            verdict = self._passes(candidate)
+            if verdict.failure is not None:
+                failures.append(f"{candidate}: {verdict.failure}")
+                self._fail(failures[-1])
+                continue
+            if first.run.cuda_graph == "on":
+                graphed = replace(candidate, cuda_graph="on")
+                captured = self._passes(graphed)
+                if captured.failure is None:
+                    candidate, verdict = graphed, captured
+                else:
+                    failures.append(f"CUDA graph: {captured.failure}")
+                    if "cuda_graph" not in self._auto:
+                        break
+                    self._fail(failures[-1])
+            of = "" if self._checker.images == len(self._views.query) else f" on {self._checker.images} images"
+            self._selection.checked = f"first step compared with plain PyTorch{of}: {verdict}"
+            return candidate
+        raise ConfigError(
+            f"the first step is not right in the way asked for ({failures[-1]}): leave out --amp, --kernels, --compile "
+            "or --cuda-graph, so that another one is chosen"
+        )
+
+    def _fail(self, line: str) -> None:
+        if self._config.run.check == "strict":
+            raise ConfigError(f"--check strict: {line}")
+        self._selection.notes.append(f"left out {line}")
+
+    def _passes(self, candidate: Candidate) -> Verdict:
+        """The verdict of this rank, or of the first one on which the candidate fails."""
+        verdict = self._checker.check(candidate)
+        if self._world.size == 1:
+            return verdict
+        failed = torch.tensor([float(verdict.failure is not None)], device=self._world.device)
+        if self._world.all_reduce(failed).wait().item() and verdict.failure is None:
+            return Verdict("it failed on another device", verdict.errors)
+        return verdict
+
+    # ---- tuning ----
+
+    def _fastest(self, champion: Candidate) -> Candidate:
+        """Vary one dimension after the other; two candidates are alive at a time, and are timed in turns."""
+        (seconds,) = self._time([champion])
+        self._milliseconds[champion] = 1e3 * seconds
+        training_s = self._steps * seconds
+        now = self._config.run.tune == "now"
+        if not now and training_s < WORTH_S:
+            return champion
+        compiles = (now or training_s >= COMPILE_WORTH_S) and self._world.size == 1
+        dimensions = len(variations(champion, self._config, self._auto, self._world.device, compiles=True, graphs=True))
+        for dimension in range(dimensions):
+            options = variations(champion, self._config, self._auto, self._world.device, compiles=compiles, graphs=True)
+            for challenger in options[dimension] if dimension < len(options) else []:
+                champion = self._faster(champion, challenger)
+        self._selection.table = [(str(c), ms, c == champion) for c, ms in self._milliseconds.items()]
+        try:
+            cache.store(self._path, self._key, champion, {str(c): ms for c, ms in self._milliseconds.items()})
+        except OSError as error:
+            self._selection.notes.append(f"the choice is not remembered: {self._path} ({error.strerror or error})")
+        return champion
+
+    def _faster(self, champion: Candidate, challenger: Candidate) -> Candidate:
+        """The challenger, if it is right and faster."""
+        check = self._config.run.check != "off" and replace(challenger, cpu_threads=champion.cpu_threads) != champion
+        verdict = self._checker.check(challenger) if check else Verdict(None, {})
+        if verdict.failure is not None:
+            self._fail(f"{challenger}: {verdict.failure}")
+            return champion
+        try:
+            best_s, new_s = self._time([champion, challenger])
+        except torch.OutOfMemoryError:  # both at once do not fit
+            _release(self._world.device)
+            (best_s,), (new_s,) = self._time([champion]), self._time([challenger])
+        self._milliseconds[challenger] = self._milliseconds[champion] * new_s / best_s  # of the same moment
+        return challenger if new_s < FASTER * best_s else champion
+
+    def _time(self, candidates: list[Candidate]) -> list[float]:
+        """Seconds per step of each."""
+        device = self._world.device
+        threads = torch.get_num_threads()
+        try:
+            return step_seconds([self._step(candidate, threads) for candidate in candidates], device)
+        finally:
+            torch.set_num_threads(threads)
+            _release(device)
+
+    def _step(self, candidate: Candidate, threads: int) -> Callable[[], None]:
+        """A step of its own on the first batch, at a learning rate of zero."""
+        views = self._views
+        dtype = DTYPES[candidate.amp]
+        views = Views(views.query.to(dtype), views.key.to(dtype), views.key_order, views.index)
+        step = build_for(candidate, self._local, len(views.query), self._images, self._world.device)
+        call = self._graph(step, views) if candidate.cuda_graph == "on" else step
+
+        def run() -> None:
+            if self._world.device.type == "cpu":
+                torch.set_num_threads(candidate.cpu_threads or threads)
+            call(views, 0.0, 1.0)
+
+        return run
+
+
+def _is_fast(candidate: Candidate) -> bool:
+    """Whether it is anything but eager float32 PyTorch."""
+    return replace(candidate, cpu_threads=None) != Candidate(amp="fp32")
+
+
+def _local(config: ResolvedConfig, ranks: int) -> ResolvedConfig:
+    """The settings of one of several ranks on its own, which has its share of the batch norm groups."""
+    splits = max(1, config.model.bn_splits // ranks)
+    if ranks == 1:
+        return config
+    return ResolvedConfig.of(config.replace(bn_splits=splits, batch_size=config.optim.batch_size // ranks))
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,68 @@
+"""Which ways there are, by device and by what was given by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmoco.tuning import candidates
+from fastmoco.tuning.candidates import Candidate, variations, without_graph
+from tests.tuning.tiny import CPU, tiny_config
+
+CUDA = torch.device("cuda", 0)
+ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "cpu_threads"})
+PREFERRED = Candidate("bf16", "triton", cuda_graph="on")
+
+
+def names(found) -> list[tuple[str, str, str]]:
+    return [(c.amp, c.kernels, c.compile) for c in found]
+
+
+def test_the_order_of_preference_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    config = PREFERRED.apply(tiny_config())
+    implementations = [("triton", "off"), ("torch", "default"), ("torch", "off")]
+    expected = [(amp, *rest) for amp in ("bf16", "fp32") for rest in implementations]
+    assert names(without_graph(config, ALL, CUDA)) == expected
+    assert names(without_graph(config, ALL - {"amp", "kernels"}, CUDA)) == [("bf16", "triton", "off")]
+    assert names(without_graph(config, frozenset(), CUDA)) == [("bf16", "triton", "off")]
+    monkeypatch.setattr(candidates, "triton_missing", lambda: "not installed")
+    config = Candidate("bf16", "torch").apply(tiny_config())
+    assert names(without_graph(config, ALL, CUDA)) == [("bf16", "torch", "off"), ("fp32", "torch", "off")]
+
+
+def test_activation_checkpointing_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    config = PREFERRED.apply(tiny_config(checkpoint_activations=True))
+    assert {c.compile for c in without_graph(config, ALL, CUDA)} == {"off"}
+    found = variations(PREFERRED, config, ALL, CUDA, compiles=True, graphs=True)
+    assert {c.compile for dimension in found for c in dimension} == {"off"}
+
+
+def test_dimensions_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    config = PREFERRED.apply(tiny_config())
+    implementations, graphs, stems = variations(PREFERRED, config, ALL, CUDA, compiles=True, graphs=True)
+    assert names(implementations) == [
+        ("bf16", "torch", "default"), ("bf16", "torch", "off"), ("bf16", "triton", "default")]  # fmt: skip
+    assert all(c.cuda_graph == "on" for c in implementations)
+    assert [c.cuda_graph for c in graphs] == ["off"]
+    assert [c.stem_format for c in stems] == ["contiguous"]
+    quick, *_ = variations(PREFERRED, config, ALL, CUDA, compiles=False, graphs=True)
+    assert names(quick) == [("bf16", "torch", "off")]
+
+
+def test_dimensions_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "_thread_counts", lambda: [2, 1])
+    monkeypatch.setattr(candidates.shutil, "which", lambda name: None)
+    best = Candidate("fp32")
+    found = variations(best, tiny_config(), ALL, CPU, compiles=True, graphs=False)
+    assert found == [
+        [],
+        [Candidate("fp32", stem_format="contiguous")],
+        [Candidate("fp32", cpu_threads=2), Candidate("fp32", cpu_threads=1)],
+    ]
+    monkeypatch.setattr(candidates.shutil, "which", lambda name: "/usr/bin/c++")
+    compiled, *_ = variations(best, tiny_config(), ALL, CPU, compiles=True, graphs=False)
+    assert compiled == [Candidate("fp32", compile="default")]
+    assert variations(best, tiny_config(), frozenset(), CPU, compiles=True, graphs=False) == [[]]
