@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipelines.platforms import sync
+
 _DIGEST = re.compile(r"([0-9a-f]{64}) [ *]\S+")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of a file, or create it, in one step that survives a crash. Raises OSError."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 @contextmanager
@@ -45,15 +47,6 @@ def replacing(path: Path, part: Path | None = None) -> Iterator[Path]:
 def temporary(path: Path) -> Path:
     """The temporary name under which a file is written before it is renamed."""
     return path.with_name(path.name + ".tmp")
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder (its list of names)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

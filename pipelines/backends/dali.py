@@ -11,10 +11,9 @@ B images · V views · S side of a crop in pixels · H, W height and width of th
 from __future__ import annotations
 
 import textwrap
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor
 
 from pipelines.augment.resize import resize_boxes
+from pipelines.backends.dali_batches import DaliBatch, DaliBatches
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
-from pipelines.data.plain_jpeg import COLUMNS_REVERSED, ROWS_REVERSED, TRANSPOSED, plain_jpeg, stored_box
+from pipelines.data.plain_jpeg import COLUMNS_REVERSED, ROWS_REVERSED, TRANSPOSED, JpegHeaders
 from pipelines.errors import BackendMissingError, DataError
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
@@ -34,8 +34,7 @@ from pipelines.views import BatchPlan, Crops
 # cores, fed by `workers` host threads, decode the rest at the same time. DALI's default of 0.65 loads the host more.
 HARDWARE_SHARE = 0.9
 SMALL_SIDE = 48  # pixels: up to this size the call overhead of torch's resize exceeds the time of DALI's
-READERS = 8  # threads that read files: they wait for the disk, not the CPU
-FILES_PER_TASK = 64  # submitting a task costs as much as reading a small file
+PREFETCHED = 2  # batches in DALI: one is decoded while the previous one is copied and trained on
 
 
 class DaliCrops:
@@ -56,34 +55,61 @@ class DaliCrops:
         _dali()
         self._index, self._side, self._device, self._threads = index, side, device, max(1, workers)
         default = device.type == "cuda" or side <= SMALL_SIDE or index.pixels is not None
+        self._headers = JpegHeaders(index.sizes)
         self._resize_by_dali = default if resize_by_dali is None else resize_by_dali
 
     def crops(self, plans: Iterable[BatchPlan]) -> Generator[Crops, None, None]:
-        """The first plan must be the largest. Raises DataError for an image that `decode.decode` or DALI rejects."""
+        """The first plan must be the largest. Raises DataError for an image that `decode.decode` or DALI rejects.
+
+        At most `PREFETCHED` batches are in DALI, and one is being read, besides the one that is yielded.
+        """
         plans = iter(plans)
         first = next(plans, None)
         if first is None:
             return
-        readers = ThreadPoolExecutor(min(READERS, self._threads), "read")
+        dali = _dali()
+        batches = DaliBatches(
+            self._index,
+            self._headers,
+            first,
+            plans,
+            threads=self._threads,
+            corners=self._resize_by_dali,
+            as_tensor=dali.TensorCPU,
+            as_list=partial(dali.TensorListCPU, contiguous=False),
+        )
         try:
-            batches = _Batches(self._index, first, plans, readers, corners=self._resize_by_dali)
-            pipeline = self._pipeline(batches, *first.boxes.shape[:2])
-            while (outputs := self._run(pipeline, batches)) is not None:
-                batch = batches.issued.popleft()
-                yield Crops(self._take(outputs, batch), batch.plan)
+            yield from self._crops(batches, *first.boxes.shape[:2])
         finally:
-            readers.shutdown(cancel_futures=True)
+            batches.close()
+            if self._device.type == "cuda":  # the pipeline is gone, but DALI keeps its memory, out of reach of torch
+                dali.ReleaseUnusedMemory()
 
-    def _pipeline(self, batches: _Batches, views: int, batch_size: int) -> Any:
+    def _crops(self, batches: DaliBatches, views: int, batch_size: int) -> Generator[Crops, None, None]:
+        pipeline = self._pipeline(batches, views, batch_size)
+        yield from iter(partial(self._next, pipeline, batches), None)  # holds no crops, unlike a loop
+
+    def _next(self, pipeline: Any, batches: DaliBatches) -> Crops | None:
+        """The crops of the next batch; None after the last."""
+        outputs = self._run(pipeline, batches)
+        if outputs is None:
+            return None
+        batch = batches.issued.popleft()
+        return Crops(self._take(outputs, batch), batch.plan)
+
+    def _pipeline(self, batches: DaliBatches, views: int, batch_size: int) -> Any:
         dali = _dali()
         fn, types = dali.fn, dali.types
         cuda = self._device.type == "cuda"
         device_id = None
         if cuda:
             device_id = torch.cuda.current_device() if self._device.index is None else self._device.index
-        # Two batches in DALI's queue: one is decoded while the previous one is copied and trained on.
         pipeline = dali.Pipeline(
-            batch_size=batch_size, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=2, seed=0
+            batch_size=batch_size,
+            num_threads=self._threads,
+            device_id=device_id,
+            prefetch_queue_depth=PREFETCHED,
+            seed=0,
         )
         in_memory, numbers = self._index.pixels is not None, 2 * views if self._resize_by_dali else 0
         with pipeline:
@@ -93,7 +119,8 @@ class DaliCrops:
                 batch=True,
                 dtype=[types.UINT8] + [types.INT32] * numbers,
                 ndim=[3 if in_memory else 1] + [1] * numbers,
-                layout=["HWC" if in_memory else ""] + [""] * numbers,
+                layout=["HWC"] if in_memory else None,
+                no_copy=True,  # `DaliBatch.inputs` lives long enough
             )
             if in_memory:
                 images = source.gpu() if cuda else source
@@ -127,10 +154,10 @@ class DaliCrops:
             ) from error
         return pipeline
 
-    def _run(self, pipeline: Any, batches: _Batches) -> Any:
-        """The outputs of the next batch, complete; None after the last."""
+    def _run(self, pipeline: Any, batches: DaliBatches) -> Any:
+        """The outputs of the next batch; None after the last. On CUDA they are ordered in the current stream."""
         try:
-            return pipeline.run()
+            return pipeline.run(self._stream()) if self._device.type == "cuda" else pipeline.run()
         except StopIteration:
             return None
         except DataError:
@@ -146,17 +173,20 @@ class DaliCrops:
                 f"DALI cannot decode an image that other decoders can; use --pipeline torch ({_one_line(error)})"
             ) from error
 
-    def _take(self, outputs: Any, batch: _Batch) -> Tensor:
-        """The crops, (V, B, S, S, 3) uint8, upright, copied from DALI's buffers, which it reuses."""
+    def _take(self, outputs: Any, batch: DaliBatch) -> Tensor:
+        """The crops, (V, B, S, S, 3) uint8, upright, copied from DALI's buffers.
+
+        On CUDA the host waits for nothing. The copy waits on the device for DALI's stream, and then DALI's stream for
+        the copy, so that DALI reuses a buffer after it has been read. (DLPack alone would give only the first half:
+        DALI takes memory back as soon as the host lets go of it.)
+        """
         images = torch.empty(
             (*batch.boxes.shape[:2], self._side, self._side, 3), dtype=torch.uint8, device=self._device
         )
         if self._resize_by_dali:
-            stream = torch.cuda.current_stream(self._device) if images.is_cuda else None
+            stream = self._stream() if self._device.type == "cuda" else None
             for view, output in zip(images, outputs, strict=True):
                 _dali().feed_ndarray(output.as_tensor(), view, cuda_stream=stream)
-            if stream is not None:
-                stream.synchronize()  # the copy is short, and DALI's streams are not ordered with ours
         else:
             (decoded,) = outputs
             pixels = [torch.from_dlpack(decoded[row]) for row in range(len(decoded))]
@@ -166,95 +196,11 @@ class DaliCrops:
             images[:, rows] = _upright(images[:, rows], orientation)
         return images
 
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
     def close(self) -> None:
         """Nothing to release: pipelines and threads belong to the iterators."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A plan whose images were passed to DALI.
-
-    boxes         (V, B, 4) int32, in the images as stored
-    orientations  (B,) uint8, EXIF orientation of the crops; 1 if upright
-    """
-
-    plan: BatchPlan
-    boxes: np.ndarray
-    orientations: np.ndarray
-
-
-class _Batches:
-    """DALI's external source: batches as [images, and with `corners` a corner and an extent (B, 2) int32 per view].
-
-    Images are B arrays of encoded bytes, or (B, H, W, 3) pixels. Files are read one batch ahead of DALI's requests.
-    """
-
-    def __init__(
-        self,
-        index: ImageIndex,
-        first: BatchPlan,
-        rest: Iterator[BatchPlan],
-        readers: ThreadPoolExecutor,
-        corners: bool,
-    ) -> None:
-        self._index, self._plans, self._readers, self._corners = index, rest, readers, corners
-        self._shape = first.boxes.shape[:2]
-        self._reading = self._start(first)
-        self.issued: deque[_Batch] = deque()
-
-    def __iter__(self) -> _Batches:
-        return self
-
-    def __next__(self) -> list[Any]:
-        if self._reading is None:
-            raise StopIteration
-        (plan, boxes, orientations), chunks = self._reading
-        self._reading = self._start(next(self._plans, None))
-        if self._index.pixels is not None:
-            images = self._index.pixels[plan.indices]
-        else:
-            images = [image for chunk in chunks for image in chunk.result()]
-        self.issued.append(_Batch(plan, boxes, orientations))
-        if not self._corners:
-            return [images]
-        corners = [np.ascontiguousarray(view[:, half]) for view in boxes for half in (slice(0, 2), slice(2, 4))]
-        return [images, *corners]
-
-    def _start(self, plan: BatchPlan | None) -> tuple[tuple[BatchPlan, np.ndarray, np.ndarray], list[Future]] | None:
-        if plan is None:
-            return None
-        views, count = plan.boxes.shape[:2]
-        assert views == self._shape[0], "plans of one iterator have the same views"
-        assert count <= self._shape[1], "the first plan of an iterator is the largest"
-        boxes, orientations = plan.boxes.copy(), np.ones(count, dtype=np.uint8)
-        starts = range(0, count, FILES_PER_TASK) if self._index.pixels is None else ()
-        chunks = [self._readers.submit(self._read, plan, boxes, orientations, start) for start in starts]
-        return (plan, boxes, orientations), chunks
-
-    def _read(self, plan: BatchPlan, boxes: np.ndarray, orientations: np.ndarray, start: int) -> list[np.ndarray]:
-        """Encoded bytes of `FILES_PER_TASK` images, one array each; writes `orientations` and the boxes they change."""
-        images = []
-        for row in range(start, min(start + FILES_PER_TASK, len(orientations))):
-            image = int(plan.indices[row])
-            try:
-                data = self._index.read_bytes(image)
-            except DataError:
-                if not self._index.is_encoded(image):
-                    raise
-                data = b""  # `read` reports what is wrong with the file, or replaces the image
-            header = plain_jpeg(data)
-            if header is None or header.upright_size != tuple(self._index.sizes[image].tolist()):
-                data = _ppm(self._index.read(image))
-            elif header.orientation != 1:
-                orientations[row] = header.orientation
-                boxes[:, row] = stored_box(boxes[:, row], header)
-            images.append(np.frombuffer(data, dtype=np.uint8))
-        return images
-
-
-def _ppm(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 → an uncompressed file, which every decoder reads exactly."""
-    return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
 def _upright(crops: Tensor, orientation: int) -> Tensor:
@@ -269,13 +215,23 @@ def _dali() -> SimpleNamespace:
     """The used names of DALI. Raises BackendMissingError with the install command if it cannot be imported."""
     try:
         from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali.backend import ReleaseUnusedMemory  # pyright: ignore[reportAttributeAccessIssue]
         from nvidia.dali.plugin.pytorch import feed_ndarray
+        from nvidia.dali.tensors import TensorCPU, TensorListCPU
     except ImportError as error:
         raise BackendMissingError(
             f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({_one_line(error)}): "
             f"pip install 'fastmoco[dali]', or use --pipeline torch"
         ) from error
-    return SimpleNamespace(Pipeline=Pipeline, fn=fn, types=types, feed_ndarray=feed_ndarray)
+    return SimpleNamespace(
+        Pipeline=Pipeline,
+        fn=fn,
+        types=types,
+        feed_ndarray=feed_ndarray,
+        ReleaseUnusedMemory=ReleaseUnusedMemory,
+        TensorCPU=TensorCPU,
+        TensorListCPU=TensorListCPU,
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 from pipelines.data.decode import MAX_PIXELS, printable
 from pipelines.data.index import ImageIndex, PackedRecords
 from pipelines.errors import DataError
+from pipelines.platforms import read_at
 
 VERSION = 2
 JPG, RAW = 0, 1
@@ -284,11 +285,11 @@ def _check_jpegs(file: IO[bytes], index: ImageIndex) -> None:
     offsets, lengths = records.offsets.tolist(), records.lengths.tolist()
     for i in np.flatnonzero(~records.raw).tolist():
         start, length = offsets[i], lengths[i]
-        size = jpeg_size(os.pread(descriptor, min(length, 1024), start))
+        size = jpeg_size(read_at(descriptor, min(length, 1024), start))
         tail = min(length, 4096)
-        complete = END in os.pread(descriptor, tail, start + length - tail)
+        complete = END in read_at(descriptor, tail, start + length - tail)
         if size is None or not complete:  # a profile before the frame header, or other data after the end marker
-            data = os.pread(descriptor, length, start)
+            data = read_at(descriptor, length, start)
             size = jpeg_size(data) if END in data else None
         if size != tuple(sizes[i]):
             height, width = sizes[i]

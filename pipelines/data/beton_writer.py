@@ -6,7 +6,6 @@ image, and if killed it leaves a file that looks complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable
@@ -31,7 +30,8 @@ from pipelines.data.beton import (
 )
 from pipelines.data.decode import printable
 from pipelines.errors import DataError
-from pipelines.files import sha256, sync, write_atomically
+from pipelines.files import sha256, write_atomically
+from pipelines.platforms import lock, sync, write_at
 
 PAGE_BYTES = 2**23  # FFCV's default; larger if an image needs it
 MAX_SIDE = 65_535  # the format stores a side in two bytes
@@ -65,7 +65,7 @@ class BetonWriter:
             raise DataError(f"cannot write {printable(self._partial)}: {error.strerror}") from error
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file.fileno(), wait=False)
         except OSError as error:
             self._file.close()
             raise DataError(f"another process is writing {printable(self._partial)}; wait for it to end") from error
@@ -131,5 +131,5 @@ def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`: one pwrite may write less, at most 2 GiB."""
     rest = memoryview(data)
     while len(rest):
-        written = os.pwrite(descriptor, rest, offset)
+        written = write_at(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written

@@ -90,7 +90,7 @@ def list_folder(root: str) -> ImageFiles:
             f"{printable(root)} holds no images ({_count(skipped, 'other file')}); expected files that end in "
             f"{', '.join(EXTENSIONS)}, in it or below"
         )
-    paths.sort(key=os.fsencode)
+    paths.sort(key=_order)
     return ImageFiles(tuple(paths), _classes(root, paths), skipped)
 
 
@@ -147,6 +147,11 @@ def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
             f"cannot read the folder {printable(folder)} ({error.strerror}); make it readable or leave it out"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders, key=os.fsencode), files
+
+
+def _order(path: str, separator: str = os.sep) -> bytes:
+    """The key by which files are sorted: a path's bytes on Linux."""
+    return os.fsencode(path if separator == "/" else path.replace(separator, "/"))
 
 
 def _classes(root: str, images: list[str]) -> tuple[str, ...] | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.data.decode import bad_image, decode, is_jpeg, open_image, upright_size
 from pipelines.errors import DataError
+from pipelines.platforms import open_to_read, read_at
 
 HEAD_BYTES = 65_536  # contains the header unless a large profile or preview precedes it
 TAIL_BYTES = 4_096  # the end marker may be this far from the end of a complete file: some writers append data
@@ -33,7 +34,7 @@ def read_header(path: str) -> tuple[int, int]:
     # Few system calls: each releases the interpreter lock, and 16 threads spend twice as long reacquiring it as on the
     # header itself (10,000 CIFAR JPEGs: 0.93 s through a file object, 0.46 s this way).
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for the writer of a pipe
+        descriptor = open_to_read(path)
         try:
             return read_part_header(descriptor, 0, None, path)
         finally:
@@ -47,13 +48,13 @@ def read_part_header(descriptor: int, start: int, length: int | None, name: str)
 
     Raises DataError, and OSError if the file cannot be read.
     """
-    head = os.pread(descriptor, HEAD_BYTES if length is None else min(HEAD_BYTES, length), start)
+    head = read_at(descriptor, HEAD_BYTES if length is None else min(HEAD_BYTES, length), start)
     if length is None:
         length = os.fstat(descriptor).st_size - start
     tail = head
     if length != len(head):
         tail_bytes = min(TAIL_BYTES, length)
-        tail = os.pread(descriptor, tail_bytes, start + length - tail_bytes)
+        tail = read_at(descriptor, tail_bytes, start + length - tail_bytes)
     size = _size_if_complete(head, tail, length)
     if size is not None:
         return size

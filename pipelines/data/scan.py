@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image
 from pipelines.data.decode import bad_image, decode, open_image, printable
 from pipelines.data.manifest import ScanManifest
 from pipelines.errors import DataError
+from pipelines.platforms import clean_context, open_to_read
 from pipelines.workers import start_worker
 
 FILES_PER_TASK = 64  # at least a few milliseconds of work, against 0.2 ms of overhead
@@ -95,8 +95,7 @@ def _run(tasks: list[Sequence[str]], workers: int) -> Iterator[_TaskScan]:
     if workers == 0:
         yield from map(_scan_task, tasks)
         return
-    context = get_context("forkserver")  # a clean process: this one may run threads
-    context.set_forkserver_preload(["pipelines.data.scan"])  # imports torch once
+    context = clean_context(["pipelines.data.scan"])
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=start_worker, initargs=(0,))
     done = 0
     try:
@@ -130,7 +129,7 @@ def _scan_file(path: str) -> _FileScan:
     """Never raises: any defect of the file becomes its reason."""
     stat, digest = (-1, -1), bytes(DIGEST_BYTES)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for the writer of a pipe
+        descriptor = open_to_read(path)
         try:
             status = os.fstat(descriptor)  # before the content, so that a file written to meanwhile counts as changed
             stat = status.st_size, status.st_mtime_ns

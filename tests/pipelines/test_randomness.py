@@ -31,6 +31,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], words: tu
     assert actual[:, 0].tolist() == list(words)
 
 
+@pytest.mark.any_device
 def test_triton_gives_the_same_words(require_backend) -> None:
     """Kernels can draw the host's numbers with key = seed | domain << 32."""
     require_backend("triton")

@@ -1,7 +1,6 @@
 """DALI's crops match the common definition: `decode.decode`, the plan's box, an antialiased triangle filter."""
 
 import importlib
-import os
 import random
 import sys
 from pathlib import Path
@@ -156,26 +155,6 @@ def test_evaluation_sees_every_image_once(tmp_path, device):
 def test_no_plans_no_crops():
     index = ImageIndex.from_pixels("black", np.zeros((1, 4, 4, 3), np.uint8))
     assert list(DaliCrops(index, 4, CPU, 1).crops([])) == []
-
-
-@needs_dali
-def test_iterators_are_independent_and_end_their_threads():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
-    planner = Planner(
-        ImageIndex.from_pixels("x", pixels).sizes, seed=1, batch_size=8, augmentation=CIFAR, shuffle_keys=False
-    )
-    source = DaliCrops(ImageIndex.from_pixels("noise", pixels), 8, CPU, 2)
-    alone = [crops.images for crops in source.crops(planner.plans(0, 8))]
-    before = len(os.listdir("/proc/self/task"))
-    first, second = source.crops(planner.plans(0, 8)), source.crops(planner.plans(4, 8))
-    assert torch.equal(next(first).images, alone[0])
-    assert torch.equal(next(second).images, alone[4])
-    assert torch.equal(next(first).images, alone[1])
-    first.close()  # in the middle of an epoch, with a batch in progress
-    assert torch.equal(next(second).images, alone[5])
-    assert [torch.equal(crops.images, images) for crops, images in zip(second, alone[6:], strict=True)] == [True, True]
-    source.close()
-    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_missing_dali_is_named_with_its_install_command(monkeypatch):
