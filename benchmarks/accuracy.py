@@ -24,8 +24,9 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measure.archives import CACHE, unpacked
-from benchmarks.measure.harness import environment, parse_names, run_script, write_json
+from benchmarks.measure.harness import environment, parse_names, run_script
 from benchmarks.measure.learning_curve import Evaluation, Sessions, draw, evaluations, first_at
+from benchmarks.measure.turns import reason, save
 from benchmarks.reporting.page import make_console, print_blocks
 from benchmarks.reporting.sections import section
 from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
@@ -77,7 +78,7 @@ class Settings:
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     """Train the missing runs, print a table, write the result and return it. A stopped invocation reports what it has.
 
-    Raises ConfigError, DataError, CheckpointError, DivergedError and DeviceError; Preempted after a signal.
+    Raises ConfigError; the error of the last run if all of them fail; Preempted after a signal.
     """
     console = console or make_console()
     if settings.quick:
@@ -89,27 +90,33 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     data = unpacked(settings.data or "cifar10", settings.cache)
     assert data is not None
     configs = {(name, seed): _config(settings, name, seed, data) for name in targets for seed in seeds}
-    described = environment(pick_device(settings.device))
+    result: dict[str, Any] = {
+        "benchmark": "accuracy",
+        "environment": environment(pick_device(settings.device)),
+        "settings": asdict(settings) | {"out": None, "runs": str(settings.runs)},
+        "recipes": {},
+        "left_out": {},
+    }
+    path = None if settings.out is None else settings.out / "accuracy.json"
+    for config in configs.values():
+        _check_same(config)
     stopped: Preempted | None = None
+    failure: Exception | None = None
     for number, ((name, seed), config) in enumerate(configs.items(), start=1):
         say(console, f"{name}, seed {seed} ({number} of {len(configs)})", "bold")
         try:
             _complete(config, console)
         except Preempted as error:
             stopped = error
+        except Exception as error:
+            failure = error
+            result["left_out"][f"{name}, seed {seed}"] = reason(error)
+        result["recipes"] = _results(configs, targets, seeds)
+        save(path, result, number - (stopped is not None), len(configs))
+        if stopped is not None:
             break
-    result: dict[str, Any] = {
-        "benchmark": "accuracy",
-        "environment": described,
-        "settings": asdict(settings) | {"out": None, "runs": str(settings.runs)},
-        "recipes": {},
-    }
-    for name, percents in targets.items():
-        runs = {seed: _read(configs[name, seed]) for seed in seeds}
-        result["recipes"][name] = {"targets": [_reached(p, runs) for p in percents], "runs": runs}
     print_blocks(console, section(result))
     if settings.out is not None:
-        write_json(settings.out / "accuracy.json", result)
         curves = {
             name: {seed: [Evaluation(*e) for e in run["evaluations"]] for seed, run in of_recipe["runs"].items()}
             for name, of_recipe in result["recipes"].items()
@@ -117,7 +124,20 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         draw(curves, targets, settings.out / "accuracy.png")
     if stopped is not None:
         raise stopped
+    if failure is not None and len(result["left_out"]) == len(configs):
+        raise failure
     return result
+
+
+def _results(
+    configs: dict[tuple[str, int], RunConfig], targets: dict[str, tuple[float, ...]], seeds: list[int]
+) -> dict[str, Any]:
+    """The runs of every recipe so far, and when they reached its targets."""
+    results = {}
+    for name, percents in targets.items():
+        runs = {seed: _read(configs[name, seed]) for seed in seeds}
+        results[name] = {"targets": [_reached(p, runs) for p in percents], "runs": runs}
+    return results
 
 
 def _numbers(flag: str, text: str) -> list[float]:
@@ -162,8 +182,6 @@ def _config(settings: Settings, name: str, seed: int, data: str) -> RunConfig:
 def _complete(config: RunConfig, console: Console) -> None:
     """Train or resume a run to its end. Raises the errors of `train`."""
     folder = _folder(config)
-    if (folder / "config.json").is_file():
-        _check_same(config, read_config(folder), folder)
     if _state(folder) == "done":
         say(console, f"done before, in {folder}")
         return
@@ -190,8 +208,12 @@ def _state(folder: Path) -> str:
     return read_status(folder)["state"] if (folder / "status.json").is_file() else "not begun"
 
 
-def _check_same(requested: RunConfig, existing: RunConfig, folder: Path) -> None:
-    """Raise ConfigError if the run has other settings than requested; automatic ones may have any value."""
+def _check_same(requested: RunConfig) -> None:
+    """Raise ConfigError if its folder has a run with other settings; automatic ones may have any value."""
+    folder = _folder(requested)
+    if not (folder / "config.json").is_file():
+        return
+    existing = read_config(folder)
     for name, wanted, actual in differences(requested, existing):
         if name in FREE_ON_RESUME or wanted in (None, "auto"):
             continue

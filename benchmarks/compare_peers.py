@@ -30,16 +30,15 @@ from benchmarks.measure.engines import resolve_task
 from benchmarks.measure.harness import (
     Reading,
     environment,
-    interleave,
     parse_names,
     ratios,
     run_script,
     summarise_all,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain import Task
 from benchmarks.measure.sample_data import describe_data, open_index
+from benchmarks.measure.turns import attempt, describe, interleave, save
 from benchmarks.measure.variants import CONFIGS, shrunk
 from benchmarks.peers.contenders import OURS, PEERS, Row, open_ours, open_peer, start_fork_server
 from benchmarks.peers.lightly import require_lightly
@@ -86,7 +85,7 @@ class Settings:
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table, write the result and return it. Raises ConfigError, DataError and DivergedError."""
+    """Measure, print a table, write the result and return it. Raises ConfigError and DataError."""
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.3, repetitions=2, workers=1)
@@ -102,19 +101,21 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
             "data": describe_data(index),
             "left_out": {},
         }
+        kind = settings.config + ("-symmetric" if settings.symmetric else "")
+        path = None if settings.out is None else settings.out / f"peers-{kind}.json"
         rows = _open_all(names, index, Path(scratch), task, settings, device, result["left_out"])
+
+        def write(readings: dict[str, list[Reading]], rounds: int) -> None:
+            result["rows"], result["ratios"] = _summaries(readings, rows), _ratios(readings)
+            save(path, result, rounds, settings.repetitions)
+
         try:
             runs = {name: lambda r=row: measure(r.case, settings.seconds, device) for name, row in rows.items()}
-            readings = interleave(runs, settings.repetitions)
+            interleave(runs, settings.repetitions, left_out=result["left_out"], after_round=write)
         finally:
             for row in rows.values():
                 row.case.close()
-    result["rows"] = _summaries(readings, rows)
-    result["ratios"] = _ratios(readings)
     print_blocks(console, section(result))
-    if settings.out is not None:
-        kind = settings.config + ("-symmetric" if settings.symmetric else "")
-        write_json(settings.out / f"peers-{kind}.json", result)
     return result
 
 
@@ -152,28 +153,32 @@ def _open_all(
     try:
         if ours:
             config = resolve_task(task, index, device, workers=settings.workers, symmetric=settings.symmetric)
-            rows |= open_ours(ours, Images(index, scratch, settings.workers), config, task, device)
+            images = Images(index, scratch, settings.workers)
+            rows |= open_ours(ours, images, config, task, device, left_out)
         for name in peers:
-            try:
-                rows[name] = open_peer(
-                    name,
-                    index,
-                    task,
-                    device,
-                    symmetric=settings.symmetric,
-                    workers=settings.workers,
-                    tuning_s=settings.seconds / 2,
-                    default_workers=not settings.quick,
-                )
-            except torch.OutOfMemoryError as error:
-                left_out[name] = str(error).splitlines()[0]
+            opened = attempt(lambda name=name: _open_peer(name, index, task, settings, device), name, left_out)
+            if opened is not None:
+                rows[name] = opened
         if not rows:
-            raise ConfigError(f"nothing to measure: {'; '.join(left_out.values())}")
+            raise ConfigError(f"nothing to measure: {describe(left_out)}")
     except BaseException:
         for row in rows.values():
             row.case.close()
         raise
     return rows
+
+
+def _open_peer(name: str, index: ImageIndex, task: Task, settings: Settings, device: torch.device) -> Row:
+    return open_peer(
+        name,
+        index,
+        task,
+        device,
+        symmetric=settings.symmetric,
+        workers=settings.workers,
+        tuning_s=settings.seconds / 2,
+        default_workers=not settings.quick,
+    )
 
 
 def _summaries(readings: dict[str, list[Reading]], rows: dict[str, Row]) -> dict[str, Any]:

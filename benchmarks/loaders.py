@@ -25,30 +25,29 @@ import tyro
 from rich.console import Console
 
 from benchmarks.measure.end_to_end import ENDLESS, Images
-from benchmarks.measure.engines import augmentation_name
+from benchmarks.measure.engines import augmentation_name, idle_memory
 from benchmarks.measure.harness import (
     Reading,
     Stopwatch,
     environment,
-    interleave,
     parse_names,
     ratios,
     run_script,
     summarise_all,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain_crops import plain_crops
-from benchmarks.measure.resources import cpu_seconds, device_memory, growth, memory_bytes, release_caches
+from benchmarks.measure.resources import cpu_seconds, device_memory, growth, memory_bytes
 from benchmarks.measure.sample_data import describe_data, open_index
+from benchmarks.measure.turns import attempt, describe, interleave, save
 from benchmarks.reporting.page import make_console, print_blocks
 from benchmarks.reporting.sections import section
 from fastmoco.device import DTYPES, pick_amp, pick_device
+from fastmoco.errors import ConfigError
 from fastmoco.run.malloc import keep_freed_memory
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.backends.select import PIPELINES, default_workers, open_pipeline, open_source
 from pipelines.data.index import ImageIndex
-from pipelines.errors import BackendMissingError, DataError
 from pipelines.plan.planner import Planner
 from pipelines.workers import PREFETCHED
 
@@ -107,25 +106,19 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     names = _names(settings.backends)
     device = pick_device(settings.device)
     result: dict[str, Any] = {"benchmark": "pipelines", "environment": environment(device)}
+    kind = ("slope" if settings.slope else "views" if settings.colour else "crops") + f"-{settings.crop_size}px"
+    path = None if settings.out is None else settings.out / f"pipelines-{kind}.json"
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
         index = open_index(settings.data, settings.crop_size, settings.limit, Path(scratch), settings.batch_size)
-        result |= {"settings": asdict(settings) | {"out": None}, "data": describe_data(index)}
-        images = Images(index, Path(scratch), settings.workers)
-        cases, left_out = _open_all(names, images, settings, device)
+        result |= {"settings": asdict(settings) | {"out": None}, "data": describe_data(index), "left_out": {}}
+        cases = _open_all(names, Images(index, Path(scratch), settings.workers), settings, device, result["left_out"])
         try:
-            result["left_out"] = left_out
             result["open_s"] = {case.name: case.open_s for case in cases}
-            if settings.slope:
-                result["cases"] = {case.name: _slope(case, len(index) // settings.batch_size) for case in cases}
-            else:
-                result["cases"] = _speeds(cases, settings, device)
+            (_slopes if settings.slope else _speeds)(cases, settings, device, result, path)
         finally:
             for case in cases:
                 case.close()
     print_blocks(console, section(result))
-    if settings.out is not None:
-        kind = ("slope" if settings.slope else "views" if settings.colour else "crops") + f"-{settings.crop_size}px"
-        write_json(settings.out / f"pipelines-{kind}.json", result)
     return result
 
 
@@ -135,18 +128,17 @@ def _names(backends: str) -> list[str]:
 
 
 def _open_all(
-    names: list[str], images: Images, settings: Settings, device: torch.device
-) -> tuple[list[Case], dict[str, str]]:
-    """The pipelines that run here, and the reasons why others do not."""
-    cases, left_out = [], {}
-    for name in names:
-        try:
-            cases.append(_open(name, images.index_for(name), settings, device))
-        except (BackendMissingError, DataError) as error:
-            if name == BASELINE:
-                raise
-            left_out[name] = str(error)
-    return cases, left_out
+    names: list[str], images: Images, settings: Settings, device: torch.device, left_out: dict[str, str]
+) -> list[Case]:
+    """The pipelines that run here; the reasons why others do not go into `left_out`. Raises ConfigError for none."""
+    opened = [
+        attempt(lambda name=name: _open(name, images.index_for(name), settings, device), name, left_out)
+        for name in names
+    ]
+    cases = [case for case in opened if case is not None]
+    if not cases:
+        raise ConfigError(f"no pipeline runs here: {describe(left_out)}")
+    return cases
 
 
 def _open(name: str, index: ImageIndex, settings: Settings, device: torch.device) -> Case:
@@ -158,44 +150,50 @@ def _open(name: str, index: ImageIndex, settings: Settings, device: torch.device
         augmentation=AUGMENTATIONS[augmentation_name(side)],
         shuffle_keys=True,
     )
-    before, began = _memory(device), time.perf_counter()
+    before, began = idle_memory(device), time.perf_counter()
     source = open_source(name, index, side, device, workers)
-    dtype = DTYPES[pick_amp("auto", device)]
-    pipeline = open_pipeline(name, index, planner, source, side, device, dtype, workers)
-    open_s = time.perf_counter() - began
-
-    def batches() -> Iterator[object]:
-        if settings.colour:
-            return pipeline.views(0, ENDLESS)
-        if name == BASELINE:
-            return plain_crops(index, planner, side, device, workers)
-        return source.crops(planner.plans(0, ENDLESS))
-
-    case = Case(name, batches, source.close, open_s, growth(before, _memory(device)))
     try:
+        dtype = DTYPES[pick_amp("auto", device)]
+        pipeline = open_pipeline(name, index, planner, source, side, device, dtype, workers)
+        open_s = time.perf_counter() - began
+
+        def batches() -> Iterator[object]:
+            if settings.colour:
+                return pipeline.views(0, ENDLESS)
+            if name == BASELINE:
+                return plain_crops(index, planner, side, device, workers)
+            return source.crops(planner.plans(0, ENDLESS))
+
         first = batches()
         next(first)  # compiles, starts workers, fills the page cache, and fails if the pipeline does not work
         del first
     except BaseException:
         source.close()
         raise
-    return case
+    return Case(name, batches, source.close, open_s, growth(before, idle_memory(device)))
 
 
-def _speeds(cases: list[Case], settings: Settings, device: torch.device) -> dict[str, Any]:
+def _speeds(
+    cases: list[Case], settings: Settings, device: torch.device, result: dict[str, Any], path: Path | None
+) -> None:
+    """Measure all cases, and write the result after every round."""
+
+    def write(readings: dict[str, list[Reading]], rounds: int) -> None:
+        baseline = values_of(readings[BASELINE]) if BASELINE in readings else None
+        result["cases"] = {
+            name: summarise_all(of_case)
+            | {"ratio_to_control": None if baseline is None else ratios(values_of(of_case), baseline)}
+            for name, of_case in readings.items()
+        }
+        save(path, result, rounds, settings.repetitions)
+
     runs = {case.name: lambda case=case: _measure(case, settings, device) for case in cases}
-    readings = interleave(runs, settings.repetitions)
-    baseline = values_of(readings[BASELINE])
-    return {
-        name: summarise_all(of_case) | {"ratio_to_control": ratios(values_of(of_case), baseline)}
-        for name, of_case in readings.items()
-    }
+    interleave(runs, settings.repetitions, left_out=result["left_out"], after_round=write)
 
 
 def _measure(case: Case, settings: Settings, device: torch.device) -> Reading:
     """One reading, of whole rounds of the workers, which finish their batches at about the same time."""
-    release_caches(device)
-    before = _memory(device)
+    before = idle_memory(device)
     keep_freed_memory(device.type == "cpu" and case.name != BASELINE)  # as the trainer does
     batches = case.batches()
     # Batches that are queued when the first one arrives were made before the clock starts: consume them first.
@@ -212,7 +210,7 @@ def _measure(case: Case, settings: Settings, device: torch.device) -> Reading:
     elapsed_s = watch.stop()
     images = count * settings.batch_size
     used_s = cpu_seconds() - cpu_s
-    grown = growth(before, _memory(device))
+    grown = growth(before, _peak(device))
     del batches
     keep_freed_memory(False)
     return {
@@ -223,11 +221,24 @@ def _measure(case: Case, settings: Settings, device: torch.device) -> Reading:
     }
 
 
-def _memory(device: torch.device) -> Reading:
+def _peak(device: torch.device) -> Reading:
+    """Memory in use, and of torch's allocator at its peak since the last `idle_memory`."""
     memory = {"host_bytes": float(memory_bytes()), **device_memory(device)}
     if device.type == "cuda":
         memory["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
     return memory
+
+
+def _slopes(
+    cases: list[Case], settings: Settings, device: torch.device, result: dict[str, Any], path: Path | None
+) -> None:
+    """Measure one case after the other, and write the result after each."""
+    result["cases"], steps = {}, result["data"]["images"] // settings.batch_size
+    for done, case in enumerate(cases, 1):
+        slope = attempt(lambda case=case: _slope(case, steps), case.name, result["left_out"])
+        if slope is not None:
+            result["cases"][case.name] = slope
+        save(path, result, done, len(cases))
 
 
 def _slope(case: Case, steps_per_epoch: int) -> dict[str, Any]:

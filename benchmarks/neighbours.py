@@ -35,7 +35,6 @@ from benchmarks.measure.harness import (
     run_script,
     summarise,
     values_of,
-    write_json,
 )
 from benchmarks.measure.sample_data import BETON, GENERATED, open_index
 from benchmarks.measure.training_process import (
@@ -46,11 +45,11 @@ from benchmarks.measure.training_process import (
     TrainingProcess,
     TrainingSettings,
 )
+from benchmarks.measure.turns import attempt, describe, save
 from benchmarks.reporting.page import make_console, print_blocks
 from benchmarks.reporting.sections import section
 from fastmoco.errors import ConfigError
 from pipelines.backends.select import PIPELINES, default_workers
-from pipelines.errors import BackendMissingError, DataError
 
 SPIN = "while True: pass"
 
@@ -84,7 +83,7 @@ class Settings:
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table, write the result and return it. Raises ConfigError, DataError and RankLostError."""
+    """Measure, print a table, write the result and return it. Raises ConfigError and DataError."""
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, width=0.125, batch_size=8, seconds=0.2, repetitions=1)
@@ -93,38 +92,61 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     kinds = parse_names(settings.threads, tuple(ENVIRONMENT), "--threads")
     counts = _counts(settings.neighbours)
     training = TrainingSettings(settings.batch_size, settings.width, settings.workers)
-    result: dict[str, Any] = {"benchmark": "neighbours", "environment": environment(torch.device("cpu"))}
+    left_out: dict[str, str] = {}
+    result: dict[str, Any] = {
+        "benchmark": "neighbours",
+        "environment": environment(torch.device("cpu")),
+        "settings": asdict(settings) | {"out": None},
+        "task": asdict(training.task) | {"width": settings.width},
+        "left_out": left_out,
+    }
+    path = None if settings.out is None else settings.out / "neighbours.json"
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch, ExitStack() as stack:
         index = open_index(settings.data, training.task.side, None, Path(scratch))
-        images, processes, left_out = Images(index, Path(scratch), settings.workers), {}, {}
+        images = Images(index, Path(scratch), settings.workers)
+        processes: dict[tuple[str, str], TrainingProcess] = {}
         data = settings.data or str(Path(scratch) / GENERATED)
         for name in names:
             for kind in kinds:
                 if kind == PASSIVE and name != names[0]:
                     continue
-                try:
+
+                def start(name: str = name, kind: str = kind) -> TrainingProcess:
                     stored = data if images.index_for(name) is index else str(Path(scratch) / BETON)
-                    process = TrainingProcess(name, kind, stored, training, settings.seconds)
-                    processes[name, kind] = stack.enter_context(process)
-                except (BackendMissingError, DataError) as error:
-                    left_out[name] = str(error)
-        if not processes:
-            raise ConfigError(f"no pipeline runs here: {'; '.join(left_out.values())}")
+                    return TrainingProcess(name, kind, stored, training, settings.seconds)
+
+                if (process := attempt(start, name, left_out)) is None:
+                    break
+                processes[name, kind] = stack.enter_context(process)
         cases = {f"{name} {kind}": process for (name, kind), process in processes.items()}
         readings: dict[tuple[str, int], list[Reading]] = {}
         for repetition in range(settings.repetitions):
-            order = list(cases) if repetition % 2 == 0 else list(reversed(cases))
-            for count in counts:
-                with neighbours(count):
-                    for case in order:
-                        readings.setdefault((case, count), []).append(cases[case].read())
-    rows = [_row(name, kind, count, readings) for name, kind in processes for count in counts]
-    task = asdict(training.task) | {"width": settings.width}
-    result |= {"settings": asdict(settings) | {"out": None}, "task": task, "rows": rows, "left_out": left_out}
+            for case, count, reading in _round(cases, counts, left_out, backwards=repetition % 2 == 1):
+                readings.setdefault((case, count), []).append(reading)
+            cases = {case: process for case, process in cases.items() if case not in left_out}
+            if not cases:
+                raise ConfigError(f"no pipeline runs here: {describe(left_out)}")
+            kept = [(name, kind) for name, kind in processes if f"{name} {kind}" in cases]
+            of_kept = {key: values for key, values in readings.items() if key[0] in cases}
+            result["rows"] = [_row(name, kind, count, of_kept) for name, kind in kept for count in counts]
+            save(path, result, repetition + 1, settings.repetitions)
     print_blocks(console, section(result))
-    if settings.out is not None:
-        write_json(settings.out / "neighbours.json", result)
     return result
+
+
+def _round(
+    cases: dict[str, TrainingProcess], counts: list[int], left_out: dict[str, str], *, backwards: bool
+) -> Iterator[tuple[str, int, Reading]]:
+    """A reading of every case beside every number of neighbours; a case that fails is left out from then on."""
+    order = list(reversed(cases)) if backwards else list(cases)
+    for count in counts:
+        with neighbours(count):
+            for case in order:
+                if case in left_out:
+                    continue
+                reading = attempt(cases[case].read, case, left_out)
+                if reading is not None:
+                    yield case, count, reading
 
 
 @contextmanager

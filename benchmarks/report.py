@@ -101,7 +101,10 @@ def _parts(collection: Collection) -> list[Block]:
     if ended:
         rows = [(p["part"], p["state"], f"{p['seconds']:.0f}", f"{p['limit_s']:.0f}") for p in ended]
         blocks += [Heading("Parts"), Table(("part", "state", "s", "limit s"), rows)]
-        blocks += [Text(f"{p['part']}: {p['message']}") for p in ended if p.get("message")]
+        for part in ended:
+            if part.get("message"):
+                kept = "".join(f"; kept {rounds}" for rounds in part.get("kept", []))
+                blocks.append(Text(f"{part['part']}: {part['message']}{kept}"))
     commands = [result["environment"]["command"] for result in collection.results.values()]
     if commands:
         blocks += [Heading("Commands"), Code([f"uv run python {command}" for command in dict.fromkeys(commands)])]

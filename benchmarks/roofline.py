@@ -30,15 +30,14 @@ from benchmarks.measure.harness import (
     Reading,
     Summary,
     environment,
-    interleave,
     run_script,
     seconds_per_call,
     summarise,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain import Task
 from benchmarks.measure.traffic import Ceilings, Group, count_step, group_of, groups_of
+from benchmarks.measure.turns import attempt, describe, interleave, save
 from benchmarks.measure.variants import VARIANTS
 from benchmarks.reporting.collected import read
 from benchmarks.reporting.headlines import PLAIN
@@ -82,18 +81,25 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         settings = replace(settings, seconds=0.05, repetitions=2)
     device = pick_device(settings.device)
     measured = _measured(settings, device)
-    ceilings = measure_ceilings(device, settings)
-    result = {
+    path = None if settings.out is None else settings.out / "roofline.json"
+    result: dict[str, Any] = {
         "benchmark": "roofline",
         "environment": environment(device),
         "settings": asdict(settings) | {"out": None, "results": None},
-        "ceilings": ceilings,
-        "steps": [_place(task, ceilings) for task in measured],
+        "left_out": {},
     }
+
+    def write(ceilings: dict[str, Summary], rounds: int) -> None:
+        steps = [_place(task, ceilings) for task in measured if COPY in ceilings]
+        result.update(ceilings=ceilings, steps=[step for step in steps if step is not None])
+        save(path, result, rounds, settings.repetitions)
+
+    measure_ceilings(device, settings, result["left_out"], write)
+    if not result["steps"]:
+        raise ConfigError(f"no ceiling could be measured for a step: {describe(result['left_out'])}")
     blocks = section(result)
     print_blocks(console, blocks)
     if settings.out is not None:
-        write_json(settings.out / "roofline.json", result)
         for picture in pictures(blocks):
             (settings.out / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
     return result
@@ -117,6 +123,7 @@ def _measured(settings: Settings, device: torch.device) -> list[Measured]:
         # FLOPs and traffic are counted for the full width
         full_width = [result for result in collection.of("train").values() if result["task"].get("width", 1) == 1]
         measured += [_from_training(result, device) for result in full_width]
+        measured = [task for task in measured if task.rates]
         if not measured:
             raise ConfigError(
                 f"{settings.results} has no result of step.py or train.py: run one with --out there first"
@@ -169,25 +176,55 @@ def _float32(device: torch.device) -> str:
     return "tf32" if device.type == "cuda" else "fp32"
 
 
-def measure_ceilings(device: torch.device, settings: Settings) -> dict[str, Summary]:
-    """FLOP/s of square matrix products by number format, and under `copy` bytes/s of a copy, read plus write."""
-    cases: dict[str, Callable[[], Reading]] = {}
-    side = 256 if settings.quick else MATRIX_SIDES[device.type]
+def measure_ceilings(
+    device: torch.device,
+    settings: Settings,
+    left_out: dict[str, str],
+    after_round: Callable[[dict[str, Summary], int], None] = lambda ceilings, rounds: None,
+) -> dict[str, Summary]:
+    """FLOP/s of square matrix products by number format, and under `copy` bytes/s of a copy, read plus write.
+
+    The reasons of those that fail go into `left_out`; `after_round` gets the ceilings so far. Raises ConfigError if
+    none is left.
+    """
     formats = ("fp32", "tf32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+    cases: dict[str, Callable[[], Reading]] = {}
     for name in formats:
-        a, b = (torch.randn(side, side, device=device).to(DTYPES.get(name, torch.float32)) for _ in range(2))
+        case = attempt(lambda name=name: _product(name, device, settings), name, left_out)
+        if case is not None:
+            cases[name] = case
+    case = attempt(lambda: _copy(device, settings), COPY, left_out)
+    if case is not None:
+        cases[COPY] = case
 
-        def product(a: torch.Tensor = a, b: torch.Tensor = b, name: str = name) -> Reading:
-            with _precision("high" if name == "tf32" else "highest"):
-                return {"per_s": 2 * side**3 / _seconds(lambda: a @ b, device, settings.seconds)}
+    def write(readings: dict[str, list[Reading]], rounds: int) -> None:
+        after_round(_ceilings(readings), rounds)
 
-        cases[name] = product
+    return _ceilings(interleave(cases, settings.repetitions, left_out=left_out, after_round=write))
+
+
+def _ceilings(readings: dict[str, list[Reading]]) -> dict[str, Summary]:
+    return {name: summarise(values_of(of_case, "per_s")) for name, of_case in readings.items()}
+
+
+def _product(name: str, device: torch.device, settings: Settings) -> Callable[[], Reading]:
+    """A case: a product in a number format."""
+    side = 256 if settings.quick else MATRIX_SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(DTYPES.get(name, torch.float32)) for _ in range(2))
+
+    def product() -> Reading:
+        with _precision("high" if name == "tf32" else "highest"):
+            return {"per_s": 2 * side**3 / _seconds(lambda: a @ b, device, settings.seconds)}
+
+    return product
+
+
+def _copy(device: torch.device, settings: Settings) -> Callable[[], Reading]:
+    """A case: a copy on the device."""
     size = 2**22 if settings.quick else COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    cases[COPY] = lambda: {"per_s": 2 * size / _seconds(lambda: target.copy_(source), device, settings.seconds)}
-    readings = interleave(cases, settings.repetitions)
-    return {name: summarise(values_of(of_case, "per_s")) for name, of_case in readings.items()}
+    return lambda: {"per_s": 2 * size / _seconds(lambda: target.copy_(source), device, settings.seconds)}
 
 
 def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -206,16 +243,22 @@ def _precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _place(measured: Measured, summaries: dict[str, Summary]) -> dict[str, Any]:
-    """A task under the ceilings: its layer groups for each number format in use, and its measured rates."""
+def _place(measured: Measured, summaries: dict[str, Summary]) -> dict[str, Any] | None:
+    """A task under the ceilings: its layer groups for each number format in use, and its measured rates.
+
+    None if there is no ceiling for any of its number formats.
+    """
     task, formats, points = measured.task, {}, []
-    for name in dict.fromkeys(number_format for _, number_format, _ in measured.rates):
+    rates = [rate for rate in measured.rates if rate[1] in summaries]
+    if not rates:
+        return None
+    for name in dict.fromkeys(number_format for _, number_format, _ in rates):
         ceilings = Ceilings(summaries[name].median, summaries[COPY].median)
         kernels = count_step(task, 4 if name in ("fp32", "tf32") else 2)
         whole = group_of(kernels, ceilings)
         described = {name: _described(group) for name, group in groups_of(kernels, ceilings).items()}
         formats[name] = _described(whole) | {"images_per_s": task.batch_size / whole.seconds, "groups": described}
-    for name, number_format, rate in measured.rates:
+    for name, number_format, rate in rates:
         bound = formats[number_format]
         points.append(
             {

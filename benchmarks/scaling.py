@@ -14,12 +14,12 @@ ranks of images/s. Memory is what a case adds while it runs.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -29,18 +29,17 @@ from benchmarks.measure.end_to_end import Case, Images, measure, open_case, star
 from benchmarks.measure.harness import (
     Reading,
     environment,
-    interleave,
     parse_names,
     ratios,
     run_script,
     summarise_all,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain import Task
 from benchmarks.measure.rank_scaling import HALF_GRADIENTS, Ranks, add_efficiency, rank_counts
 from benchmarks.measure.sample_data import open_index
-from benchmarks.measure.variants import CONFIGS, VARIANTS, Runner, shrunk
+from benchmarks.measure.turns import attempt, describe, interleave, reason, save
+from benchmarks.measure.variants import CONFIGS, VARIANTS, Runner, Variant, shrunk
 from benchmarks.reporting.page import make_console, print_blocks
 from benchmarks.reporting.sections import section
 from fastmoco.config import Arch
@@ -48,13 +47,13 @@ from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
 from pipelines.backends.select import PIPELINES
 from pipelines.backends.select import default_workers as cores
-from pipelines.errors import BackendMissingError, DataError
 from pipelines.workers import start_server
 
 LOADERS = tuple(name for name in PIPELINES if name != "resident")  # which uses no workers once it is loaded
 STEP_VARIANTS = {"ours": {"cuda": "graph", "cpu": "kept-memory"}, "plain": {"cuda": "plain", "cpu": "plain"}}
 FACTORS = {"batch": (0.25, 0.5, 1, 2), "queue": (0.25, 1, 4, 16), "size": (0.5, 0.75, 1, 1.5)}
 CPU_BATCH = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +91,34 @@ class Axis:
     """Readings along one axis by (case, point), and the reasons why cases were left out.
 
     grows  the quantity whose growth is reported
+    write  called after every round
     """
 
     label: str
     grows: str
+    write: Callable[[Axis, int], None]
     readings: dict[tuple[str, int], list[Reading]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def attempt(self, build: Callable[[], T], case: str, point: int) -> T | None:
+        """What `build` returns, or None if it fails."""
+        return attempt(build, _label((case, point)), self.left_out)
+
+    def measure(self, runs: Mapping[tuple[str, int], Callable[[], Reading]], repetitions: int) -> None:
+        """Measure all cases at all points in turns. Raises ConfigError if none of them runs."""
+
+        def after_round(readings: dict[tuple[str, int], list[Reading]], rounds: int) -> None:
+            self.readings.clear()
+            self.readings.update(readings)
+            self.write(self, rounds)
+
+        if not runs:
+            raise ConfigError(f"nothing runs along the axis of {self.label}: {describe(self.left_out)}")
+        interleave(runs, repetitions, left_out=self.left_out, label=_label, after_round=after_round)
+
+
+def _label(key: tuple[str, int]) -> str:
+    return f"{key[0]} at {key[1]:,}"
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
@@ -119,11 +140,25 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         "dtype": str(_dtype(device)),
         "axes": {},
     }
+    result["left_out"] = {}
+    path = None if settings.out is None else settings.out / f"scaling-{settings.config}.json"
     for name in names:
-        result["axes"][name] = _summaries(AXES[name](task, settings, device))
-        print_blocks(console, section(result | {"axes": {name: result["axes"][name]}}))
-    if settings.out is not None:
-        write_json(settings.out / f"scaling-{settings.config}.json", result)
+
+        def write(axis: Axis, rounds: int, name: str = name) -> None:
+            result["axes"][name] = _summaries(axis)
+            save(path, result, rounds, settings.repetitions, complete=name == names[-1])
+
+        try:
+            AXES[name](task, settings, device, write)
+        except Exception as error:
+            if len(names) == 1:
+                raise
+            result["left_out"][name] = reason(error)
+            continue
+        print_blocks(console, section(result | {"axes": {name: result["axes"][name]}, "complete": True}))
+    if not result["axes"]:
+        raise ConfigError(f"nothing could be measured: {describe(result['left_out'])}")
+    save(path, result, settings.repetitions, settings.repetitions)
     return result
 
 
@@ -154,39 +189,42 @@ def _points(axis: str, start: int, settings: Settings) -> list[int]:
     return [int(start * factor) for factor in factors]
 
 
-def _batch(task: Task, settings: Settings, device: torch.device) -> Axis:
+def _batch(task: Task, settings: Settings, device: torch.device, write: Write) -> None:
     tasks = {batch: replace(task, batch_size=batch) for batch in _points("batch", task.batch_size, settings)}
-    return _steps("images per step", tasks, settings, device)
+    _steps(Axis("images per step", "step_ms", write), tasks, settings, device)
 
 
-def _queue(task: Task, settings: Settings, device: torch.device) -> Axis:
+def _queue(task: Task, settings: Settings, device: torch.device, write: Write) -> None:
     tasks = {queue: replace(task, queue=queue) for queue in _points("queue", task.queue, settings)}
-    return _steps("keys in the queue", tasks, settings, device)
+    _steps(Axis("keys in the queue", "step_ms", write), tasks, settings, device)
 
 
-def _size(task: Task, settings: Settings, device: torch.device) -> Axis:
+def _size(task: Task, settings: Settings, device: torch.device, write: Write) -> None:
     tasks = {side: replace(task, side=side) for side in _points("size", task.side, settings)}
-    return _steps("side of a view in pixels", tasks, settings, device)
+    _steps(Axis("side of a view in pixels", "step_ms", write), tasks, settings, device)
 
 
-def _steps(label: str, tasks: dict[int, Task], settings: Settings, device: torch.device) -> Axis:
+def _steps(axis: Axis, tasks: dict[int, Task], settings: Settings, device: torch.device) -> None:
     """Both steps at every point, all of them built before the first reading."""
-    axis, runners = Axis(label, "step_ms"), {}
     variants = {variant.name: variant for variant in VARIANTS}
+    runs: dict[tuple[str, int], Callable[[], Reading]] = {}
     for name, by_device in STEP_VARIANTS.items():
         for point, task in tasks.items():
-            variant = variants[by_device[device.type]]
-            try:
-                runners[name, point] = Runner(variant, task, device, _dtype(device), "off", settings.seconds)
-            except torch.OutOfMemoryError:
-                axis.left_out[f"{name} at {point:,}"] = f"too little memory on {device}"
-    for key, readings in interleave(runners, settings.repetitions).items():
-        memory = runners[key].memory
-        axis.readings[key] = [{"step_ms": r["ms"], "images_per_s": r["images_per_s"], **memory} for r in readings]
-    return axis
+
+            def build(variant: Variant = variants[by_device[device.type]], task: Task = task) -> Runner:
+                return Runner(variant, task, device, _dtype(device), "off", settings.seconds)
+
+            if (runner := axis.attempt(build, name, point)) is not None:
+                runs[name, point] = partial(_step_reading, runner)
+    axis.measure(runs, settings.repetitions)
 
 
-def _workers(task: Task, settings: Settings, device: torch.device) -> Axis:
+def _step_reading(runner: Runner) -> Reading:
+    reading = runner()
+    return {"step_ms": reading["ms"], "images_per_s": reading["images_per_s"], **runner.memory}
+
+
+def _workers(task: Task, settings: Settings, device: torch.device, write: Write) -> None:
     """Every loader with one worker, two, four, up to one per core."""
     names = [name.strip() for name in settings.pipelines.split(",") if name.strip()]
     for name in names:
@@ -194,7 +232,7 @@ def _workers(task: Task, settings: Settings, device: torch.device) -> Axis:
             raise ConfigError(f"--pipelines {name} has no workers or is unknown: expected some of {','.join(LOADERS)}")
     max_workers = 2 if settings.quick else max(4, cores())
     points = sorted({2**n for n in range(max_workers.bit_length())} | {max_workers})
-    axis, cases = Axis("workers", "images_per_s"), dict[tuple[str, int], Case]()
+    axis, cases = Axis("workers", "images_per_s", write), dict[tuple[str, int], Case]()
     with tempfile.TemporaryDirectory(prefix="fastmoco-bench-") as scratch:
         index = open_index(settings.data, task.side, settings.limit, Path(scratch), task.batch_size)
         images = Images(index, Path(scratch), cores())
@@ -202,39 +240,39 @@ def _workers(task: Task, settings: Settings, device: torch.device) -> Axis:
         try:
             for name in names:
                 for workers in points:
-                    try:
-                        case = open_case(name, images, task, device, _dtype(device), workers, None)
-                    except (BackendMissingError, DataError) as error:
-                        axis.left_out[name] = str(error)
+
+                    def opened(name: str = name, workers: int = workers) -> Case:
+                        return open_case(name, images, task, device, _dtype(device), workers, None)
+
+                    if (case := attempt(opened, name, axis.left_out)) is None:
                         break
                     cases[name, workers] = case
             runs = {key: lambda case=case: measure(case, settings.seconds, device) for key, case in cases.items()}
-            axis.readings.update(interleave(runs, settings.repetitions))
+            axis.measure(runs, settings.repetitions)
         finally:
             for case in cases.values():
                 case.close()
-    return axis
 
 
-def _ranks(task: Task, settings: Settings, device: torch.device) -> Axis:
+def _ranks(task: Task, settings: Settings, device: torch.device, write: Write) -> None:
     """Our step with gradients sent in float32 and in bfloat16, on one rank and on several."""
-    axis, runs = Axis("ranks", "images_per_s"), dict[tuple[str, int], Callable[[], Reading]]()
+    axis, runs = Axis("ranks", "images_per_s", write), dict[tuple[str, int], Callable[[], Reading]]()
     torch.cuda.empty_cache()  # memory of earlier axes; the ranks are separate processes
     with ExitStack() as open_ranks:
         for count in rank_counts(device):
-            try:
-                ranks = Ranks(count, task, _dtype(device), device.type, seconds=settings.seconds)
-            except torch.OutOfMemoryError:
-                axis.left_out[f"{count} ranks"] = f"too little memory on {device}"
+
+            def start(count: int = count) -> Ranks:
+                return Ranks(count, task, _dtype(device), device.type, seconds=settings.seconds)
+
+            if (ranks := attempt(start, f"{count} ranks", axis.left_out)) is None:
                 break
             open_ranks.enter_context(ranks)
             runs |= {(case, count): partial(ranks.read, case) for case in HALF_GRADIENTS}
-        axis.readings.update(interleave(runs, settings.repetitions))
-    add_efficiency(axis.readings)
-    return axis
+        axis.measure(runs, settings.repetitions)
 
 
-AXES: dict[str, Callable[[Task, Settings, torch.device], Axis]] = {
+Write = Callable[[Axis, int], None]
+AXES: dict[str, Callable[[Task, Settings, torch.device, Write], None]] = {
     "batch": _batch,
     "queue": _queue,
     "size": _size,
@@ -246,6 +284,8 @@ AXES: dict[str, Callable[[Task, Settings, torch.device], Axis]] = {
 def _summaries(axis: Axis) -> dict[str, Any]:
     """One row per case and point. The first point of a case is the smallest one that could be measured."""
     rows, first = [], dict[str, list[float]]()
+    if axis.label == "ranks":
+        add_efficiency(axis.readings)
     for (case, point), readings in axis.readings.items():
         grows = values_of(readings, axis.grows)
         ratio = ratios(grows, first.setdefault(case, grows))

@@ -12,6 +12,8 @@ time; the roofline is a square matrix product in the 16-bit dtype, measured in t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure.harness import (
     Reading,
     environment,
-    interleave,
     parse_names,
     ratios,
     run_script,
@@ -32,15 +33,16 @@ from benchmarks.measure.harness import (
     short,
     summarise,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain import Task
+from benchmarks.measure.turns import attempt, describe, interleave, save
 from benchmarks.measure.variants import CONFIGS, VARIANTS, Runner, Variant, shrunk, step_flops, time_limit
 from benchmarks.reporting.page import Heading, Table, make_console, print_blocks
 from benchmarks.reporting.sections import section
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
 
+ROOFLINE = "roofline"
 MATRIX_SIDES = {"cuda": 8192, "cpu": 1024}
 
 
@@ -91,7 +93,10 @@ class Ablation:
 
 
 def main(settings: Settings, console: Console | None = None) -> list[dict[str, Any]]:
-    """Measure, print a table per ablation, write the results and return them. Raises ConfigError."""
+    """Measure, print a table per ablation, write the results and return them. Raises ConfigError.
+
+    An ablation of which no variant runs here has no rungs, and its reasons.
+    """
     console = console or make_console()
     if settings.profile and settings.out is None:
         raise ConfigError("--profile writes traces: name a folder for them with --out")
@@ -99,7 +104,10 @@ def main(settings: Settings, console: Console | None = None) -> list[dict[str, A
         settings = replace(settings, seconds=0.1, repetitions=2)
     device = pick_device(settings.device)
     torch.backends.cudnn.benchmark = True  # for all variants, as in the authors' script
-    return [_run(ablation, settings, device, console) for ablation in _ablations(settings)]
+    results = [_run(ablation, settings, device, console) for ablation in _ablations(settings)]
+    if not any(result["rungs"] for result in results):
+        raise ConfigError(f"no variant runs here: {'; '.join(describe(result['left_out']) for result in results)}")
+    return results
 
 
 def _ablations(settings: Settings) -> list[Ablation]:
@@ -144,53 +152,83 @@ def _run(ablation: Ablation, settings: Settings, device: torch.device, console: 
         "dtype": str(dtype),
         "step_flops": step_flops(task),
     }
-    runners, left_out, began = {}, {}, time.monotonic()
+    path = None if settings.out is None else settings.out / f"step-{ablation.name}.json"
+    result |= {"left_out": {}, "rungs": {}}
+    runners = _build(ablation, settings, device, dtype, result["left_out"])
+    if runners:
+        with suppress(ConfigError):  # every variant failed in a reading, and `left_out` has the reasons
+            _measure(runners, result, settings, device, path)
+    save(path, result, result.get("rounds", settings.repetitions), settings.repetitions)
+    print_blocks(console, section(result))
+    if settings.profile and settings.out is not None:
+        for name in result["rungs"]:
+            _profile(f"{ablation.name}-{name}", runners[name], device, settings.out, console)
+    return result
+
+
+def _build(
+    ablation: Ablation, settings: Settings, device: torch.device, dtype: torch.dtype, left_out: dict[str, str]
+) -> dict[str, Runner]:
+    """The variants that run here, within the time limit; the reasons why others do not go into `left_out`."""
+    runners, began = {}, time.monotonic()
     for variant in ablation.variants:
         if variant.only_on not in (None, device.type):
             continue
         left_s = None if ablation.build_limit_s is None else ablation.build_limit_s - (time.monotonic() - began)
-        try:
+
+        def build(variant: Variant = variant, left_s: float | None = left_s) -> Runner:
             with time_limit(left_s):
-                runners[variant.name] = Runner(variant, task, device, dtype, settings.compile, settings.seconds)
-        except (RuntimeError, TimeoutError) as error:  # out of memory or time, or no compiler: the others still run
-            left_out[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if not runners:
-        raise ConfigError(f"no variant of {ablation.name} runs here: {'; '.join(left_out.values())}")
-    result |= {"left_out": left_out, "rungs": _readings(runners, result, settings, device)}
-    print_blocks(console, section(result))
-    if settings.out is not None:
-        write_json(settings.out / f"step-{ablation.name}.json", result)
-        if settings.profile:
-            for name, runner in runners.items():
-                _profile(f"{ablation.name}-{name}", runner, device, settings.out, console)
-    return result
+                return Runner(variant, ablation.task, device, dtype, settings.compile, settings.seconds)
+
+        if (runner := attempt(build, variant.name, left_out)) is not None:
+            runners[variant.name] = runner
+    return runners
 
 
-def _readings(
-    runners: dict[str, Runner], result: dict[str, Any], settings: Settings, device: torch.device
-) -> dict[str, Any]:
-    """Readings of every variant by name; the roofline is measured between them, under the same conditions."""
+def _measure(
+    runners: dict[str, Runner], result: dict[str, Any], settings: Settings, device: torch.device, path: Path | None
+) -> None:
+    """Fill in `rungs` and write the result after every round.
+
+    The roofline is measured between the variants, under the same conditions.
+    """
+    dtype = getattr(torch, result["dtype"].split(".")[1])
+    roofline = attempt(lambda: _roofline(settings, device, dtype), ROOFLINE, result["left_out"])
+
+    def write(readings: dict[str, list[Reading]], rounds: int) -> None:
+        result["rungs"] = _rungs(readings, runners, result)
+        save(path, result, rounds, settings.repetitions)
+
+    cases: dict[str, Callable[[], Reading]] = {**runners} if roofline is None else {**runners, ROOFLINE: roofline}
+    interleave(cases, settings.repetitions, left_out=result["left_out"], after_round=write)
+
+
+def _roofline(settings: Settings, device: torch.device, dtype: torch.dtype) -> Callable[[], Reading]:
+    """A case: a square matrix product."""
     side = 256 if settings.quick else MATRIX_SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(getattr(torch, result["dtype"].split(".")[1])) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product_s = seconds_per_call(lambda: a @ b, 1, device, warm_up=2)
     calls = max(1, round(min(0.3, settings.seconds) / product_s))
+    return lambda: {"tflop_per_s": 2 * side**3 / seconds_per_call(lambda: a @ b, calls, device) / 1e12}
 
-    def roofline() -> Reading:
-        return {"tflop_per_s": 2 * side**3 / seconds_per_call(lambda: a @ b, calls, device) / 1e12}
 
-    taken = interleave({**runners, "roofline": roofline}, settings.repetitions)
-    result["roofline_tflop_per_s"] = summarise(values_of(taken.pop("roofline"), "tflop_per_s"))
-    rates = {name: values_of(readings) for name, readings in taken.items()}
+def _rungs(readings: dict[str, list[Reading]], runners: dict[str, Runner], result: dict[str, Any]) -> dict[str, Any]:
+    """Readings of every variant by name; the roofline goes into the result itself."""
+    result.pop("roofline_tflop_per_s", None)
+    if ROOFLINE in readings:
+        result["roofline_tflop_per_s"] = summarise(values_of(readings[ROOFLINE], "tflop_per_s"))
+    rates = {name: values_of(of_case) for name, of_case in readings.items() if name != ROOFLINE}
+    peak = result["roofline_tflop_per_s"].median if ROOFLINE in readings else None
     described: dict[str, Any] = {}
-    for name, readings in taken.items():
-        ms = summarise(values_of(readings, "ms"))
+    for name, of_case in rates.items():
+        ms = summarise(values_of(readings[name], "ms"))
         achieved = result["step_flops"] / ms.median / 1e9
         described[name] = {
             "ms": ms,
-            "images_per_s": summarise(rates[name]),
+            "images_per_s": summarise(of_case),
             "tflop_per_s": achieved,
-            "share_of_roofline": achieved / result["roofline_tflop_per_s"].median,
-            "ratio_to_plain": ratios(rates[name], rates["plain"]) if "plain" in rates else None,
+            "share_of_roofline": None if peak is None else achieved / peak,
+            "ratio_to_plain": ratios(of_case, rates["plain"]) if "plain" in rates else None,
             "warm_up_s": runners[name].warm_up_s,
             "memory": runners[name].memory,
         }

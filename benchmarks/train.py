@@ -27,17 +27,17 @@ from benchmarks.measure.end_to_end import PLAIN, Case, Images, measure, open_cas
 from benchmarks.measure.engines import Engine, our_engine, plain_engine, resolve_task
 from benchmarks.measure.harness import (
     Reading,
+    Summary,
     environment,
-    interleave,
     parse_names,
     ratios,
     run_script,
     summarise_all,
     values_of,
-    write_json,
 )
 from benchmarks.measure.plain import Task
 from benchmarks.measure.sample_data import describe_data, open_index
+from benchmarks.measure.turns import attempt, describe, interleave, save
 from benchmarks.measure.variants import CONFIGS, shrunk
 from benchmarks.reporting.page import make_console, print_blocks
 from benchmarks.reporting.sections import section
@@ -45,7 +45,6 @@ from fastmoco.config import Arch, ResolvedConfig
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
 from pipelines.backends.select import PIPELINES, default_workers
-from pipelines.errors import BackendMissingError, DataError
 
 STEP, PLAIN_STEP = "step only", "plain step only"
 STEP_BOUND = 0.95  # share of the step's own rate; below it the loader is the bottleneck
@@ -84,7 +83,7 @@ class Settings:
 
 
 def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
-    """Measure, print a table, write the result and return it. Raises ConfigError, DataError and DivergedError."""
+    """Measure, print a table, write the result and return it. Raises ConfigError and DataError."""
     console = console or make_console()
     if settings.quick:
         settings = replace(settings, seconds=0.2, repetitions=2)
@@ -107,17 +106,20 @@ def main(settings: Settings, console: Console | None = None) -> dict[str, Any]:
         images = Images(index, Path(scratch), settings.workers)
         if settings.workers:
             start_fork_server(device)
+        path = None if settings.out is None else settings.out / f"train-{settings.config}.json"
         cases = _open_all(names, images, config, task, settings, device, result["left_out"])
+
+        def write(readings: dict[str, list[Reading]], rounds: int) -> None:
+            result.update(_summaries(readings, cases))
+            save(path, result, rounds, settings.repetitions)
+
         try:
             runs = {name: lambda case=case: measure(case, settings.seconds, device) for name, case in cases.items()}
-            readings = interleave(runs, settings.repetitions)
+            interleave(runs, settings.repetitions, left_out=result["left_out"], after_round=write)
         finally:
             for case in cases.values():
                 case.close()
-    result |= _summaries(readings, cases)
     print_blocks(console, section(result))
-    if settings.out is not None:
-        write_json(settings.out / f"train-{settings.config}.json", result)
     return result
 
 
@@ -140,29 +142,29 @@ def _open_all(
     left_out: dict[str, str],
 ) -> dict[str, Case]:
     """The steps alone and the pipelines that run here; the reasons why others do not go into `left_out`."""
-    engines: dict[str, Engine] = {}
+    engines: dict[str, Engine | None] = {}
     if any(name != PLAIN for name in names):
-        engines[STEP] = our_engine(config, task, images.index, device)
-    if PLAIN in names:
-        if settings.width != 1.0:
-            left_out[PLAIN] = "torchvision's ResNets have one width: set --width to 1 to measure it"
-        else:
-            try:
-                engines[PLAIN_STEP] = plain_engine(task, device)
-            except torch.OutOfMemoryError:
-                left_out[PLAIN] = f"its step runs out of memory on {device} with a batch of {task.batch_size}"
-    cases = {name: step_only(engine, task) for name, engine in engines.items()}
+        engines[STEP] = attempt(lambda: our_engine(config, task, images.index, device), STEP, left_out)
+    if PLAIN in names and settings.width != 1.0:
+        left_out[PLAIN] = "torchvision's ResNets have one width: set --width to 1 to measure it"
+    elif PLAIN in names:
+        engines[PLAIN_STEP] = attempt(lambda: plain_engine(task, device), PLAIN_STEP, left_out)
+    cases = {name: step_only(engine, task) for name, engine in engines.items() if engine is not None}
     dtype = DTYPES[config.run.amp]
     for name in names:
-        if name in left_out:
+        step = PLAIN_STEP if name == PLAIN else STEP
+        engine = engines.get(step)
+        if engine is None:
+            left_out.setdefault(name, f"its step does not run: {left_out.get(step)}")
             continue
-        engine = engines[PLAIN_STEP if name == PLAIN else STEP]
-        try:
-            cases[name] = open_case(name, images, task, device, dtype, settings.workers, engine)
-        except (BackendMissingError, DataError) as error:
-            left_out[name] = str(error)
-    if not cases:
-        raise ConfigError(f"no pipeline runs here: {'; '.join(left_out.values())}")
+
+        def opened(name: str = name, engine: Engine = engine) -> Case:
+            return open_case(name, images, task, device, dtype, settings.workers, engine)
+
+        if (case := attempt(opened, name, left_out)) is not None:
+            cases[name] = case
+    if not any(name in cases for name in names):
+        raise ConfigError(f"no pipeline runs here: {describe(left_out)}")
     return cases
 
 
@@ -176,14 +178,21 @@ def _summaries(readings: dict[str, list[Reading]], cases: dict[str, Case]) -> di
         if name in (STEP, PLAIN_STEP):
             described["step_only"]["plain" if name == PLAIN_STEP else "ours"] = case | {"warm_up_s": engine.warm_up_s}
             continue
-        share = ratios(rates[name], rates[PLAIN_STEP if name == PLAIN else STEP])
-        described["cases"][name] = case | {
-            "share_of_step_only": share,
-            "ratio_to_plain": ratios(rates[name], rates[PLAIN]) if PLAIN in rates else None,
-            "bottleneck": "step" if share.median >= STEP_BOUND else "input",
-            "open_s": cases[name].open_s,
-        }
+        alone = rates.get(PLAIN_STEP if name == PLAIN else STEP)
+        share = None if alone is None else ratios(rates[name], alone)
+        described["cases"][name] = (
+            case
+            | ({} if share is None else {"share_of_step_only": share, "bottleneck": _bottleneck(share)})
+            | {
+                "ratio_to_plain": ratios(rates[name], rates[PLAIN]) if PLAIN in rates else None,
+                "open_s": cases[name].open_s,
+            }
+        )
     return described
+
+
+def _bottleneck(share: Summary) -> str:
+    return "step" if share.median >= STEP_BOUND else "input"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from typing import Annotated, Literal
 
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.errors import ConfigError, ExitCode
+from fastmoco.run.environment import version
 from pipelines.data.beton import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
@@ -165,6 +165,12 @@ def convert(
 ) -> BetonManifest:
     """Write `settings.out` and its manifest from an index. On DataError, neither is left."""
     names = relative_names(index, settings.data)
+    versions = {
+        "fastmoco": version(),
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "torch": str(torch.__version__),
+    }
     left_out, stored = [list(entry) for entry in quarantine], Counter(copied=0, encoded=0, raw=0)
     allowed = MAX_BAD_FRACTION * len(index) if settings.bad_images == "quarantine" else 0
     largest = 65_536 + 4 * int(index.sizes.astype(np.int64).prod(axis=1).max())  # upper bound for any encoder
@@ -204,12 +210,7 @@ def convert(
                 stored=dict(stored),
                 settings=asdict(settings),
                 quarantine=left_out,
-                versions={
-                    "fastmoco": version("fastmoco"),
-                    "python": platform.python_version(),
-                    "pillow": PIL.__version__,
-                    "torch": str(torch.__version__),
-                },
+                versions=versions,
             )
         )
 

@@ -29,6 +29,7 @@ from benchmarks.measure.resources import (
     nvml_device,
     peak_resident_bytes,
     resident_bytes,
+    used_bytes,
 )
 from benchmarks.measure.sample_data import as_beton
 from fastmoco.errors import DivergedError
@@ -215,6 +216,5 @@ def _peak_growth(before: Reading, nvml_used_bytes: float | None, device: torch.d
     peak = {"host_bytes": float(memory_bytes() + peak_resident_bytes() - resident_bytes())}
     if device.type == "cuda":
         peak["reserved_bytes"] = float(torch.cuda.max_memory_reserved(device))
-        if nvml_used_bytes is not None:
-            peak["nvml_bytes"] = nvml_used_bytes
+        peak["nvml_bytes"] = float(used_bytes(device)) if nvml_used_bytes is None else nvml_used_bytes
     return growth(before, peak)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure.harness import Reading
 from benchmarks.measure.plain import PlainStep, Task
-from benchmarks.measure.resources import growth, memory_bytes, nvml_device, release_caches
+from benchmarks.measure.resources import device_memory, growth, memory_bytes, release_caches
 from benchmarks.measure.sample_data import SMALL
 from benchmarks.measure.variants import synthetic_views
 from fastmoco.config import ResolvedConfig, RunConfig
@@ -125,9 +125,7 @@ def augmentation_name(side: int) -> str:
 def idle_memory(device: torch.device) -> Reading:
     """Memory in use after caches are released; resets the peaks."""
     release_caches(device)
-    memory = {"host_bytes": float(memory_bytes())}
+    memory = {"host_bytes": float(memory_bytes()), **device_memory(device)}
     if device.type == "cuda":
-        memory["reserved_bytes"] = float(torch.cuda.memory_reserved(device))
-        if (nvml := nvml_device(device)) is not None:
-            memory["nvml_bytes"] = float(nvml.used_bytes())
+        memory["peak_allocated_bytes"] = memory["allocated_bytes"]
     return memory

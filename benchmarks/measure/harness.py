@@ -1,6 +1,5 @@
-"""Interleaved readings and their summaries, timing, the environment, and result files.
+"""Summaries of readings, timing, the environment, and result files.
 
-readings = interleave({"plain": plain, "ours": ours}, repetitions=5)
 summaries = {name: summarise_all(of_case) for name, of_case in readings.items()}
 write_json(out / "step.json", {"environment": environment(device), ...})
 """
@@ -15,22 +14,21 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import psutil
 import torch
 
-from benchmarks.measure.resources import nvml_device
+from benchmarks.measure.resources import memory_sources, nvml_device
 from fastmoco.errors import ConfigError, exit_code
 from fastmoco.run.environment import git_commit, versions
 from pipelines.files import write_atomically
 
 Reading = dict[str, float]
-Name = TypeVar("Name", bound=Hashable)
 _DALI, _FFCV = ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), ("ffcv",)
 _TRITON = ("triton", "pytorch-triton")
 _DEPTH_OF_A_CASE = 3  # the readings of a case, each a summary with a list of values
@@ -61,26 +59,14 @@ def values_of(readings: Sequence[Reading], key: str = "images_per_s") -> list[fl
 
 
 def summarise_all(readings: Sequence[Reading]) -> dict[str, Any]:
-    """A summary of every quantity of a case."""
-    return {key: summarise(values_of(readings, key)) for key in readings[0]}
+    """A summary of every quantity of a case that all readings have."""
+    keys = (key for key in readings[0] if all(key in reading for reading in readings))
+    return {key: summarise(values_of(readings, key)) for key in keys}
 
 
 def ratios(values: Sequence[float], baseline: Sequence[float]) -> Summary:
     """Ratio of each value to the baseline's in the same round: what slows down a whole round cancels out."""
     return summarise([value / base for value, base in zip(values, baseline, strict=True)])
-
-
-def interleave(cases: Mapping[Name, Callable[[], Reading]], repetitions: int) -> dict[Name, list[Reading]]:
-    """Measure every case once per round, in alternating order, so that noise and drift affect all of them alike.
-
-    A case is a function that warms up, measures once and returns the reading.
-    """
-    readings: dict[Name, list[Reading]] = {name: [] for name in cases}
-    for repetition in range(repetitions):
-        names = list(cases)
-        for name in names if repetition % 2 == 0 else reversed(names):
-            readings[name].append(cases[name]())
-    return readings
 
 
 class Stopwatch:
@@ -146,6 +132,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
         "device": str(device),
+        "memory_from": memory_sources(device),
         "gpu": None,
         "driver": None,
         "versions": versions() | {"triton": _version(_TRITON), "dali": _version(_DALI), "ffcv": _version(_FFCV)},

@@ -219,9 +219,9 @@ def rank_counts(device: torch.device) -> tuple[int, ...]:
 
 
 def add_efficiency(readings: Mapping[tuple[str, int], list[Reading]]) -> None:
-    """Add `efficiency` to the readings by (case, ranks), relative to one rank in the same round."""
+    """Add `efficiency` to the readings by (case, ranks), relative to one rank in the same round, if that was read."""
     for (case, ranks), of_case in readings.items():
-        for reading, alone in zip(of_case, readings[case, 1], strict=True):
+        for reading, alone in zip(of_case, readings.get((case, 1), []), strict=False):
             reading["efficiency"] = reading["images_per_s"] / (ranks * alone["images_per_s"])
 
 

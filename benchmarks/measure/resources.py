@@ -1,6 +1,7 @@
 """CPU time and memory of the process tree, and memory of the GPU.
 
 The process tree is this process and all its descendants: a DataLoader's workers are children of a fork server.
+Some sandboxes lack /proc/PID/smaps_rollup or NVML; `memory_sources` says what the figures are taken from instead.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,12 +42,41 @@ def cpu_seconds() -> float:
 
 
 def memory_bytes() -> int:
-    """Proportional set size of the tree: a page shared between processes is counted once in total."""
-    total = 0
-    for process in process_tree():
+    """Memory of the tree, with a page that is shared between processes counted once in total.
+
+    The sum of proportional set sizes. Where the kernel does not report them: all resident pages of this process, and
+    those of its descendants that are not shared.
+    """
+    current, *others = process_tree()
+    proportional = _proportional_bytes(current)
+    total = proportional or current.memory_info().rss
+    for process in others:
         with suppress(psutil.Error):  # it has ended
-            total += process.memory_full_info().pss
+            total += _proportional_bytes(process) if proportional else _private_bytes(process)
     return total
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    """Proportional set size; 0 where the kernel does not report it. Raises psutil.NoSuchProcess."""
+    try:
+        return getattr(process.memory_full_info(), "pss", 0)
+    except psutil.NoSuchProcess:
+        raise
+    except (psutil.Error, OSError):
+        return 0
+
+
+def _private_bytes(process: psutil.Process) -> int:
+    memory = process.memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+def memory_sources(device: torch.device) -> dict[str, str]:
+    """What `memory_bytes` and `used_bytes` are taken from here."""
+    sources = {"host": "proportional set size" if _proportional_bytes(psutil.Process()) else "resident set size"}
+    if device.type == "cuda":
+        sources["device"] = "cudaMemGetInfo" if _nvml_used_bytes(device) is None else "NVML"
+    return sources
 
 
 def resident_bytes() -> int:
@@ -54,10 +85,15 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident set size since `reset_peak_resident`, or since the process started. psutil does not report it."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return 1024 * int(peak[1]) if peak else 0
+    """Peak resident set size since `reset_peak_resident`, or since the process started. psutil does not report it.
+
+    Where the kernel does not either, the size now.
+    """
+    peak = None
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return max(1024 * int(peak[1]) if peak else 0, resident_bytes())
 
 
 def reset_peak_resident() -> None:
@@ -71,12 +107,22 @@ def reset_peak_resident() -> None:
 def release_caches(device: torch.device) -> None:
     """Free what is only kept for reuse, on the host and on the device, and reset both peaks."""
     gc.collect()
+    _release_dali()
     with suppress(OSError):  # refused in some sandboxes: the peak is then that of the whole process so far
         reset_peak_resident()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _release_dali() -> None:
+    """Free what DALI keeps of pipelines that are gone: it has a pool of its own, on the device and of pinned memory."""
+    backend = sys.modules.get("nvidia.dali.backend")  # not imported for this
+    release = getattr(backend, "ReleaseUnusedMemory", None)  # of DALI 1.18 and later
+    if release is not None:
+        with suppress(RuntimeError):  # without a device
+            release()
 
 
 def growth(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
@@ -100,9 +146,9 @@ class NvmlDevice:
     def max_sm_clock_mhz(self) -> int | None:
         return self.query(lambda handle: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM))
 
-    def used_bytes(self) -> int:
-        """Memory in use by all processes and libraries, including what torch cannot see."""
-        return int(pynvml.nvmlDeviceGetMemoryInfo(self.handle).used)
+    def used_bytes(self) -> int | None:
+        memory = self.query(pynvml.nvmlDeviceGetMemoryInfo)
+        return None if memory is None else int(memory.used)
 
     def query(self, function: Callable[[Any], Any]) -> Any:
         """The result of an NVML function, or None: virtual GPUs support only some of them."""
@@ -127,14 +173,25 @@ def nvml_device(device: torch.device) -> NvmlDevice | None:
     return NvmlDevice(handle, driver if isinstance(driver, str) else driver.decode())
 
 
+def used_bytes(device: torch.device) -> int:
+    """Memory of a GPU in use by all processes and libraries, including what torch cannot see."""
+    if (used := _nvml_used_bytes(device)) is not None:
+        return used
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _nvml_used_bytes(device: torch.device) -> int | None:
+    nvml = nvml_device(device)
+    return None if nvml is None else nvml.used_bytes()
+
+
 def device_memory(device: torch.device) -> dict[str, float]:
-    """Bytes in use: torch's allocated and reserved, and NVML's for the whole GPU. Empty on a CPU."""
+    """Bytes in use: torch's allocated and reserved, and `used_bytes` as `nvml_bytes`. Empty on a CPU."""
     if device.type != "cuda":
         return {}
-    memory: dict[str, float] = {
+    return {
         "allocated_bytes": torch.cuda.memory_allocated(device),
         "reserved_bytes": torch.cuda.memory_reserved(device),
+        "nvml_bytes": used_bytes(device),
     }
-    if (nvml := nvml_device(device)) is not None:
-        memory["nvml_bytes"] = nvml.used_bytes()
-    return memory

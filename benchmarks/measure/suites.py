@@ -1,7 +1,8 @@
 """The suites: scripts with their arguments and time limits.
 
 Limits are somewhat longer than the time on an idle machine. Those of the cpu suite add up to 20 minutes on two cores,
-those of a numbered part of the gpu suite to less than nine minutes on one H200.
+those of a numbered part of the gpu suite to less than nine minutes on one H200. In a budget, the step comes first,
+with its memory, then training from files and other trainers, then the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ class Part:
 
     number     number of the group that runs in one session
     arguments  {data} is the folder of the images `needs`, {out} the part's folder and {whole} the suite's
+    priority   the parts with the lowest come first in a budget
     after      benchmark whose result it reads; the part is skipped if there is none
+    generated  whether it runs on generated images where no others are given
     again      run it even if it is done, because its input may have changed
     quick      arguments for --quick; they come last and override others
     """
@@ -29,26 +32,28 @@ class Part:
     script: str
     arguments: tuple[str, ...]
     limit_s: float
+    priority: int = 5
     needs: str | None = None
     after: str | None = None
+    generated: bool = True
     again: bool = False
     quick: tuple[str, ...] = ("--quick",)
 
 
-def _part(number: int, name: str, line: str, limit_s: float, **more: str | tuple[str, ...]) -> Part:
+def _part(number: int, name: str, line: str, limit_s: float, **more: str | int | tuple[str, ...]) -> Part:
     """A part from a command line; the script writes to the part's folder."""
     script, *arguments = line.split()
     return Part(number, name, script, (*arguments, "--out", OUT), limit_s, **more)  # type: ignore[arg-type]
 
 
-def _report(number: int) -> Part:
-    return Part(number, "report", "report.py", (SUITE_OUT,), 20, again=True, quick=())
+def _report(number: int, limit_s: float) -> Part:
+    return Part(number, "report", "report.py", (SUITE_OUT,), limit_s, again=True, quick=())
 
 
 def _accuracy(number: int, recipe: str, seed: int) -> Part:
     """One run of the authors' 200 epochs, which resumes after an interruption."""
     line = f"accuracy.py --data {DATA} --runs {OUT}/runs --recipes {recipe} --seeds {seed}"
-    return _part(number, f"accuracy-{recipe}-seed{seed}", line, 530, needs=CIFAR)
+    return _part(number, f"accuracy-{recipe}-seed{seed}", line, 530, priority=9, needs=CIFAR, generated=False)
 
 
 CIFAR, IMAGENETTE = "cifar10", "imagenette"
@@ -76,13 +81,14 @@ CPU = (
         115,
         needs=IMAGENETTE,
     ),
-    _part(4, "step", "step.py --suite cpu --repetitions 3", 360),
+    _part(4, "step", "step.py --suite cpu --repetitions 3", 360, priority=1),
     _part(
         5,
         "train",
         "train.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
         140,
         needs=CIFAR,
+        priority=2,
     ),
     _part(
         6,
@@ -90,6 +96,7 @@ CPU = (
         "compare_peers.py --config cifar --data {data} --limit 2500 --batch-size 64 --seconds 0.5 --repetitions 2",
         160,
         needs=CIFAR,
+        priority=2,
     ),
     _part(
         7,
@@ -97,7 +104,9 @@ CPU = (
         "accuracy.py --data {data} --runs {out}/runs --recipes cifar10-demo --seeds 0 --epochs 3 --limit 2500"
         " --width 0.25 --batch-size 32 --knn-every 1 --targets 28,30",
         60,
+        priority=9,
         needs=CIFAR,
+        generated=False,
     ),
     _part(
         8,
@@ -106,13 +115,14 @@ CPU = (
         155,
         needs=CIFAR,
         quick=("--quick", "--batch-size", "8"),
+        priority=6,
     ),
-    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 20, after="step"),
-    _report(10),
+    _part(9, "roofline", "roofline.py --results {whole} --seconds 0.3", 20, after="step", priority=4),
+    _report(10, 20),
 )
 
 GPU = (
-    _part(1, "step", "step.py --suite gpu", 520),
+    _part(1, "step", "step.py --suite gpu", 520, priority=1),
     _part(
         2,
         "pipelines-cifar10",
@@ -127,9 +137,21 @@ GPU = (
         260,
         needs=IMAGENETTE,
     ),
-    _part(3, "train-cifar10", "train.py --config cifar --data {data} --seconds 3", 260, needs=CIFAR),
     _part(
-        3, "train-imagenette", "train.py --config r50 --data {data} --seconds 3 --repetitions 3", 270, needs=IMAGENETTE
+        3,
+        "train-cifar10",
+        "train.py --config cifar --data {data} --seconds 3",
+        260,
+        needs=CIFAR,
+        priority=3,
+    ),
+    _part(
+        3,
+        "train-imagenette",
+        "train.py --config r50 --data {data} --seconds 3 --repetitions 3",
+        270,
+        needs=IMAGENETTE,
+        priority=2,
     ),
     _part(
         4,
@@ -137,6 +159,7 @@ GPU = (
         "compare_peers.py --config cifar --data {data} --seconds 3 --repetitions 3",
         260,
         needs=CIFAR,
+        priority=3,
     ),
     _part(
         4,
@@ -144,13 +167,21 @@ GPU = (
         "compare_peers.py --config r50 --data {data} --seconds 3 --repetitions 3",
         270,
         needs=IMAGENETTE,
+        priority=2,
     ),
-    _part(5, "scaling-cifar10", "scaling.py --config cifar --data {data} --seconds 0.5", 260, needs=CIFAR),
-    _part(5, "scaling-imagenette", "scaling.py --config r50 --data {data} --seconds 0.5", 270, needs=IMAGENETTE),
+    _part(5, "scaling-cifar10", "scaling.py --config cifar --data {data} --seconds 0.5", 260, needs=CIFAR, priority=6),
+    _part(
+        5,
+        "scaling-imagenette",
+        "scaling.py --config r50 --data {data} --seconds 0.5",
+        270,
+        needs=IMAGENETTE,
+        priority=6,
+    ),
     *(_accuracy(6 + seed, "cifar10-demo", seed) for seed in range(3)),
     *(_accuracy(9 + seed, "cifar10-demo-symmetric", seed) for seed in range(3)),
-    _part(12, "roofline", "roofline.py --results {whole}", 120, after="step"),
-    _report(12),
+    _part(12, "roofline", "roofline.py --results {whole}", 120, after="step", priority=4),
+    _report(12, 60),
 )
 
 SUITES: dict[Suite, tuple[Part, ...]] = {"cpu": CPU, "gpu": GPU}

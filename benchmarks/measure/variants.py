@@ -24,7 +24,7 @@ from fastmoco.model.encoder import build_encoder
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run.malloc import keep_freed_memory
-from fastmoco.step.cuda_graph import GraphedStep
+from fastmoco.step.cuda_graph import CudaGraph, GraphedStep
 from fastmoco.step.train_step import TrainStep
 from pipelines.views import Views
 
@@ -84,16 +84,44 @@ def _ours(
 ) -> Step:
     """`train_step` on one rank; a CUDA graph is captured at the first batch."""
     step = train_step(task, World(device), dtype, compile=compile, kernels=kernels)
-    if not graph:
-        return lambda views: step(views, task.lr, task.ema_momentum)
-    captured: list[GraphedStep] = []
+    if graph:
+        return _Graphed(step, task)
+    return lambda views: step(views, task.lr, task.ema_momentum)
 
-    def run(views: Views) -> None:
-        if not captured:
-            captured.append(GraphedStep(step, views))
-        captured[0](views, task.lr, task.ema_momentum)
 
-    return run
+class _MeasuredGraph(CudaGraph):
+    """Notes the peak of torch's allocator during the capture.
+
+    A replay allocates nothing: what it uses is the graph's own pool, which no other tensor can have, and which the
+    allocator counts as allocated only while the capture fills it.
+    """
+
+    peak_allocated_bytes = 0
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._of = device
+
+    def capture(self, run: Callable[[], None]) -> None:
+        torch.cuda.reset_peak_memory_stats(self._of)
+        super().capture(run)
+        self.peak_allocated_bytes = torch.cuda.max_memory_allocated(self._of)
+
+
+class _Graphed:
+    """A step that is captured as a CUDA graph at its first batch; `peak_allocated_bytes` is that of the capture."""
+
+    peak_allocated_bytes = 0
+
+    def __init__(self, step: TrainStep[KeyQueue], task: Task) -> None:
+        self._step, self._task, self._captured = step, task, None
+
+    def __call__(self, views: Views) -> None:
+        if self._captured is None:
+            graph = _MeasuredGraph(self._step.device)
+            self._captured = GraphedStep(self._step, views, graph)
+            self.peak_allocated_bytes = graph.peak_allocated_bytes
+        self._captured(views, self._task.lr, self._task.ema_momentum)
 
 
 VARIANTS = (
@@ -151,13 +179,17 @@ class Runner:
         return {"ms": 1e3 * step_s, "images_per_s": self._task.batch_size / step_s}
 
     def _peak_memory(self) -> Reading:
-        """Parameters, state and the peak of one step, without what warming up has cached."""
+        """Parameters, state and the peak of one step, without what warming up has cached.
+
+        A graph's step has its peak in the capture, and its pool is part of `reserved_bytes` and `nvml_bytes`.
+        """
         _idle_memory(self._device)
         self.step()
         if self._device.type != "cuda":
             return {"peak_resident_bytes": peak_resident_bytes()}
         torch.cuda.synchronize(self._device)
-        peak = torch.cuda.max_memory_allocated(self._device)
+        in_capture = getattr(self._step, "peak_allocated_bytes", 0)
+        peak = max(torch.cuda.max_memory_allocated(self._device), in_capture)
         return device_memory(self._device) | {"peak_allocated_bytes": peak}
 
 

@@ -15,6 +15,7 @@ from benchmarks.measure.end_to_end import Case, Images, measure, open_case
 from benchmarks.measure.engines import augmentation_name, build_engine, idle_memory, our_engine
 from benchmarks.measure.plain import Task
 from benchmarks.measure.resources import growth
+from benchmarks.measure.turns import attempt
 from benchmarks.measure.variants import synthetic_views
 from benchmarks.peers.demo import DemoStep, default_loading, demo_dataset
 from benchmarks.peers.lightly import DEFAULT as LIGHTLY_LOADING
@@ -50,17 +51,29 @@ def start_fork_server(peers: list[str]) -> None:
 
 
 def open_ours(
-    names: list[str], images: Images, config: ResolvedConfig, task: Task, device: torch.device
+    names: list[str],
+    images: Images,
+    config: ResolvedConfig,
+    task: Task,
+    device: torch.device,
+    left_out: dict[str, str],
 ) -> dict[str, Row]:
-    """Our rows: two pipelines that share one training step."""
+    """Our rows: two pipelines that share one training step. The reasons of those that fail go into `left_out`."""
     workers = config.data.workers or 0
-    engine = our_engine(config, task, images.index, device)
+    engine = attempt(lambda: our_engine(config, task, images.index, device), names[0], left_out)
+    if engine is None:
+        left_out |= dict.fromkeys(names, left_out[names[0]])
+        return {}
     run, rows = config.run, {}
     terms = [run.amp, f"{run.kernels} kernels", *(["CUDA graph"] if run.cuda_graph == "on" else [])]
     for name in names:
         pipeline = OURS[name]
-        case = open_case(pipeline, images, task, device, DTYPES[run.amp], workers, engine)
-        rows[name] = Row(case, ", ".join(terms if pipeline == "resident" else [*terms, _plural(workers)]))
+
+        def opened(pipeline: str = pipeline) -> Case:
+            return open_case(pipeline, images, task, device, DTYPES[run.amp], workers, engine)
+
+        if (case := attempt(opened, name, left_out)) is not None:
+            rows[name] = Row(case, ", ".join(terms if pipeline == "resident" else [*terms, _plural(workers)]))
     return rows
 
 

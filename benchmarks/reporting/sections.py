@@ -14,6 +14,7 @@ from benchmarks.reporting.headlines import BASELINE, PLAIN, data_name, describe_
 from benchmarks.reporting.page import Block, Heading, Picture, Table, Text
 from benchmarks.reporting.plots import curves, roofline_plot
 
+_STATE = ("complete", "rounds", "planned_rounds", "left_out")
 _CHANGES = {variant.name: variant.change for variant in VARIANTS}
 
 
@@ -40,7 +41,7 @@ def _pipelines(name: str, result: dict[str, Any]) -> Iterator[Block]:
     settings, cases = result["settings"], result["cases"]
     output = "whole views" if settings["colour"] else "uint8 crops, no colour"
     yield Heading(f"{output}, {settings['crop_size']} px, batch {settings['batch_size']}, {data_name(result)}", 3)
-    if "images_per_s" not in cases[BASELINE]:  # of --slope
+    if any("slope_mb_per_epoch" in case for case in cases.values()):  # of --slope
         columns = {
             "MB/epoch": lambda case: f"{case['slope_mb_per_epoch']:+.2f}",
             "MB after epoch 1": lambda case: short(case["memory_mb"][1]),
@@ -57,7 +58,7 @@ def _pipelines(name: str, result: dict[str, Any]) -> Iterator[Block]:
         "GPU MB": median_of("nvml_bytes", 1e-6),
     }
     yield table("pipeline", cases, columns)
-    yield bar_chart(name, cases, BASELINE, f"data loading only, {output}")
+    yield from bar_chart(name, cases, BASELINE, f"data loading only, {output}")
     yield from notes(result)
 
 
@@ -70,16 +71,36 @@ def _step(name: str, result: dict[str, Any]) -> Iterator[Block]:
         "vs plain": lambda variant: format_ratio(variant["ratio_to_plain"]),
         "ms": median_of("ms"),
         "TFLOP/s": lambda variant: short(variant["tflop_per_s"]),
-        "of peak": lambda variant: f"{variant['share_of_roofline']:.0%}",
+        "of peak": lambda variant: (
+            "–" if variant["share_of_roofline"] is None else f"{variant['share_of_roofline']:.0%}"
+        ),
         "peak MB": lambda variant: memory_mb(variant["memory"]),
         "warm-up s": lambda variant: short(variant["warm_up_s"]),
     }
     yield table("step", {n: v | {"change": _CHANGES.get(n, "")} for n, v in variants.items()}, columns)
-    yield bar_chart(name, variants, PLAIN, "the training step alone, one change per bar")
+    yield from bar_chart(name, variants, PLAIN, "the training step alone, one change per bar")
     if "roofline_tflop_per_s" in result:
         peak, flops = spread(result["roofline_tflop_per_s"]), result["step_flops"]
         yield Text(f"Peak: a matrix product in {result['dtype']}, {peak} TFLOP/s; a step has {flops:.3g} FLOPs.")
+    yield from _memory(result)
     yield from notes(result)
+
+
+def _memory(result: dict[str, Any]) -> Iterator[Block]:
+    """Memory of a step on a GPU, of every variant."""
+    variants, task = result["rungs"], result["task"]
+    plain = variants.get(PLAIN, {}).get("memory", {}).get("peak_allocated_bytes")
+    variants = {name: variant for name, variant in variants.items() if "peak_allocated_bytes" in variant["memory"]}
+    if not variants:
+        return
+    yield Heading(f"memory of the step, {describe_task(task)}, queue {task['queue']:,}", 3)
+    columns: dict[str, Cell] = {
+        "peak MB of tensors": lambda variant: short(variant["memory"]["peak_allocated_bytes"] / 1e6),
+        "of plain": lambda variant: "" if not plain else f"{variant['memory']['peak_allocated_bytes'] / plain:.0%}",
+        "MB reserved": lambda variant: short(variant["memory"]["reserved_bytes"] / 1e6),
+        "MB of the GPU": lambda variant: short(variant["memory"].get("nvml_bytes", 0.0) / 1e6),
+    }
+    yield table("step", variants, columns)
 
 
 def _train(name: str, result: dict[str, Any]) -> Iterator[Block]:
@@ -104,7 +125,7 @@ def _train(name: str, result: dict[str, Any]) -> Iterator[Block]:
     labels = {"ours": "step alone", "plain": "plain step alone"}
     cases = {labels[key]: alone for key, alone in result["step_only"].items()} | cases
     yield table("pipeline", cases, columns)
-    yield bar_chart(name, cases, PLAIN, "end to end from files, and the step alone")
+    yield from bar_chart(name, cases, PLAIN, "end to end from files, and the step alone")
     yield from notes(result)
 
 
@@ -125,7 +146,7 @@ def _peers(name: str, result: dict[str, Any]) -> Iterator[Block]:
         "opening s": lambda row: short(row["open_s"]),
     }
     yield table("trainer", rows, columns)
-    yield bar_chart(name, rows, "", "end to end from the same files")
+    yield from bar_chart(name, rows, "", "end to end from the same files")
     yield from notes(result)
 
 
@@ -144,6 +165,8 @@ def _accuracy(name: str, result: dict[str, Any]) -> Iterator[Block]:
             svg = curves(lines, [t["percent"] for t in targets], "training minutes", "kNN top-1, %")
             caption = "kNN accuracy over training minutes, without evaluations; targets dashed"
             yield Picture(f"{name}-{recipe}", svg, caption)
+    for run, why in result.get("left_out", {}).items():
+        yield Text(f"Failed: {run} ({why}).")
 
 
 def _when(target: dict[str, Any], seed: str) -> str:
@@ -183,6 +206,7 @@ def _scaling(name: str, result: dict[str, Any]) -> Iterator[Block]:
         ]
         yield Table(("case", axis["label"], "ms/batch", "images/s", f"{axis['grows']} vs first", *last), rows)
         yield from notes(axis)
+    yield from notes({key: result[key] for key in _STATE if key in result})
 
 
 def _neighbours(name: str, result: dict[str, Any]) -> Iterator[Block]:
@@ -239,6 +263,7 @@ def _roofline(name: str, result: dict[str, Any]) -> Iterator[Block]:
             for n, group in [*whole["groups"].items(), ("whole step", whole)]
         ]
         yield Table(("kernels", "GFLOP", "MB", "FLOP/byte", "minimum ms", "share", "bound by"), groups)
+    yield from notes({key: result[key] for key in _STATE if key in result})
 
 
 def _sent(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ N images · V views · B images per batch · S side of a crop
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -24,23 +25,26 @@ from pipelines.views import BatchPlan, Crops
 class ResidentCrops:
     """A crop source over uint8 pixels on the device.
 
-    On CUDA one kernel crops a batch of images of any size. On a CPU, small images of one size are cropped by two matrix
-    products, all others one by one. Raises DataError if the data set does not fit.
+    On CUDA one Triton kernel crops a batch of images of any size. On a CPU, small images of one size are cropped by two
+    matrix products, all others one by one; so they are for a CUDA device without Triton, from the host's memory. Raises
+    DataError if the data set does not fit.
     """
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
         self._side, self._device = side, device
-        self._resident = load(index, device, workers)
+        self._in_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self._resident = load(index, device if self._in_kernel else torch.device("cpu"), workers)
         self._offsets, self._sizes = self._resident.offsets.cpu().numpy(), index.sizes
 
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         for plan in plans:
-            if self._device.type == "cuda":
+            if self._in_kernel:
                 yield Crops(self._in_one_kernel(plan), plan)
-            elif self._resident.planar:
-                yield Crops(self._all_at_once(plan), plan)
-            else:
-                yield Crops(self._one_by_one(plan), plan)
+                continue
+            crops = self._all_at_once(plan) if self._resident.planar else self._one_by_one(plan)
+            if self._device.type == "cuda":
+                crops = crops.contiguous().pin_memory().to(self._device, non_blocking=True)
+            yield Crops(crops, plan)
 
     def views(
         self,

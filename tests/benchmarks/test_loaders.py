@@ -19,9 +19,10 @@ from rich.console import Console
 from benchmarks import loaders, step
 from benchmarks.loaders import BASELINE
 from benchmarks.measure import resources
-from benchmarks.measure.harness import Stopwatch, Summary, environment, interleave, ratios, short, summarise, write_json
+from benchmarks.measure.harness import Stopwatch, Summary, environment, ratios, short, summarise, write_json
 from benchmarks.measure.plain import FoldedBatchNorm2d
 from benchmarks.measure.sample_data import generate_jpegs, open_index, stored_bytes
+from benchmarks.measure.turns import interleave
 from benchmarks.measure.variants import CONFIGS, VARIANTS, step_flops, time_limit
 from fastmoco.errors import ConfigError
 from pipelines.backends.select import PIPELINES

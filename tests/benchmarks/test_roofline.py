@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import roofline
+from benchmarks.measure.harness import summarise
 from benchmarks.measure.plain import Task
 from benchmarks.measure.traffic import Ceilings, Kernel, count_step, group_of, groups_of
 from benchmarks.measure.variants import CONFIGS, step_flops
@@ -67,7 +70,13 @@ def test_the_minimum_time_is_the_sum_over_kernels() -> None:
     assert group_of(kernels, Ceilings(1e6, 10.0)).bound == "memory"
 
 
-def test_results_of_step_and_train_are_compared_with_measured_ceilings(tmp_path: Path) -> None:
+def test_results_of_step_and_train_are_compared_with_measured_ceilings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(device: Any, settings: Any, left_out: Any, after_round: Callable[[Any, int], None]) -> None:
+        after_round({"fp32": summarise([1e11]), "bf16": summarise([4e11]), "copy": summarise([2e10])}, 2)
+
+    monkeypatch.setattr(roofline, "measure_ceilings", measure)
     results = samples.write(tmp_path / "in", step=samples.step(60.0), train=samples.train(0.5))
     out = tmp_path / "out"
     roofline.main(roofline.Settings(results=results, quick=True, device="cpu", out=out), quiet())
@@ -103,7 +112,7 @@ def test_a_folder_without_a_step_is_refused(tmp_path: Path) -> None:
 
 def test_ceilings_of_copies_and_products_are_plausible() -> None:
     ceilings = roofline.measure_ceilings(
-        torch.device("cpu"), roofline.Settings(quick=True, seconds=0.01, repetitions=1)
+        torch.device("cpu"), roofline.Settings(quick=True, seconds=0.01, repetitions=1), {}
     )
     assert 1e8 < ceilings["copy"].median < 1e13
     assert 1e8 < ceilings["fp32"].median < 1e14

@@ -17,11 +17,12 @@ import psutil
 import pytest
 import tyro
 
-from benchmarks import run_all
+from benchmarks import report, run_all
 from benchmarks.measure import archives
 from benchmarks.measure.suites import CPU, GPU, SUITES, Part
 from benchmarks.run_all import Settings, find_images, main
 from fastmoco.errors import ConfigError
+from tests.benchmarks import sample_results as samples
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITES = """
@@ -125,10 +126,10 @@ def test_a_suite_that_is_stopped_stops_its_part_and_does_not_record_it_as_done(
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from benchmarks import run_all
+from benchmarks import report, run_all
 from tests.benchmarks.test_run_all import part
 settings = run_all.Settings(suite="cpu", out=Path({str(settings.out)!r}), data=("/",))
-with run_all._stoppable():
+with run_all.stoppable():
     run_all.main(settings, [part("long", "hangs.py")], Path({str(scripts)!r}))
 """
     assert settings.out is not None
@@ -176,7 +177,7 @@ def test_quick_runs_without_data_on_generated_images(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"out": None}, "--out"), ({"data": ()}, "FASTMOCO_TEST_DATA"), ({"part": 99}, "--part 99 does not exist in cpu")],
+    [({"part": 99}, "--part 99 does not exist in cpu")],
 )
 def test_invalid_settings_are_refused(
     settings: Settings, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +185,52 @@ def test_invalid_settings_are_refused(
     monkeypatch.delenv(run_all.DEFAULT_DATA, raising=False)
     with pytest.raises(ConfigError, match=message):
         main(replace(settings, **change))
+
+
+def test_without_images_parts_run_on_generated_ones_or_are_skipped(
+    settings: Settings, scripts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(run_all.DEFAULT_DATA, raising=False)
+    wanted = part("good", arguments=("--data", "{data}", "--out", "{out}"), needs="cifar10")
+    real = replace(wanted, name="accuracy", generated=False)
+    records = main(replace(settings, data=()), [wanted, real], scripts)
+    assert [r["state"] for r in records] == ["done", "skipped"]
+    assert settings.out is not None
+    result = json.loads((settings.out / "good" / "fake.json").read_text())
+    assert result["arguments"] == ["--out", str(settings.out / "good")]
+    out = capsys.readouterr().out
+    assert "no images: generated ones are used" in out
+    assert "skipped: no cifar10 are given with --data" in out
+
+
+def test_results_of_each_commit_have_a_folder_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_all, "git_commit", lambda: "0123456789+")
+    assert run_all.default_folder(Settings(suite="gpu")) == Path("runs/benchmarks/gpu-0123456+")
+    monkeypatch.setattr(run_all, "git_commit", lambda: None)
+    assert run_all.default_folder(Settings(suite="cpu", quick=True)) == Path("runs/benchmarks/cpu-quick")
+
+
+def test_scripts_find_their_packages_where_fastmoco_is_not_installed(settings: Settings, scripts: Path) -> None:
+    (scripts / "imports.py").write_text(f"import sys\nassert {str(ROOT)!r} in sys.path\n")
+    assert main(settings, [part("good", "imports.py")], scripts)[0]["state"] == "done"
+
+
+def test_the_rounds_of_a_part_that_is_stopped_are_named_and_reported(
+    settings: Settings, scripts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = samples.step() | {"complete": False, "rounds": 2, "planned_rounds": 5}
+    (scripts / "result.json").write_text(json.dumps(result))
+    copies = "import pathlib, shutil, sys\nshutil.copy(pathlib.Path(__file__).with_name('result.json'), "
+    (scripts / "stops.py").write_text(copies + "sys.argv[2] + '/step-cifar.json')\n" + FAILS)
+    records = main(settings, [part("step", "stops.py")], scripts)
+    assert records[0]["state"] == "failed"
+    assert records[0]["kept"] == ["2 of 5 rounds of step-cifar"]
+    assert "kept 2 of 5 rounds of step-cifar" in capsys.readouterr().out
+    assert settings.out is not None
+    text = report.main(report.Settings(results=settings.out))[0].read_text(encoding="utf-8")
+    assert "the disk is full; kept 2 of 5 rounds of step-cifar" in text
+    assert "**Stopped after 2 of 5 rounds.**" in text
+    assert "`trainstep`: **60.0 images/s**" in text
 
 
 def test_images_are_found_by_name_in_folders_and_tar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

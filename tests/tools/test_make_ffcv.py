@@ -1,22 +1,26 @@
 """Conversion to `.beton`: exact, and complete or absent."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastmoco.run import environment
 from pipelines.data.beton import read_index
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.dataset import load_dataset
 from pipelines.data.decode import decode
 from pipelines.errors import DataError
 from tests.oddities import bad_files, encode, good_files, picture, write_files
+from tools import make_ffcv
 from tools.make_ffcv import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -233,3 +237,19 @@ def test_ffcv_reads_the_file_too(finished, require_backend):
         [sys.executable, "-c", READ_BY_FFCV, str(finished)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "the same\n", done.stderr
+
+
+def test_a_checkout_that_is_not_installed_converts_too(tmp_path, monkeypatch):
+    """The version is then that of pyproject.toml, and it is asked for before the first image."""
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(make_ffcv, "version", environment.version.__wrapped__)
+    assert main([str(class_folders(tmp_path / "data")), str(tmp_path / "out.beton")]) == 0
+    (manifest,) = tmp_path.glob("out.beton*.json")
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert json.loads(manifest.read_text())["versions"]["fastmoco"] == declared
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.version.__wrapped__() == "unknown"
