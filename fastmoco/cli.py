@@ -25,6 +25,7 @@ USAGE = """usage: fastmoco COMMAND [--debug]
   scan DATA                check every image: unreadable files, duplicates, mean and std; makes later starts fast
   eval RUN_OR_CHECKPOINT   evaluate features: kNN, linear probe, few labels, fine-tuning, collapse, plots
   views DATA               draw the augmented views of a data set
+  doctor                   try all that this machine has: kernels, pipelines, graph, compile, NCCL; what is missing
 
 Flags of a command: fastmoco COMMAND --help
 Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable"""
@@ -118,6 +119,17 @@ def _eval(argv: list[str]) -> None:
     eval_command(options)
 
 
+def _doctor(argv: list[str]) -> None:
+    from fastmoco.commands.doctor_options import parse_doctor
+
+    options = parse_doctor(argv)
+    from fastmoco.commands.doctor import doctor_command
+
+    code = doctor_command(options)
+    if code != ExitCode.DONE:
+        raise AlreadyReportedError(code)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "recipes": _recipes,
@@ -126,6 +138,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "scan": _scan,
     "views": _views,
     "eval": _eval,
+    "doctor": _doctor,
 }
 
 

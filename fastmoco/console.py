@@ -7,6 +7,7 @@ characters are escaped.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -167,6 +168,14 @@ class _ProgressBlock(Progress):
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             yield Text(task.fields["metrics"])
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """A path relative to the current folder, or absolute on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # on Windows
+        return os.path.abspath(path)
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.utils.deterministic
 
 from fastmoco.errors import DeviceError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU_BF16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, so that a version may lack them
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,7 +43,7 @@ def pick_amp(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in _CPU_BF16) else "fp32"
 
 
 def describe(device: torch.device) -> str:
@@ -52,8 +54,22 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def out_of_memory(device: torch.device, batch: int, splits: int) -> DeviceError:
+    """The error of a run whose batch, in `splits` batch norm groups, needs more memory than the device has."""
+    smaller = max(2 * splits, batch // 2 // splits * splits)
+    return DeviceError(
+        f"{describe(device)} has too little memory for --batch-size {batch}: start again with --batch-size {smaller} "
+        "--overwrite, or with --checkpoint-activations"
+    )
+
+
 def make_deterministic() -> None:
-    """Make results bit-identical on the same kind of device. Call before CUDA is first used."""
+    """Make results bit-identical on the same kind of device. Call before CUDA is first used.
+
+    torch would also fill every new tensor with NaN, one launch for each: nothing here reads memory before it is
+    written, as the tests check.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False

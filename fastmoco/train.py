@@ -49,7 +49,8 @@ def train(config: RunConfig, console: Console) -> Path:
     with run_context(config, console) as context:
         trainer = Trainer(context)
         query = trainer.state.model.query
-        reasons = context.reasons | {"device": trainer.selection.checked}
+        why = (context.reasons.get("kernels"), trainer.selection.checked)
+        reasons = context.reasons | {"device": "; ".join(filter(None, why))}
         facts = start_facts(trainer.config, context.dataset, query, reasons, context.world, context.folder)
         show_facts(context.console, "fastmoco train", facts)
         show_selection(context.console, trainer.selection.notes, trainer.selection.table)

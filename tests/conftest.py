@@ -1,19 +1,23 @@
-"""What every test shares: real images where there are any, and what to do about a backend or a GPU that is missing."""
+"""What every test shares: real images where there are any, and what to do about a backend or a GPU that is missing.
+
+Tests run on the CPU, whether or not there is a GPU; `-m gpu` runs those of the GPU.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
+import torch.utils.deterministic
 
 MODULES = {"dali": "nvidia.dali", "ffcv": "ffcv", "onnx": "onnxruntime", "triton": "triton"}
+MEMORY: Any = torch.utils.deterministic
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,12 +25,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="a missing GPU fails the GPU tests, not skips them")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not tests_the_gpu(config):  # before anything starts CUDA or imports Triton; subprocesses inherit it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # its kernels then run on the CPU
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # float32 is compared as on the CPU
+
+
+def tests_the_gpu(config: pytest.Config) -> bool:
+    return bool(re.search(r"(?<!not )\bgpu\b", config.getoption("-m") or ""))
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if tests_the_gpu(config):
+        for item in items:
+            if item.get_closest_marker("any_device"):
+                item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        reason = "needs a CUDA device, and torch finds none"
+        needed = "needs a CUDA device, "
+        reason = needed + ("and torch finds none" if tests_the_gpu(item.config) else "where it runs with -m gpu")
         if item.config.getoption("--require-gpu"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def determinism_restored() -> Iterator[None]:
+    """A run with --deterministic changes these settings of the process."""
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), MEMORY.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    MEMORY.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def poisoned_memory(determinism_restored: None) -> None:
+    """New memory holds NaN or the largest integer, so that an element which nothing wrote cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    MEMORY.fill_uninitialized_memory = True
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 
-from fastmoco.console import Fact, make_console, show_facts
+from fastmoco.console import Fact, make_console, show_facts, shown_path
 from fastmoco.export.formats import call_in, detectron2_settings
 from fastmoco.export.options import ExportOptions
 from fastmoco.export.read import LoadedBackbone, read_backbone
@@ -27,7 +26,7 @@ def export_command(options: ExportOptions) -> None:
             exported.checked_with,
         ),
         Fact("written", str(path), f"{exported.size_bytes / 2**20:.1f} MiB"),
-        Fact("load it", load_lines(backbone, options.to, os.path.relpath(path))),
+        Fact("load it", load_lines(backbone, options.to, shown_path(path))),
     ]
     show_facts(make_console(), "fastmoco export", facts)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def sweep_command(argv: list[str], parse_train: Callable[[list[str]], RunConfig]
 
 
 def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, folder: Path, overwrite: bool) -> None:
-    from fastmoco.console import make_console, say  # imports torch, which takes seconds
+    from fastmoco.console import make_console, say, shown_path  # imports torch, which takes seconds
     from fastmoco.sweep.plot import draw_sweep
     from fastmoco.train import train
 
@@ -67,7 +66,7 @@ def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, f
             write_json(folder / "sweep.json", recipe, command, cells)
             draw_sweep(cells, axes, folder / "sweep.png")
             print(table(cells, axes))
-    print("written " + ", ".join(os.path.relpath(folder / name) for name in ("sweep.json", "sweep.png")))
+    print("written " + ", ".join(shown_path(folder / name) for name in ("sweep.json", "sweep.png")))
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str | None, bool, list[str]]:

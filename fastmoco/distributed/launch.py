@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmoco.errors import AlreadyReportedError, ConfigError, RankLostError
+from pipelines.platforms import usable_cpus
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
@@ -63,7 +64,7 @@ def launch(processes: int, argv: list[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides torch's stack traces for closed connections
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
     with tempfile.TemporaryDirectory(prefix="fastmoco-") as folder:
         options = ["--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}", "-m", "fastmoco", *argv]
         try:

@@ -9,7 +9,6 @@ views.png curves.png backbone.safetensors
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 from pipelines.files import write_atomically
+from pipelines.platforms import lock
 
 _LOCK = ".lock"
 
@@ -143,9 +143,9 @@ def default_run_name(config: RunConfig) -> str:
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked workers
+        lock(descriptor, wait=False, inherited=False)
     except OSError:
         os.close(descriptor)
         raise ConfigError(f"another process is using {path}: wait for it, or choose another with --out") from None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipelines.files import write_atomically
 
@@ -29,7 +28,7 @@ class MetricsWriter:
         self._tb_dir = run_dir / "tb" if tensorboard else None
         self._tb: SummaryWriter | None = None
         self._purge_step: int | None = None
-        self._file: int | None = None
+        self._file: BinaryIO | None = None
         self._pending = b""
 
     def write(self, step: int, epoch: int, **values: float | None) -> str | None:
@@ -60,7 +59,7 @@ class MetricsWriter:
                 self._flush()
         finally:
             if self._file is not None:
-                os.close(self._file)
+                self._file.close()
                 self._file = None
             if self._tb is not None:
                 self._tb.close()
@@ -68,9 +67,9 @@ class MetricsWriter:
 
     def _flush(self) -> None:
         if self._file is None:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until `close`
         while self._pending:  # a disk that fills up accepts a part of the bytes
-            self._pending = self._pending[os.write(self._file, self._pending) :]
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def _write_tensorboard(self, step: int, record: Record) -> None:
         if self._tb_dir is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -15,10 +17,25 @@ class Rates(NamedTuple):
     data_wait_percent: float
 
 
+def mark_on(device: torch.device) -> Callable[[], Callable[[], bool]]:
+    """`mark` of a StepClock. The work of a CPU is complete when a call returns."""
+    if device.type != "cuda":
+        return lambda: lambda: True
+
+    def mark() -> Callable[[], bool]:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event.query
+
+    return mark
+
+
 class StepClock:
     """Rates since the last reading, and over the whole run except its first reading, which includes the warm-up.
 
     on_step  called with the seconds of each step, from the request of its batch to that of the next
+    mark     returns a function that tells whether the device has since completed all work it had been given: only then
+             was the wait for a batch one of the device, too
     """
 
     def __init__(
@@ -26,8 +43,9 @@ class StepClock:
         batch_size: int,
         now: Callable[[], float] = time.perf_counter,
         on_step: Callable[[float], None] = lambda _: None,
+        mark: Callable[[], Callable[[], bool]] = lambda: lambda: True,
     ) -> None:
-        self._batch_size, self._now, self._on_step = batch_size, now, on_step
+        self._batch_size, self._now, self._on_step, self._mark = batch_size, now, on_step, mark
         self._training_since = now()
         self._readings = self._total_steps = 0
         self._total_s = 0.0
@@ -37,12 +55,14 @@ class StepClock:
         self._since, self._waited_s, self._steps = self._now(), 0.0, 0
 
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the same batches; count each as a step, and the time to get it as waiting."""
+        """Yield the same batches; count each as a step, and the time to get it as waiting if the device waited."""
         self._training_since = self._now()
         while True:
             training_s, requested = self.training_s, self._now()
+            device_is_done = self._mark()
             batch = next(batches, None)
-            self._waited_s += self._now() - requested
+            if device_is_done():
+                self._waited_s += self._now() - requested
             if batch is None:
                 return
             self._steps += 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastmoco.config import ResolvedConfig
-from fastmoco.device import DTYPES
+from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.world import World
 from fastmoco.errors import BackendMissingError, DeviceError
 from fastmoco.run.state import build_train_step
@@ -86,7 +86,7 @@ class Checker:
         return self._count
 
     def check(self, candidate: Candidate) -> Verdict:
-        """Raises DeviceError if the candidate left the device unusable."""
+        """Raises DeviceError if the candidate left the device unusable, or not even a small reference fits."""
         try:
             return self._check(candidate)
         except (KeyboardInterrupt, DataError, DeviceError):
@@ -151,9 +151,10 @@ class Checker:
         while "fp32" not in self._references:
             try:
                 self._references["fp32"] = self._run(Candidate(amp="fp32"))
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if self._count <= self._smallest:
-                    raise
+                    batch, splits = self._config.optim.batch_size, self._config.model.bn_splits
+                    raise out_of_memory(self._device, batch, splits) from error
                 self._release()
                 self._count = max(self._smallest, self._count // 2 // self._smallest * self._smallest)
         return self._references["fp32"]

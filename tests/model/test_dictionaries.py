@@ -44,20 +44,29 @@ def bank(seed: int = SEED, images: int = IMAGES, negatives: int = NEGATIVES) -> 
 
 
 def make_step(
-    mechanism: str, *, symmetric: bool = False, bn_splits: int = 1, precision: torch.dtype = torch.float32, **options
+    mechanism: str,
+    *,
+    symmetric: bool = False,
+    bn_splits: int = 1,
+    device: str = "cpu",
+    precision: torch.dtype = torch.float32,
+    **options,
 ) -> TrainStep:
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", width=0.125, stem="cifar", dim=DIM, bn_splits=bn_splits)
-    dictionary = (BatchKeys() if mechanism == "end-to-end" else bank()).to(precision)
-    model = MoCo(encoder, tied=dictionary.TIED).to(precision)
+    dictionary = (BatchKeys() if mechanism == "end-to-end" else bank()).to(device, precision)
+    model = MoCo(encoder, tied=dictionary.TIED).to(device, precision)
     return TrainStep(model, dictionary, symmetric=symmetric, **{**HYPER, **options})
 
 
-def batches(count: int, *, shuffle: bool = True, dtype: torch.dtype = torch.float32) -> list[Views]:
+def batches(
+    count: int, *, shuffle: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Views]:
     """Batches of different images each, in no order."""
     generator = torch.Generator().manual_seed(2)
-    drawn = [random_views(generator, shuffle=shuffle, dtype=dtype) for _ in range(count)]
-    return [dataclasses.replace(v, index=torch.randperm(IMAGES, generator=generator)[:BATCH]) for v in drawn]
+    drawn = [random_views(generator, shuffle=shuffle, dtype=dtype, device=device) for _ in range(count)]
+    index = [torch.randperm(IMAGES, generator=generator)[:BATCH].to(device) for _ in drawn]
+    return [dataclasses.replace(views, index=images) for views, images in zip(drawn, index, strict=True)]
 
 
 def live(step: TrainStep) -> dict[str, Tensor]:
@@ -247,12 +256,14 @@ def test_a_captured_step_is_the_step_bit_for_bit(mechanism: str, dtype: torch.dt
 
 
 @pytest.mark.slow
+@pytest.mark.any_device
 @pytest.mark.parametrize("mechanism", RIVALS)
 def test_a_step_with_kernels_is_the_step_without(mechanism: str, require_backend: Callable[[str], None]) -> None:
     require_backend("triton")
-    ours, plain = (make_step(mechanism, bn_splits=2, kernels=kernels) for kernels in ("triton", "torch"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours, plain = (make_step(mechanism, bn_splits=2, kernels=kernels, device=device) for kernels in ("triton", "torch"))
     for step in (ours, plain):
-        step(batches(1)[0], LR, 0.0)
+        step(batches(1, device=device)[0], LR, 0.0)
     for target, source in zip(ours.changed_tensors(), plain.changed_tensors(), strict=True):
         if target.is_floating_point() and source.any():
             assert relative_error(target, source) <= 1e-4

@@ -61,3 +61,12 @@ def test_a_pause_is_neither_training_nor_waiting() -> None:
 def test_batches_are_unchanged() -> None:
     time = Time()
     assert list(StepClock(8, time).steps(batches(time, 1, 2, 3))) == [0, 1, 2]
+
+
+def test_a_wait_while_the_device_has_work_is_not_one_for_data() -> None:
+    """The host may be ahead of the device, and a pipeline then makes it wait."""
+    time, done = Time(), iter([True, False, True])
+    clock = StepClock(8, time, mark=lambda: lambda: next(done))
+    for _ in clock.steps(batches(time, 1.0, 5.0)):
+        time.s += 1.0
+    assert clock.read() == pytest.approx((16 / 8.0, 100 * 1.0 / 8.0))

@@ -129,6 +129,7 @@ def test_loading_a_state_fills_the_flat_buffers() -> None:
     assert flat.is_intact()
     assert flat.values.sum().item() == 2 * sum(p.numel() for p in module.parameters())
     assert flat.buffers.sum().item() == 2 * 12
+    assert flat.counters.sum().item() == 2
 
 
 def test_what_decays_comes_first() -> None:

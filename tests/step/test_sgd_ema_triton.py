@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmoco.step.sgd_ema import momentum_update
 
+pytestmark = pytest.mark.any_device
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {"sgd_momentum": 0.9, "weight_decay": 5e-4}
 

@@ -1,4 +1,4 @@
-"""The step with Triton's kernels, in their interpreter, against the step with torch's operations."""
+"""The step with Triton's kernels, on a CPU in their interpreter, against the step with torch's operations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastmoco.model.resnet import BasicBlock, Bottleneck
 from fastmoco.step.kernels import check_kernels
 from fastmoco.step.sgd_ema import MomentumUpdate
 from tests.step.test_step_parity import EMA, LR, changed, make_step, random_views, relative_error, whole_state
+
+pytestmark = pytest.mark.any_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
