@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastmoco.config import ResolvedConfig
-from fastmoco.console import StepMetrics, say, show_facts
+from fastmoco.console import StepMetrics, say, show_facts, shown_path
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
 from fastmoco.run import checkpoint
+from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 from fastmoco.run.plots import curves, views_grid
@@ -36,11 +36,20 @@ class RunRecorder:
     def __init__(self, directory: RunDirectory, config: ResolvedConfig, console: Console) -> None:
         self.directory, self.config, self.console = directory, config, console
         self.metrics = MetricsWriter(directory.path, tensorboard=config.run.tensorboard)
-        self._saved_at = -math.inf
+        self._writer = CheckpointWriter(directory.checkpoints, config.run.keep_checkpoints)
+        self._saving, self._saving_since, self._saved_at = (0, 0), -math.inf, -math.inf
         self._failed_saves = self._num_replaced = 0
+        self._warned_not_pinned = False
 
     def close(self) -> None:
-        self.metrics.close()
+        """Wait for the save in progress. If it fails, that is only printed: the run has ended for another reason."""
+        try:
+            self._writer.wait()
+        except CheckpointError as error:
+            say(self.console, str(error), "yellow")
+        finally:
+            self._writer.close()
+            self.metrics.close()
 
     # ---- start ----
 
@@ -102,21 +111,40 @@ class RunRecorder:
             )
 
     def saved_s_ago(self) -> float:
-        return time.monotonic() - self._saved_at
+        """Seconds since the newest checkpoint, or since the save in progress was started."""
+        if not self._writer.is_writing:
+            self.finish_saving()
+        return time.monotonic() - (self._saving_since if self._writer.is_pending else self._saved_at)
 
     def save(self, state: TrainState, epoch: int, *, last_chance: bool) -> None:
-        """Save a checkpoint. Only repeated failures, or one on the `last_chance`, raise CheckpointError; the previous
-        checkpoint stays."""
+        """Save a checkpoint of the state as it is now, in the background unless it is the `last_chance`.
+
+        Raises CheckpointError if the save before it was the third in a row to fail, or if this one fails on the last
+        chance. Earlier checkpoints stay.
+        """
+        self.finish_saving(attempts=math.inf if last_chance else SAVE_ATTEMPTS)
+        self._saving, self._saving_since = (state.step, epoch), time.monotonic()
+        self._writer.start(state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving))
+        reason = self._writer.buffers.not_pinned
+        if reason and not self._warned_not_pinned:
+            self._warned_not_pinned = True
+            say(self.console, f"checkpoints block the GPU, since memory cannot be pinned ({reason})", "yellow")
+        if last_chance:
+            self.finish_saving(attempts=1)
+
+    def finish_saving(self, *, attempts: float = SAVE_ATTEMPTS) -> None:
+        """Wait for the save in progress. Raises CheckpointError once `attempts` saves in a row have failed."""
+        if not self._writer.is_pending:
+            return
         try:
-            state.save(self.directory.checkpoints)
-            checkpoint.prune(self.directory.checkpoints, self.config.run.keep_checkpoints)
-            self._failed_saves, self._saved_at = 0, time.monotonic()
+            self._writer.wait()
+            self._failed_saves, self._saved_at = 0, self._saving_since
         except CheckpointError as error:
             self._failed_saves += 1
-            if last_chance or self._failed_saves >= SAVE_ATTEMPTS:
+            if self._failed_saves >= attempts:
                 raise
             say(self.console, f"{error}; training continues and will retry", "yellow")
-        self.status(state.step, epoch)
+            self.status(*self._saving)
 
     # ---- end ----
 
@@ -124,13 +152,14 @@ class RunRecorder:
         self, backbone: nn.Module, step: int, epoch: int, seconds: float, images_per_s: float | None, chance_loss: float
     ) -> None:
         """Write the backbone with torchvision's names and the curves, and print the summary."""
+        self.finish_saving(attempts=1)
         with replacing(self.directory.backbone) as part:
             save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
         records = read_metrics(self.metrics.path)
         curves(records, self.directory.curves_png, chance_loss)
         self.status(step, epoch, ExitCode.DONE)
         paths = (self.directory.views_png, self.directory.curves_png, self.directory.backbone)
-        files = [os.path.relpath(path) for path in paths]
+        files = [shown_path(path) for path in paths]
         show_facts(self.console, "done", end_facts(records, seconds, images_per_s, files))
 
     def failed(self, error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
+from fastmoco.run.snapshot import HostBuffers
 from fastmoco.step.train_step import TrainStep
 from pipelines.data.index import ImageIndex
 
@@ -38,6 +39,7 @@ class TrainState:
     train_step: TrainStep
     data_fingerprint: str
     step: int = 0
+    _digested: HostBuffers = field(default_factory=HostBuffers, init=False, repr=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors by the names they have in a checkpoint."""
@@ -51,21 +53,20 @@ class TrainState:
     def digests(self) -> dict[str, bytes]:
         """SHA-256 of each part of the state, which must be the same on all ranks."""
         found: dict[str, Any] = {}
-        for name, tensor in self.tensors().items():
+        for name, tensor in self._digested.take(self.tensors()).wait().items():
             part = "/".join(name.split("/")[:2]).split(".")[0]
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
             found.setdefault(part, hashlib.sha256()).update(data)
         return {part: digest.digest() for part, digest in found.items()}
 
-    def save(self, directory: Path) -> Path:
-        """Raises CheckpointError where the disk refuses; what was there before stays."""
-        meta = {
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint stores besides the tensors."""
+        return {
             "step": self.step,
             "config": self.config.flat(),
             "data": self.data_fingerprint,
             "versions": versions(),
         }
-        return checkpoint.save(directory, self.step, self.tensors(), meta)
 
     def load(self, path: Path) -> None:
         """Raises CheckpointError: damaged, or of another architecture, configuration or data set.
@@ -98,7 +99,7 @@ class TrainState:
         changed = [
             f"{name} is {ours!r} and was {before!r}"
             for name, ours, before in differences(self.config, theirs)
-            if name not in FREE_ON_RESUME
+            if name not in FREE_ON_RESUME and name in meta["config"]  # else the field is newer than the checkpoint
         ]
         if changed:
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}; resume with the same settings")
@@ -111,14 +112,20 @@ class TrainState:
 
 def build_state(config: ResolvedConfig, world: World, images: ImageIndex) -> TrainState:
     """Step 0 of a run: weights, dictionary and training step, all from the seed, the same on every rank."""
+    step = build_train_step(config, world, len(images))
+    return TrainState(config, step.model, step.dictionary, step, fingerprint(images))
+
+
+def build_train_step(config: ResolvedConfig, world: World, images: int) -> TrainStep[Dictionary]:
+    """The training step at step 0 of a run on a number of images."""
     m, optim = config.model, config.optim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         head = (feature_dim(m.arch, m.width),) if m.mlp else m.head or ()
         query = build_encoder(m.arch, width=m.width, stem=m.stem, head=head, dim=m.moco_dim, bn_splits=m.bn_splits)
-    dictionary = _build_dictionary(config, world, len(images)).to(world.device)
+    dictionary = _build_dictionary(config, world, images).to(world.device)
     model = MoCo(query, tied=dictionary.TIED, world=world).to(world.device)
-    train_step = TrainStep(
+    return TrainStep(
         model,
         dictionary,
         temperature=m.moco_t,
@@ -130,11 +137,11 @@ def build_state(config: ResolvedConfig, world: World, images: ImageIndex) -> Tra
         compile=config.run.compile,
         kernels=config.run.kernels,
         checkpoint_activations=config.run.checkpoint_activations,
+        stem_format=config.run.stem_format,
         half_gradients=config.scale.grad_comm == "bf16",
         objective=m.objective,
         optimizer=optim.optimizer,
     )
-    return TrainState(config, model, dictionary, train_step, fingerprint(images))
 
 
 def _build_dictionary(config: ResolvedConfig, world: World, images: int) -> KeyQueue | BatchKeys | MemoryBank:

@@ -83,6 +83,10 @@ CASES: dict[str, tuple[ExitCode, str]] = {
     "views shapes --compare torch,resdent": (CONFIG, "--compare is 'resdent', expected one of"),
     "views shapes --crop-size 4": (CONFIG, "--crop-size is 4, expected 8 pixels or more"),
     "views shapes --out v.jpg": (CONFIG, "expected the name of a .png file"),
+    "doctor --help": (DONE, "--json"),
+    "doctor --jsno": (CONFIG, "did you mean --json?"),
+    "doctor --only kernel": (CONFIG, "kernel"),
+    "doctor --data nowhere": (CONFIG, "--data is 'nowhere', expected an existing folder"),
 }
 
 # Runs the command lines one after the other: exit code, output and slow modules imported.

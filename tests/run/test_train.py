@@ -223,10 +223,7 @@ def test_an_unlabelled_folder_reports_alignment_and_uniformity(
     ids=" ".join,
 )
 def test_variants_train(flags: list[str], tmp_path: Path) -> None:
-    try:
-        out = trained(tmp_path / "run", "--limit", "16", "--knn-every", "0", "--no-tensorboard", *flags)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    out = trained(tmp_path / "run", "--limit", "16", "--knn-every", "0", "--no-tensorboard", *flags)
     (*_, last) = read_metrics(out / "metrics.jsonl")
     assert last["step"] == 4
     assert math.isfinite(last["loss"])

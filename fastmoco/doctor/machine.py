@@ -1,0 +1,194 @@
+"""Software, processor, memory and limits of this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastmoco.doctor.findings import Finding, Status, Target
+from fastmoco.doctor.units import bytes_text
+from fastmoco.run.environment import git_commit
+
+_PACKAGES = {
+    "fastmoco": ("fastmoco",),
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "triton": ("triton", "pytorch-triton", "triton-windows"),
+    "numpy": ("numpy",),
+    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    "ffcv": ("ffcv",),
+}
+_SIMD = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_LEAST_MEMORY = 4 * 2**30  # bytes: the shapes recipe on a CPU takes 2 GiB
+_LEAST_SHARED = 2**30  # bytes: 8 workers × 4 batches of the baseline, 64 pairs of 224 px each, are 2.5 GB
+_LEAST_FILES = 1024
+
+
+def software(target: Target) -> Finding:
+    """Versions; `failed` if torch cannot be imported."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "os": platform.platform()}
+    for name, distributions in _PACKAGES.items():
+        versions[name] = None
+        for distribution in distributions:
+            with suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(distribution)
+    versions["commit"] = git_commit()
+    try:
+        import torch
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return Finding(
+            status=Status.FAILED,
+            text=f"torch cannot be imported ({type(error).__name__}: {reason[:200]})",
+            figures=versions,
+            advice="install it again: pip install --force-reinstall torch torchvision",
+        )
+    cudnn = torch.backends.cudnn.version()
+    versions |= {"cuda": torch.version.cuda, "cudnn": str(cudnn) if cudnn else None, "driver": _driver()}
+    shown = [f"{name} {versions[name]}" for name in ("python", *_PACKAGES, "cuda", "driver") if versions.get(name)]
+    return Finding(text=", ".join(shown), figures=versions)
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, or None without one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+    return version if isinstance(version, str) else version.decode()
+
+
+def processor(target: Target) -> Finding:
+    """Cores that this process may use, and the instructions that matter."""
+    model, flags = _cpu_info()
+    affinity, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    usable = affinity if quota is None else max(1, min(affinity, int(quota)))
+    simd = [name for name in _SIMD if name in flags]
+    text = f"{model}: {usable} of {os.cpu_count()} cores, {' '.join(simd) or platform.machine()}"
+    load = os.getloadavg()[0]
+    advice = ""
+    if load > usable:
+        advice = f"other programs use it (load {load:.1f}): the rates below are too low, and training would be slower"
+    if quota is not None and quota < affinity:
+        advice = (
+            f"the container's quota is {quota:g} cores, and torch counts {affinity}: set OMP_NUM_THREADS={usable} and "
+            f"--workers {usable}"
+        )
+    figures: dict[str, Any] = {
+        "model": model,
+        "cores": os.cpu_count(),
+        "affinity_cores": affinity,
+        "quota_cores": quota,
+        "usable_cores": usable,
+        "simd": simd,
+        "load": load,
+    }
+    return Finding(text=text, figures=figures, advice=advice)
+
+
+def _cpu_info() -> tuple[str, set[str]]:
+    """Model name and flags, from /proc/cpuinfo."""
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return (model[1] if model else platform.machine()), set(flags[1].split() if flags else ())
+
+
+def cpu_quota() -> float | None:
+    """Cores that the control group grants, or None without a limit."""
+    with suppress(OSError, ValueError):  # version 2
+        quota, period = (_cgroup("") / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError):  # version 1
+        folder = _cgroup("cpu")
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        return None if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
+    return None
+
+
+def _cgroup(controller: str) -> Path:
+    """Folder of this process's control group: of version 2 for "", of version 1 for the name of a controller.
+
+    In a container the path is often that of the host, and the group itself is mounted at the root.
+    """
+    root = Path("/sys/fs/cgroup") / controller
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(",") and (folder := root / path.lstrip("/")).is_dir():
+                return folder
+    return root
+
+
+def memory(target: Target) -> Finding:
+    """Memory of the machine, or of the container if that has less."""
+    total, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    with suppress(OSError):
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            free = 1024 * int(found[1])
+    limit, used = memory_limit()
+    if limit is not None and limit < total:
+        total, free = limit, min(free, max(0, limit - used))
+    advice = ""
+    if free < _LEAST_MEMORY:
+        advice = "little is free: end other programs, or use a smaller --batch-size"
+    figures = {"total_bytes": total, "free_bytes": free, "limit_bytes": limit}
+    of_what = "container" if limit == total else "machine"
+    text = f"{bytes_text(free)} free of the {of_what}'s {bytes_text(total)}"
+    return Finding(text=text, figures=figures, advice=advice)
+
+
+def memory_limit() -> tuple[int | None, int]:
+    """Limit of the control group in bytes, or None; and the bytes it uses, without files that can be dropped."""
+    for controller, limit_file, used_file, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):
+            folder = _cgroup(controller)
+            limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            if limit == "max" or int(limit) >= 2**60:
+                return None, 0
+            return int(limit), max(0, used - int(stat.get(cache, 0)))
+    return None, 0
+
+
+def shared_memory(target: Target) -> Finding:
+    """/dev/shm, in which the workers of a DataLoader pass tensors."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return Finding(
+            status=Status.MISSING,
+            text="there is no /dev/shm",
+            advice="--pipeline dataloader passes batches through it: use another pipeline",
+        )
+    total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
+    advice = ""
+    if free < _LEAST_SHARED:
+        advice = (
+            "--pipeline dataloader and NCCL need more for large batches: docker run --shm-size=8g (other pipelines do "
+            "not use it)"
+        )
+    figures = {"total_bytes": total, "free_bytes": free}
+    return Finding(text=f"{bytes_text(free)} free of {bytes_text(total)} in /dev/shm", figures=figures, advice=advice)
+
+
+def open_files(target: Target) -> Finding:
+    """Limit on open files: each worker and each batch in flight takes some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = "" if soft >= _LEAST_FILES or soft < 0 else f"too few for many workers: ulimit -n {min(hard, 65_536)}"
+    figures = {"soft": soft, "hard": hard}
+    return Finding(text=f"up to {soft:,} (hard limit {hard:,})", figures=figures, advice=advice)
