@@ -20,7 +20,7 @@ _CALLS = 10
 
 
 def is_available(backend: str) -> bool:
-    """Whether torch was built with the library: `gloo` or `nccl`."""
+    """Whether torch was built with the library, `gloo` or `nccl`."""
     return dist.is_available() and dist.is_backend_available(backend)
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-import pynvml
 import torch
 
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.doctor.findings import Finding, Status, Target
+from fastmoco.doctor.nvml import gpu_state, gpus_of_driver
 from fastmoco.doctor.units import bytes_text, seconds_per_call, si
 
 _SIDE = {"cuda": 8192, "cpu": 768}  # of the matrices that are multiplied
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 _LINK_BYTES = 2**27
-# Reasons for a reduced clock, of nvml.h; a GPU that has nothing to do, or an application's choice, is no problem.
-_SLOW = {0x4: "power limit", 0x8: "hardware slowdown", 0x20: "temperature", 0x40: "temperature", 0x80: "power brake"}
 
 
 def device(target: Target) -> Finding:
@@ -39,7 +35,7 @@ def device(target: Target) -> Finding:
         "total_bytes": total,
         "amp": pick_amp("auto", chosen),
     }
-    figures |= _nvml_state(str(properties.uuid))
+    figures |= gpu_state(str(properties.uuid))
     texts = [f"{properties.name} (capability {capability}), {bytes_text(free)} free of {bytes_text(total)}"]
     if figures["visible"] > 1:
         texts.append(f"the first of {figures['visible']}")
@@ -74,53 +70,6 @@ def _cpu(wanted: str) -> Finding:
         figures=figures | {"gpus_of_driver": unused},
         advice=f"the GPU trains 10 to 100 times as fast: {how} (torch has CUDA {torch.version.cuda})",
     )
-
-
-def gpus_of_driver() -> list[str]:
-    """Names of the GPUs that NVIDIA's driver lists, whether torch can use them or not."""
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
-    except pynvml.NVMLError:
-        return []
-    return [name if isinstance(name, str) else name.decode() for name in names]
-
-
-def _nvml_state(uuid: str) -> dict[str, Any]:
-    """What the driver says about a GPU; virtual GPUs support some of it, a machine without the driver none."""
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-    except pynvml.NVMLError:
-        return {}
-    queries: dict[str, Callable[[], Any]] = {
-        "other_processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) - 1,
-        "used_bytes": lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-        "utilisation_percent": lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-        "power_limit_w": lambda: pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
-        "power_limit_default_w": lambda: pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1e3,
-        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "max_sm_clock_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "slowed_by": lambda: _slowed_by(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-        "ecc": lambda: bool(pynvml.nvmlDeviceGetEccMode(handle)[0]),
-        "mig": lambda: bool(pynvml.nvmlDeviceGetMigMode(handle)[0]),
-        "pcie_generation": lambda: pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
-        "pcie_width": lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
-        "pcie_max_width": lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
-    }
-    state = {}
-    for name, query in queries.items():
-        with suppress(pynvml.NVMLError):
-            state[name] = query()
-    if "pcie_generation" in state and "pcie_width" in state:
-        state["pcie"] = f"PCIe {state['pcie_generation']} ×{state['pcie_width']}"
-    return state
-
-
-def _slowed_by(reasons: int) -> list[str]:
-    return sorted({name for bit, name in _SLOW.items() if reasons & bit})
 
 
 def _device_advice(figures: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs each check in a process of its own, so that a crash or a hang is a finding and ends nothing else.
 
-Processes are forked from a server that has imported torch once. This process does not import it: where that fails, or
-takes the process with it, it is a finding too.
+Processes are forked from a server that has imported torch once; Windows starts each anew. This process does not import
+torch: where that fails, or takes the process with it, it is a finding too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -22,9 +21,11 @@ from fastmoco.doctor.findings import Check, Finding, Result, Status, Target
 from fastmoco.doctor.units import one_line
 from fastmoco.errors import exit_code
 from pipelines.errors import BackendMissingError
+from pipelines.platforms import clean_context
 from pipelines.registry import load
 
 _EXIT_S = 5.0  # until a process has ended; if this one was killed, a check ends itself as long after its limit
+_HAS_GROUPS = hasattr(os, "setsid")  # Windows has no process groups, and no alarm
 _FATAL = "Fatal Python error: "  # of faulthandler
 
 
@@ -41,10 +42,10 @@ def run_check(check: Check, target: Target) -> Result:
 
 
 def _in_process(check: Check, target: Target, output: Path) -> Finding:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastmoco.doctor.preload"])
+    context = clean_context(["fastmoco.doctor.preload"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(check, target, sender, str(output)))
+    arguments = check, target, sender, str(output)
+    process = context.Process(target=_child, args=arguments)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         process.start()
         sender.close()
@@ -66,8 +67,9 @@ def _in_process(check: Check, target: Target, output: Path) -> Finding:
 
 def _child(check: Check, target: Target, sender: Connection, output: str) -> None:
     """Send the finding of a check. Whatever it prints, also from C, goes to the file `output`."""
-    os.setsid()  # so that `_end` reaches the processes that the check starts
-    signal.alarm(math.ceil(check.limit_s + _EXIT_S))
+    if _HAS_GROUPS:
+        os.setsid()  # so that `_end` reaches the processes that the check starts
+        signal.alarm(math.ceil(check.limit_s + _EXIT_S))
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -110,7 +112,8 @@ def _end(process: BaseProcess) -> None:
     """Kill a check and all processes that it has started."""
     if process.pid is None:
         return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if _HAS_GROUPS:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.kill()  # should it not have its own group yet
     process.join(_EXIT_S)

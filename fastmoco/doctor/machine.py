@@ -6,14 +6,15 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastmoco.doctor.findings import Finding, Status, Target
+from fastmoco.doctor.nvml import driver_version
 from fastmoco.doctor.units import bytes_text
 from fastmoco.run.environment import git_commit
+from pipelines.platforms import free_host_memory_bytes, usable_cpus
 
 _PACKAGES = {
     "fastmoco": ("fastmoco",),
@@ -50,31 +51,19 @@ def software(target: Target) -> Finding:
             advice="install it again: pip install --force-reinstall torch torchvision",
         )
     cudnn = torch.backends.cudnn.version()
-    versions |= {"cuda": torch.version.cuda, "cudnn": str(cudnn) if cudnn else None, "driver": _driver()}
+    versions |= {"cuda": torch.version.cuda, "cudnn": str(cudnn) if cudnn else None, "driver": driver_version()}
     shown = [f"{name} {versions[name]}" for name in ("python", *_PACKAGES, "cuda", "driver") if versions.get(name)]
     return Finding(text=", ".join(shown), figures=versions)
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver, or None without one."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError:
-        return None
-    return version if isinstance(version, str) else version.decode()
 
 
 def processor(target: Target) -> Finding:
     """Cores that this process may use, and the instructions that matter."""
     model, flags = _cpu_info()
-    affinity, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    affinity, quota = usable_cpus(), cpu_quota()
     usable = affinity if quota is None else max(1, min(affinity, int(quota)))
     simd = [name for name in _SIMD if name in flags]
     text = f"{model}: {usable} of {os.cpu_count()} cores, {' '.join(simd) or platform.machine()}"
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows
     advice = ""
     if load > usable:
         advice = f"other programs use it (load {load:.1f}): the rates below are too low, and training would be slower"
@@ -133,10 +122,11 @@ def _cgroup(controller: str) -> Path:
 
 def memory(target: Target) -> Finding:
     """Memory of the machine, or of the container if that has less."""
-    total, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    with suppress(OSError):
-        if found := re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE):
-            free = 1024 * int(found[1])
+    total = free = free_host_memory_bytes()
+    with suppress(OSError):  # Linux
+        sizes = re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        kilobytes = {name: int(value) for name, value in sizes}
+        total, free = 1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"]
     limit, used = memory_limit()
     if limit is not None and limit < total:
         total, free = limit, min(free, max(0, limit - used))
@@ -167,6 +157,8 @@ def memory_limit() -> tuple[int | None, int]:
 
 def shared_memory(target: Target) -> Finding:
     """/dev/shm, in which the workers of a DataLoader pass tensors."""
+    if platform.system() != "Linux":
+        return Finding(status=Status.SKIPPED, text="only on Linux")
     try:
         stat = os.statvfs("/dev/shm")
     except OSError:
@@ -188,6 +180,10 @@ def shared_memory(target: Target) -> Finding:
 
 def open_files(target: Target) -> Finding:
     """Limit on open files: each worker and each batch in flight takes some."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return Finding(status=Status.SKIPPED, text="not limited on Windows")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = "" if soft >= _LEAST_FILES or soft < 0 else f"too few for many workers: ulimit -n {min(hard, 65_536)}"
     figures = {"soft": soft, "hard": hard}

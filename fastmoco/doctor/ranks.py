@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import torch
 
 from fastmoco.distributed.probe import is_available, try_all_reduce
@@ -26,6 +28,8 @@ def nccl(target: Target) -> Finding:
 
 
 def _try(backend: str, ranks: int, brings: str) -> Finding:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return Finding(status=Status.SKIPPED, text="not tried on Windows")
     if not is_available(backend):
         return Finding(
             status=Status.MISSING,

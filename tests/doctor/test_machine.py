@@ -54,7 +54,7 @@ def test_limits_of_a_container(target: Target, tmp_path: Path, monkeypatch: pyte
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(machine, "_cgroup", lambda controller: tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
     assert machine.cpu_quota() == 1.5
     assert machine.memory_limit() == (2**31, 2**29)
     assert "OMP_NUM_THREADS=1" in machine.processor(target).advice

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.standin.run import run_program
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FLAGS = ["--device", "cuda", "--limit", "64", "--batch-size", "8", "--moco-k", "64", "--arch", "resnet18"]
 FLAGS += ["--width", "0.125", "--no-tensorboard"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.standin.run import run_program
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_no_batch_of_an_evaluation_waits_for_the_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from tests.standin.run import run_program
 from tests.standin.test_standin_step import report_of
 
 MODE = "cifar"
+FAULTS = ("host-wait", "host-copy", "launch")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+@cache
+def reports() -> dict[str, Any]:
+    return run_program("step", *(f"--add={fault}" for fault in FAULTS), MODE)
+
+
 def with_fault(fault: str) -> dict[str, Any]:
-    return run_program("step", "--add", fault, MODE)[MODE]
+    return reports()[f"{MODE}+{fault}"]
 
 
 def test_a_host_wait_fails_the_eager_step_and_the_capture() -> None:

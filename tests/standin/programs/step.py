@@ -1,8 +1,9 @@
 """The training step of each mode, eager and as a CUDA graph: its launches, waits, copies and graph nodes.
 
-    python -m tests.standin.run step [--add host-wait|host-copy|launch] MODE...
+    python -m tests.standin.run step [--add host-wait|host-copy|launch]... MODE...
 
-A mode is a recipe with other settings, built as `fastmoco train` builds it. Shapes are the recipe's.
+A mode is a recipe with other settings, built as `fastmoco train` builds it. Shapes are the recipe's. With --add, there
+is a report of every fault, named MODE+FAULT.
 """
 
 from __future__ import annotations
@@ -61,14 +62,19 @@ LR, EMA_MOMENTUM = 0.03, 0.99
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--add", choices=FAULTS)
+    parser.add_argument("--add", choices=FAULTS, action="append", default=[])
     parser.add_argument("modes", nargs="+", choices=MODES)
     options = parser.parse_args()
     operators.install()
     compiler.install()
-    if options.add is not None:
-        add_to_step(FAULTS[options.add])
-    print(json.dumps({mode: report(mode) for mode in options.modes}))
+    reports: dict[str, Any] = {}
+    for mode in options.modes:
+        for fault in options.add:
+            with added(FAULTS[fault]):
+                reports[f"{mode}+{fault}"] = report(mode)
+        if not options.add:
+            reports[mode] = report(mode)
+    print(json.dumps(reports))
 
 
 def report(mode: str) -> dict[str, Any]:
@@ -158,7 +164,8 @@ def example(config: ResolvedConfig, device: torch.device) -> Views:
     return Views(view(), view(), torch.randperm(batch, device=device), torch.arange(batch, device=device))
 
 
-def add_to_step(fault: Callable[[TrainStep], object]) -> None:
+@contextlib.contextmanager
+def added(fault: Callable[[TrainStep], object]) -> Iterator[None]:
     """Let every step end with it."""
     original = TrainStep.run
 
@@ -167,6 +174,8 @@ def add_to_step(fault: Callable[[TrainStep], object]) -> None:
         fault(self)
 
     TrainStep.run = run
+    yield
+    TrainStep.run = original
 
 
 def _host_copy(step: TrainStep) -> None:
