@@ -115,5 +115,7 @@ def _end(process: BaseProcess) -> None:
     if _HAS_GROUPS:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # should it not have its own group yet
+        process.kill()  # should it not have its own group yet
+    else:
+        process.terminate()
     process.join(_EXIT_S)
