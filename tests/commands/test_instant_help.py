@@ -62,7 +62,7 @@ CASES: dict[str, tuple[ExitCode, str]] = {
     "export": (CONFIG, "--to"),
     "export run --to timm": (CONFIG, "--out"),
     "export run --to tensorflow -o b.pb": (CONFIG, "tensorflow"),
-    "export run --to timm -o b.pkl": (CONFIG, "expected a file name ending in .pth or .safetensors for --to timm"),
+    "export run --to timm -o b.pkl": (CONFIG, "expected a name that ends with .pth or .safetensors for --to timm"),
     "export run --to timm -o b.pth --overwrit": (CONFIG, "did you mean --overwrite?"),
     "scan --help": (DONE, "--bad-images"),
     "scan": (CONFIG, "DATA"),

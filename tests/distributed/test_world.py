@@ -189,8 +189,8 @@ def test_a_lost_rank_is_reported(how: str) -> None:
         assert right == Died(-signal.SIGKILL)
 
 
-def test_one_module_imports_torch_distributed_and_one_starts_torchrun() -> None:
+def test_one_module_imports_torch_distributed_beside_the_launcher_and_the_probe() -> None:
     root = Path(__file__).resolve().parents[2]
     files = [path for folder in ("fastmoco", "pipelines") for path in (root / folder).rglob("*.py")]
     users = {path.name for path in files if "torch.distributed" in path.read_text()}
-    assert users - {"outcomes.py"} == {"world.py", "launch.py"}  # outcomes.py only mentions it
+    assert users - {"outcomes.py"} == {"world.py", "launch.py", "probe.py"}  # outcomes.py only mentions it
