@@ -71,8 +71,13 @@ def test_a_killed_worker_holds_no_lock(started: tuple[Iterator[Any], Any]) -> No
     locks = locks_of_workers(iterator)
     assert {"._worker_result_queue._wlock", "._index_queues[0]._rlock", "._index_queues[1]._rlock"} == set(locks)
     workers = list(iterator._workers)
-    os.kill(workers[0].pid, signal.SIGSTOP)
-    assert locks["._worker_result_queue._wlock"].acquire(timeout=5)  # the other worker waits for it from now on
+    for _ in range(20):
+        os.kill(workers[0].pid, signal.SIGSTOP)
+        if locks["._worker_result_queue._wlock"].acquire(timeout=1):  # the other worker waits for it from now on
+            break
+        os.kill(workers[0].pid, signal.SIGCONT)  # it was stopped while it held the lock itself
+    else:
+        raise AssertionError("the lock was never free")
     os.kill(workers[0].pid, signal.SIGKILL)
     del iterator, started
     began = time.monotonic()
