@@ -123,9 +123,7 @@ def test_kernels_that_are_asked_for_and_missing_are_an_error(monkeypatch: pytest
         make_step(kernels="cuda")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        BackendMissingError, match=r"not installed .*: install it, or use --kernels torch"
-    ):
+    with pytest.raises(BackendMissingError, match=r"not installed .*: install it, or use --kernels torch"):
         make_step(kernels="triton")
     check_kernels("torch", torch.device("cpu"))
 
