@@ -7,6 +7,7 @@ simulated there (tests/test_portability.py).
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 import threading
@@ -63,6 +64,11 @@ def _free_on_windows() -> int:
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # pyright: ignore[reportAttributeAccessIssue]
     return status.free_bytes
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed: it comes with torch's CUDA builds for Linux only."""
+    return importlib.util.find_spec("triton") is not None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ if __name__ == "__main__":
             raise AssertionError("opened twice")
         opened.close()
         RunDirectory.open(out, resume=True).close()
+    print("all commands ran")
 """
 
 WORKERS = """
@@ -75,11 +76,12 @@ if __name__ == "__main__":
     )
     assert len(here) == 2
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    print(len(there), "batches are equal")
 """
 
 
-def run_on(system: str, script: str, folder: Path) -> None:
-    """Run a script in a process that has only what Python has on that system; so have its children."""
+def run_on(system: str, script: str, folder: Path) -> str:
+    """The last line printed by a script in a process that has only what Python has on that system, as its children."""
     site = folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import tests.other_platform\n")
@@ -94,6 +96,7 @@ def run_on(system: str, script: str, folder: Path) -> None:
     command = [sys.executable, str(program), str(folder), system]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -105,13 +108,15 @@ def test_every_command_runs_on_the_cpu(system: str, tmp_path: Path) -> None:
         folder = tmp_path / "images" / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((12 + i, 20), 40.0 + i).convert("RGB").save(folder / f"{i:02}.png")
-    run_on(system, COMMANDS, tmp_path)
+    assert run_on(system, COMMANDS, tmp_path) == "all commands ran"
+    written = ["views.png", "exported.safetensors", "run/backbone.safetensors", "run/eval/eval.json"]
+    assert [name for name in written if not (tmp_path / name).is_file()] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_workers_share_memory(system: str, tmp_path: Path) -> None:
-    run_on(system, WORKERS, tmp_path)
+    assert run_on(system, WORKERS, tmp_path) == "2 batches are equal"
 
 
 def test_cpus_and_memory_are_counted_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from fastmoco.doctor.findings import Finding, Status, Target
 from fastmoco.doctor.nvml import driver_version
 from fastmoco.doctor.units import bytes_text
 from fastmoco.run.environment import git_commit
-from pipelines.platforms import free_host_memory_bytes, usable_cpus
+from pipelines import host_memory
+from pipelines.platforms import usable_cpus
 
 _PACKAGES = {
     "fastmoco": ("fastmoco",),
@@ -122,14 +123,13 @@ def _cgroup(controller: str) -> Path:
 
 def memory(target: Target) -> Finding:
     """Memory of the machine, or of the container if that has less."""
-    total = free = free_host_memory_bytes()
+    total = free = host_memory.on_host_bytes()
     with suppress(OSError):  # Linux
-        sizes = re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        kilobytes = {name: int(value) for name, value in sizes}
-        total, free = 1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"]
-    limit, used = memory_limit()
-    if limit is not None and limit < total:
-        total, free = limit, min(free, max(0, limit - used))
+        total = host_memory.meminfo()["MemTotal"]
+    tightest = min(host_memory.container_limits(), key=lambda group: group.left, default=None)
+    limit = None if tightest is None else tightest.limit
+    if tightest is not None and tightest.limit < total:
+        total, free = tightest.limit, min(free, tightest.left)
     advice = ""
     if free < _LEAST_MEMORY:
         advice = "little is free: end other programs, or use a smaller --batch-size"
@@ -137,22 +137,6 @@ def memory(target: Target) -> Finding:
     of_what = "container" if limit == total else "machine"
     text = f"{bytes_text(free)} free of the {of_what}'s {bytes_text(total)}"
     return Finding(text=text, figures=figures, advice=advice)
-
-
-def memory_limit() -> tuple[int | None, int]:
-    """Limit of the control group in bytes, or None; and the bytes it uses, without files that can be dropped."""
-    for controller, limit_file, used_file, cache in (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with suppress(OSError, ValueError):
-            folder = _cgroup(controller)
-            limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            if limit == "max" or int(limit) >= 2**60:
-                return None, 0
-            return int(limit), max(0, used - int(stat.get(cache, 0)))
-    return None, 0
 
 
 def shared_memory(target: Target) -> Finding:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from fastmoco.errors import BackendMissingError, ConfigError
 from fastmoco.registry import KERNELS
+from pipelines.platforms import has_triton
 
 
 def triton_missing() -> str | None:
     """Why Triton cannot be used, in one line; None if it is installed."""
-    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+    return None if has_triton() else "Triton is not installed (pip install triton)"
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:

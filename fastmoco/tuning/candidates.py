@@ -60,12 +60,11 @@ def without_graph(config: ResolvedConfig, auto: Auto, device: torch.device) -> I
 
 
 def variations(
-    best: Candidate, config: ResolvedConfig, auto: Auto, device: torch.device, *, compiles: bool, graphs: bool
+    best: Candidate, config: ResolvedConfig, auto: Auto, device: torch.device, *, compiles: bool
 ) -> list[list[Candidate]]:
     """Alternatives to `best`, one list for every dimension that is tuned; each differs from `best` in it only.
 
     compiles  whether to try torch.compile, which takes minutes
-    graphs    whether the step can be captured
     """
     checkpointing = config.run.checkpoint_activations
     implementations = [
@@ -77,7 +76,7 @@ def variations(
     if not compiles:
         implementations = [c for c in implementations if c.compile in ("off", best.compile)]
     found = [implementations]
-    if "cuda_graph" in auto and device.type == "cuda" and graphs:
+    if "cuda_graph" in auto and device.type == "cuda":
         found.append([replace(best, cuda_graph=value) for value in ("on", "off")])
     if "stem_format" in auto:
         found.append([replace(best, stem_format=value) for value in ("channels-last", "contiguous")])

@@ -79,6 +79,7 @@ class Checker:
         if device.type == "cpu":
             self._count = min(self._count, max(self._smallest, CPU_IMAGES // self._smallest * self._smallest))
         self._references: dict[str, StepResult] = {}
+        self._verdicts: dict[Candidate, Verdict] = {}  # of steps that are not captured
 
     @property
     def images(self) -> int:
@@ -97,22 +98,24 @@ class Checker:
         return Verdict(failure, {})
 
     def _check(self, candidate: Candidate) -> Verdict:
-        reference = self._reference()
-        plain = Candidate(amp=candidate.amp)
         if candidate.kernels == "triton" and candidate.amp != "fp32":
-            exact = self._compare(replace(plain, amp="fp32", kernels="triton"), reference)
+            exact = self._compare(Candidate(amp="fp32", kernels="triton"))
             if exact.failure is not None:
                 return Verdict(f"in float32, {exact.failure}", exact.errors)
-        verdict = self._compare(replace(candidate, cuda_graph="off"), reference)
+        verdict = self._compare(replace(candidate, cuda_graph="off"))
         if verdict.failure is None and candidate.cuda_graph == "on":
             failure = self._check_graph(candidate, verdict)
             return Verdict(failure, verdict.errors)
         return verdict
 
-    def _compare(self, candidate: Candidate, reference: StepResult) -> Verdict:
-        """Compare a step that is not captured."""
-        errors = relative_errors(self._run(candidate), reference)
-        return Verdict(_failure(errors, self._tolerances(candidate, reference)), errors)
+    def _compare(self, candidate: Candidate) -> Verdict:
+        """Compare a step that is not captured, once for each candidate."""
+        if candidate not in self._verdicts:
+            reference = self._reference()
+            errors = relative_errors(self._run(candidate), reference)
+            failure = _failure(errors, self._tolerances(candidate, reference))
+            self._verdicts[candidate] = Verdict(failure, errors)
+        return self._verdicts[candidate]
 
     def _tolerances(self, candidate: Candidate, reference: StepResult) -> dict[str, float]:
         """The largest relative error of each tensor."""

@@ -67,8 +67,7 @@ def select(
     tunes = not options.deterministic and (options.tune == "now" or (options.tune == "auto" and cuda and bool(auto)))
     if not (checks or tunes):
         return Selection(config)
-    drawn, failure = first_views(False), None
-    views = Views(*(getattr(drawn, name).clone() for name in Views.__slots__))  # a pipeline may reuse its buffers
+    views, failure = _copied(first_views(False)), None  # a pipeline may reuse its buffers
     if cuda and triton_missing() is None and options.check != "off":
         failure = views_failure(lambda: first_views(True), views)
         if failure is not None and options.check == "strict":
@@ -196,11 +195,11 @@ class Selector:
         if not now and training_s < WORTH_S:
             return champion
         compiles = (now or training_s >= COMPILE_WORTH_S) and self._world.size == 1
-        dimensions = len(variations(champion, self._config, self._auto, self._world.device, compiles=True, graphs=True))
-        for dimension in range(dimensions):
-            options = variations(champion, self._config, self._auto, self._world.device, compiles=compiles, graphs=True)
-            for challenger in options[dimension] if dimension < len(options) else []:
+        dimension, device = 0, self._world.device
+        while dimension < len(options := variations(champion, self._config, self._auto, device, compiles=compiles)):
+            for challenger in options[dimension]:
                 champion = self._faster(champion, challenger)
+            dimension += 1
         self._selection.table = [(str(c), ms, c == champion) for c, ms in self._milliseconds.items()]
         try:
             cache.store(self._path, self._key, champion, {str(c): ms for c, ms in self._milliseconds.items()})
@@ -247,6 +246,10 @@ class Selector:
             call(views, 0.0, 1.0)
 
         return run
+
+
+def _copied(views: Views) -> Views:
+    return Views(views.query.clone(), views.key.clone(), views.key_order.clone(), views.index.clone())
 
 
 def _is_fast(candidate: Candidate) -> bool:

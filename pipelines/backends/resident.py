@@ -5,7 +5,6 @@ N images · V views · B images per batch · S side of a crop
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -18,6 +17,7 @@ from pipelines.augment.resize import resize_boxes
 from pipelines.cpu_threads import parallel_for
 from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import load
+from pipelines.platforms import has_triton
 from pipelines.transfer import to_device_at_once
 from pipelines.views import BatchPlan, Crops
 
@@ -32,7 +32,7 @@ class ResidentCrops:
 
     def __init__(self, index: ImageIndex, side: int, device: torch.device, workers: int) -> None:
         self._side, self._device = side, device
-        self._in_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self._in_kernel = device.type == "cuda" and has_triton()
         self._resident = load(index, device if self._in_kernel else torch.device("cpu"), workers)
         self._offsets, self._sizes = self._resident.offsets.cpu().numpy(), index.sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import deque
 from collections.abc import Iterator
 from functools import cache, cached_property
@@ -15,6 +14,7 @@ from pipelines.augment import torch_ops
 from pipelines.backends.resident import ResidentCrops
 from pipelines.plan.ahead import planned_ahead
 from pipelines.plan.planner import Planner
+from pipelines.platforms import has_triton
 from pipelines.transfer import packed_bytes, to_device_at_once
 from pipelines.views import BatchPlan, Crops, CropSource, Views
 
@@ -37,7 +37,7 @@ class TwoViewPipeline:
         triton: bool | None = None,
     ) -> None:
         self.planner, self.source, self.device, self.dtype = planner, source, device, dtype
-        available = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        available = device.type == "cuda" and has_triton()
         self.triton = available if triton is None else triton
 
     def views(self, start: int, stop: int) -> Iterator[Views]:

@@ -14,6 +14,7 @@ from fastmoco.doctor.findings import CHOICES, Status, Target
 from fastmoco.doctor.isolation import attempt
 from fastmoco.doctor.units import bytes_text, one_line, si
 from fastmoco.errors import DeviceError
+from pipelines import host_memory
 
 
 def test_machine(target: Target) -> None:
@@ -51,12 +52,18 @@ def test_limits_of_a_container(target: Target, tmp_path: Path, monkeypatch: pyte
             "memory.stat": f"inactive_file {2**29}",
         },
     }[version]
+    files["proc/self/cgroup"] = {1: "4:memory:/", 2: "0::/"}[version]
+    group = tmp_path / "sys/fs/cgroup" / {1: "memory", 2: ""}[version]
     for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(machine, "_cgroup", lambda controller: tmp_path)
+        path = tmp_path / name if name.startswith("proc") else group / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    limits = host_memory.container_limits(str(tmp_path))
+    monkeypatch.setattr(machine, "_cgroup", lambda controller: group)
+    monkeypatch.setattr(host_memory, "container_limits", lambda: limits)
     monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
     assert machine.cpu_quota() == 1.5
-    assert machine.memory_limit() == (2**31, 2**29)
+    assert limits == [(2**31, 2**29)]
     assert "OMP_NUM_THREADS=1" in machine.processor(target).advice
     memory = machine.memory(target)
     assert memory.figures["total_bytes"] == 2**31

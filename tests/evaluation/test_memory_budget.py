@@ -18,6 +18,7 @@ from fastmoco.errors import DeviceError
 from fastmoco.evaluation import budget
 from fastmoco.evaluation.budget import budget_bytes, is_out_of_memory, rows_that_fit, shared_budget_bytes
 from fastmoco.evaluation.splits import EvaluationSplit, Subset, fit_to_budget, stratified, subsample
+from pipelines import host_memory
 from pipelines.data.index import ImageIndex
 
 CPU = torch.device("cpu")
@@ -37,8 +38,8 @@ def test_the_budget_is_half_of_what_is_free_here() -> None:
 
 def test_the_host_counts_caches_that_linux_would_drop(tmp_path: Path) -> None:
     write(tmp_path, {"meminfo": "MemTotal:  100 kB\nMemFree:  3 kB\nMemAvailable:  70 kB\nHugePages_Total: 0\n"})
-    assert budget._free_on_host(str(tmp_path / "meminfo")) == 70 * 1024
-    assert budget._free_on_host(str(tmp_path / "missing")) > 0
+    assert host_memory.on_host_bytes(str(tmp_path / "meminfo")) == 70 * 1024
+    assert host_memory.on_host_bytes(str(tmp_path / "missing")) > 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_the_host_counts_caches_that_linux_would_drop(tmp_path: Path) -> None:
     ids=["none", "not-mounted", "v2", "v1"],
 )
 def test_the_limit_of_a_container(tmp_path: Path, files: dict[str, str], expected: float) -> None:
-    assert budget._free_in_container(write(tmp_path, files)) == expected
+    assert host_memory.in_container_bytes(write(tmp_path, files)) == expected
 
 
 @given(

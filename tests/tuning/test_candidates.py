@@ -35,20 +35,20 @@ def test_activation_checkpointing_is_never_compiled(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(candidates, "triton_missing", lambda: None)
     config = PREFERRED.apply(tiny_config(checkpoint_activations=True))
     assert {c.compile for c in without_graph(config, ALL, CUDA)} == {"off"}
-    found = variations(PREFERRED, config, ALL, CUDA, compiles=True, graphs=True)
+    found = variations(PREFERRED, config, ALL, CUDA, compiles=True)
     assert {c.compile for dimension in found for c in dimension} == {"off"}
 
 
 def test_dimensions_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "triton_missing", lambda: None)
     config = PREFERRED.apply(tiny_config())
-    implementations, graphs, stems = variations(PREFERRED, config, ALL, CUDA, compiles=True, graphs=True)
+    implementations, graphs, stems = variations(PREFERRED, config, ALL, CUDA, compiles=True)
     assert names(implementations) == [
         ("bf16", "torch", "default"), ("bf16", "torch", "off"), ("bf16", "triton", "default")]  # fmt: skip
     assert all(c.cuda_graph == "on" for c in implementations)
     assert [c.cuda_graph for c in graphs] == ["off"]
     assert [c.stem_format for c in stems] == ["contiguous"]
-    quick, *_ = variations(PREFERRED, config, ALL, CUDA, compiles=False, graphs=True)
+    quick, *_ = variations(PREFERRED, config, ALL, CUDA, compiles=False)
     assert names(quick) == [("bf16", "torch", "off")]
 
 
@@ -56,13 +56,13 @@ def test_dimensions_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_thread_counts", lambda: [2, 1])
     monkeypatch.setattr(candidates.shutil, "which", lambda name: None)
     best = Candidate("fp32")
-    found = variations(best, tiny_config(), ALL, CPU, compiles=True, graphs=False)
+    found = variations(best, tiny_config(), ALL, CPU, compiles=True)
     assert found == [
         [],
         [Candidate("fp32", stem_format="contiguous")],
         [Candidate("fp32", cpu_threads=2), Candidate("fp32", cpu_threads=1)],
     ]
     monkeypatch.setattr(candidates.shutil, "which", lambda name: "/usr/bin/c++")
-    compiled, *_ = variations(best, tiny_config(), ALL, CPU, compiles=True, graphs=False)
+    compiled, *_ = variations(best, tiny_config(), ALL, CPU, compiles=True)
     assert compiled == [Candidate("fp32", compile="default")]
-    assert variations(best, tiny_config(), frozenset(), CPU, compiles=True, graphs=False) == [[]]
+    assert variations(best, tiny_config(), frozenset(), CPU, compiles=True) == [[]]

@@ -93,6 +93,24 @@ def test_a_captured_step_is_compared_too() -> None:
     assert "cannot be captured as a CUDA graph (not permitted)" in (refused.check(graphed).failure or "")
 
 
+def test_a_step_is_not_compared_again_before_it_is_captured(implementation, monkeypatch) -> None:
+    build, built = check.build_for, []
+
+    def counted(candidate, *args):
+        built.append(candidate)
+        return build(candidate, *args)
+
+    monkeypatch.setattr(check, "build_for", counted)
+    checks = checker(lambda step, views: GraphedStep(step, views, Recorder()))
+    eager = Candidate(amp="bf16", kernels="triton")
+    verdict = checks.check(eager)
+    assert len(built) == len(set(built)) + 1, "plain float32 is built again with perturbed weights"
+    built.clear()
+    graphed = Candidate(amp="bf16", kernels="triton", cuda_graph="on")
+    assert checks.check(graphed).errors == verdict.errors
+    assert built == [graphed]
+
+
 def test_the_reference_uses_fewer_images_where_memory_is_short(implementation, monkeypatch) -> None:
     build = check.build_for
 
