@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from benchmarks.measure.archives import SUFFIXES, unpacked
@@ -99,6 +100,11 @@ def main(settings: Settings, parts: Sequence[Part] | None = None, scripts: Path 
         _print_plan(chosen, data, out, settings.quick, budget)
     if settings.list:
         return []
+    if settings.suite == "gpu" and parts is None and not settings.quick and not torch.cuda.is_available():
+        raise ConfigError(
+            "--suite gpu needs a CUDA device, and torch finds none on this machine: use --suite cpu, or --quick to try "
+            "every script on this one"
+        )
     for module, name in _OPTIONAL.items():
         if not _installed(module):
             print(f"{name} is not installed: its rows are left out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ from fastmoco.run.start import RunContext, run_context
 from fastmoco.run.state import build_state
 from fastmoco.run.thread_count import ThreadCount, tunes_threads
 from fastmoco.run.throughput import StepClock, mark_on
-from fastmoco.step.cuda_graph import GraphedStep
 from fastmoco.step.schedules import ema_momentum_at, lr_at
+from fastmoco.tuning.capture import captured
 from fastmoco.tuning.select import select
 from pipelines.augment.presets import AUGMENTATIONS, with_scale
 from pipelines.backends.select import Pipeline, open_pipeline, open_source
@@ -87,14 +88,14 @@ class Trainer:
         self.selection = select(
             config,
             context.auto,
-            lambda triton: next(self._open(self.planner, torch.float32, triton).views(0, 1)),
+            partial(self._open, self.planner),
             self.total_steps,
             len(dataset.train),
             self.world,
         )
         self.config = config = self.selection.config
         dtype = DTYPES[config.run.amp]
-        self.pipeline = self._open(self.planner, dtype, self.selection.triton_views)
+        self.pipeline = self._open(self.planner, dtype, self.selection.triton_views, config.run.prefetch == "on")
         self.evaluator = OnlineEvaluator(
             config, dataset, source, self.pipeline, self.augmentation, self.world, dtype, context.console
         )
@@ -106,6 +107,7 @@ class Trainer:
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
+        self._requires_graph = "cuda_graph" not in context.auto or config.run.check == "strict"
         self._stopped, self._began = False, time.monotonic()
 
     @property
@@ -154,10 +156,10 @@ class Trainer:
         dtype, planner = DTYPES[self.config.run.amp], self.planner.preview(MAX_DRAWN)
         return next(self._open(planner, dtype, self.selection.triton_views).views(0, 1))
 
-    def _open(self, planner: Planner, dtype: torch.dtype, triton: bool | None) -> Pipeline:
+    def _open(self, planner: Planner, dtype: torch.dtype, triton: bool | None, prefetch: bool = True) -> Pipeline:
         data, side, device = self.config.data, self.config.augment.crop_size, self.world.device
         return open_pipeline(
-            data.pipeline, self._images, planner, self._source, side, device, dtype, data.workers, triton
+            data.pipeline, self._images, planner, self._source, side, device, dtype, data.workers, triton, prefetch
         )
 
     def _resume(self) -> None:
@@ -181,7 +183,9 @@ class Trainer:
             for views in clock.steps(self._until_stopped()):
                 if step is None:
                     with clock.paused(), watchdog.paused():
-                        step = GraphedStep(state.train_step, views)
+                        step, failure = captured(state.train_step, views, self.world, self._requires_graph)
+                    if failure is not None:
+                        say(self.console, f"left out CUDA graph: {failure}", "yellow")
                 lr = self._lr()
                 step(views, lr, self._ema_momentum())
                 state.step += 1

@@ -34,7 +34,7 @@ from benchmarks.measure.resources import (
 from benchmarks.measure.sample_data import as_beton
 from fastmoco.errors import DivergedError
 from fastmoco.run.malloc import keep_freed_memory
-from fastmoco.run.throughput import StepClock
+from fastmoco.run.throughput import StepClock, mark_on
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.backends.baseline import DataLoaderPipeline
 from pipelines.backends.select import open_pipeline, open_source
@@ -165,7 +165,7 @@ def measure(case: Case, seconds: float, device: torch.device) -> Reading:
             torch.cuda.synchronize(device)  # energy of the warm-up is not counted
         sampler = None if nvml is None else stack.enter_context(Sampler(nvml_query(nvml)))
         watch.start()
-        clock, began = StepClock(case.batch_size), time.perf_counter()
+        clock, began = StepClock(case.batch_size, mark=mark_on(device)), time.perf_counter()
         for views in clock.steps(batches):
             count += 1
             if engine is not None:

@@ -34,6 +34,8 @@ class RunOptions:
     """Capture the training step as a CUDA graph and replay it (auto: on a GPU)."""
     stem_format: Literal["auto", "channels-last", "contiguous"] = "auto"
     """Memory format of the first convolution, whose input has three channels (auto: channels-last, unless tuned)."""
+    prefetch: Literal["auto", "on", "off"] = "auto"
+    """Prepare the next batch on the device during the step, in a stream of its own (auto: on a GPU, unless tuned)."""
     check: Literal["on", "off", "strict"] = "on"
     """Compare the first step with plain PyTorch; fast paths that fail are left out (strict: are an error)."""
     tune: Literal["auto", "off", "now"] = "auto"

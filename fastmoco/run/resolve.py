@@ -131,7 +131,7 @@ def _bn_splits(given: int | None, batch: int, devices: int) -> int:
 
 
 def _speed(config: RunConfig, device: torch.device) -> tuple[dict[str, str], str]:
-    """Kernels, compilation, CUDA graph and format of the stem, and what is missing for faster ones.
+    """Kernels, compilation, CUDA graph, prefetching and format of the stem, and what is missing for faster ones.
 
     Compilation is off with the Triton kernels: they fuse batch norm, ReLU and residual sum, which is what it would fuse
     in an encoder, and the CUDA graph saves the launches.
@@ -143,10 +143,13 @@ def _speed(config: RunConfig, device: torch.device) -> tuple[dict[str, str], str
     compiled = on_gpu and kernels == "torch" and missing is None and not run.checkpoint_activations
     if run.cuda_graph == "on" and not on_gpu:
         raise ConfigError(f"--cuda-graph on needs a GPU, and the device is {device}: use --cuda-graph off")
+    if run.prefetch == "on" and not on_gpu:
+        raise ConfigError(f"--prefetch on needs a GPU, and the device is {device}: use --prefetch off")
     return {
         "kernels": kernels,
         "compile": ("default" if compiled else "off") if run.compile == "auto" else run.compile,
         "cuda_graph": ("on" if on_gpu else "off") if run.cuda_graph == "auto" else run.cuda_graph,
+        "prefetch": ("on" if on_gpu else "off") if run.prefetch == "auto" else run.prefetch,
         "stem_format": "channels-last" if run.stem_format == "auto" else run.stem_format,
     }, "" if missing is None else f"without fused kernels and torch.compile: {missing}"
 

@@ -18,7 +18,7 @@ from pipelines.files import write_atomically
 
 FORMAT = 1
 _SHAPES = ("arch", "width", "stem", "head", "mlp", "moco_dim", "moco_k", "bn_splits", "symmetric", "mechanism")
-_MORE = ("batch_size", "crop_size", "checkpoint_activations", "objective", "optimizer")
+_MORE = ("pipeline", "workers", "aug", "batch_size", "crop_size", "checkpoint_activations", "objective", "optimizer")
 
 
 def cache_path() -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from fastmoco.config import ResolvedConfig
 from fastmoco.step.kernels import triton_missing
+from pipelines.registry import BACKENDS
 
 Auto = frozenset[str]
 
@@ -23,7 +24,13 @@ class Candidate:
     compile: str = "off"
     stem_format: str = "channels-last"
     cuda_graph: str = "off"
+    prefetch: str = "off"
     cpu_threads: int | None = None
+
+    @property
+    def arithmetic(self) -> Candidate:
+        """What the values of a step depend on: two candidates with the same arithmetic differ in speed only."""
+        return replace(self, prefetch="off", cpu_threads=None)
 
     def apply(self, config: ResolvedConfig) -> ResolvedConfig:
         """The configuration that trains in this way."""
@@ -39,6 +46,7 @@ class Candidate:
         parts += [f"compile {self.compile}"] * (self.compile != "off")
         parts += ["contiguous stem"] * (self.stem_format != "channels-last")
         parts += ["CUDA graph"] * (self.cuda_graph == "on")
+        parts += ["prefetch"] * (self.prefetch == "on")
         parts += [f"{self.cpu_threads} threads"] * (self.cpu_threads is not None)
         return ", ".join(parts)
 
@@ -80,6 +88,8 @@ def variations(
         found.append([replace(best, cuda_graph=value) for value in ("on", "off")])
     if "stem_format" in auto:
         found.append([replace(best, stem_format=value) for value in ("channels-last", "contiguous")])
+    if "prefetch" in auto and device.type == "cuda" and BACKENDS[config.data.pipeline].pipeline is None:
+        found.append([replace(best, prefetch=value) for value in ("on", "off")])
     if "cpu_threads" in auto and device.type == "cpu":
         found.append([replace(best, cpu_threads=count) for count in _thread_counts()])
     return [[c for c in dict.fromkeys(dimension) if c != best] for dimension in found]

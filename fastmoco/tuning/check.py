@@ -102,7 +102,7 @@ class Checker:
             exact = self._compare(Candidate(amp="fp32", kernels="triton"))
             if exact.failure is not None:
                 return Verdict(f"in float32, {exact.failure}", exact.errors)
-        verdict = self._compare(replace(candidate, cuda_graph="off"))
+        verdict = self._compare(replace(candidate.arithmetic, cuda_graph="off"))
         if verdict.failure is None and candidate.cuda_graph == "on":
             failure = self._check_graph(candidate, verdict)
             return Verdict(failure, verdict.errors)
@@ -120,7 +120,7 @@ class Checker:
     def _tolerances(self, candidate: Candidate, reference: StepResult) -> dict[str, float]:
         """The largest relative error of each tensor."""
         plain = Candidate(amp=candidate.amp)
-        if candidate.amp != "fp32" and replace(candidate, cpu_threads=None, cuda_graph="off") == plain:
+        if candidate.amp != "fp32" and replace(candidate.arithmetic, cuda_graph="off") == plain:
             return {
                 f"{group} {name}".strip(): math.inf if group in _WEIGHTS else LIMIT
                 for group, tensors in reference.after.items()

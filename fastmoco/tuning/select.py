@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastmoco.tuning import cache
 from fastmoco.tuning.candidates import Auto, Candidate, variations, without_graph
 from fastmoco.tuning.check import Checker, Verdict, build_for, views_failure
 from fastmoco.tuning.timing import step_seconds
+from pipelines.backends.select import Pipeline
 from pipelines.views import Views
 
 WORTH_S = 20 * 60  # training time from which --tune auto measures: that takes about a minute
@@ -47,7 +49,7 @@ class Selection:
 def select(
     config: ResolvedConfig,
     auto: Auto,
-    first_views: Callable[[bool], Views],
+    open_pipeline: Callable[[torch.dtype, bool | None, bool], Pipeline],
     steps: int,
     images: int,
     world: World,
@@ -55,10 +57,10 @@ def select(
 ) -> Selection:
     """Check and tune a run as --check and --tune ask for.
 
-    auto         fields of `config` that may change
-    first_views  the first batch, float32, augmented in Triton kernels or not; called only if there is something to do
-    steps        of the run, on `images` images
-    graph        captures a step
+    auto           fields of `config` that may change
+    open_pipeline  opens that of the run with other values of `dtype`, `triton` and `prefetch`; called only if needed
+    steps          of the run, on `images` images
+    graph          captures a step
 
     Raises ConfigError if a field given by name cannot be used, or with --check strict any other.
     """
@@ -67,29 +69,34 @@ def select(
     tunes = not options.deterministic and (options.tune == "now" or (options.tune == "auto" and cuda and bool(auto)))
     if not (checks or tunes):
         return Selection(config)
-    views, failure = _copied(first_views(False)), None  # a pipeline may reuse its buffers
+    views, failure = _copied(next(open_pipeline(torch.float32, False, True).views(0, 1))), None
     if cuda and triton_missing() is None and options.check != "off":
-        failure = views_failure(lambda: first_views(True), views)
+        failure = views_failure(lambda: next(open_pipeline(torch.float32, True, True).views(0, 1)), views)
         if failure is not None and options.check == "strict":
             raise ConfigError(f"--check strict: augmentation in Triton: {failure}")
-    if world.size > 1:  # the keys of a rank may be of different images from its queries
-        order = torch.arange(len(views.query), device=world.device)
-        views = Views(views.query, views.key, order, views.index)
-    selection = Selector(config, auto, views, steps, images, world, tunes=tunes, graph=graph).run()
+    triton_views = None if failure is None else False
+
+    def batches(candidate: Candidate) -> Iterator[Views]:
+        pipeline = open_pipeline(DTYPES[candidate.amp], triton_views, candidate.prefetch == "on")
+        return (_of_one_rank(batch, world) for batch in pipeline.views(0, steps))
+
+    views = _of_one_rank(views, world)
+    selection = Selector(config, auto, views, steps, images, world, batches, tunes=tunes, graph=graph).run()
     if cuda:
         torch.cuda.reset_peak_memory_stats(world.device)  # the reference may need more than the run itself
     if failure is not None:
         selection.notes.append(f"left out augmentation in Triton: {failure}")
-        selection.triton_views = False
+        selection.triton_views = triton_views
     return selection
 
 
 class Selector:
     """Chooses among the fields in `auto`; the arguments are those of `select`.
 
-    views  the first batch, float32, on the device: all pairs, or one rank's share
-    tunes  whether to time candidates
-    path   of the cache
+    views    the first batch, float32, on the device: all pairs, or one rank's share
+    batches  opens the batches of the run as a candidate loads them
+    tunes    whether to time candidates
+    path     of the cache
     """
 
     def __init__(
@@ -100,18 +107,19 @@ class Selector:
         steps: int,
         images: int,
         world: World,
+        batches: Callable[[Candidate], Iterator[Views]],
         path: Path | None = None,
         tunes: bool = False,
         graph: Callable[[TrainStep, Views], GraphedStep] = GraphedStep,
     ) -> None:
         self._config, self._auto, self._views, self._images, self._world = config, auto, views, images, world
-        self._steps, self._graph, self._tunes = steps, graph, tunes
+        self._steps, self._graph, self._tunes, self._batches = steps, graph, tunes, batches
         self._path = cache.cache_path() if path is None else path
         self._key = cache.key(config, auto, world.device, world.size)
         self._local = _local(config, world.size)
         self._checker = Checker(self._local, views, images, world.device, graph)
         self._selection = Selection(config)
-        self._milliseconds: dict[Candidate, float] = {}
+        self._timed: list[tuple[Candidate, str, float]] = []  # candidate, its name, milliseconds per step
 
     def run(self) -> Selection:
         options, tunes = self._config.run, self._tunes
@@ -189,7 +197,7 @@ class Selector:
     def _fastest(self, champion: Candidate) -> Candidate:
         """Vary one dimension after the other; two candidates are alive at a time, and are timed in turns."""
         (seconds,) = self._time([champion])
-        self._milliseconds[champion] = 1e3 * seconds
+        self._timed.append((champion, str(champion), 1e3 * seconds))
         training_s = self._steps * seconds
         now = self._config.run.tune == "now"
         if not now and training_s < WORTH_S:
@@ -200,61 +208,79 @@ class Selector:
             for challenger in options[dimension]:
                 champion = self._faster(champion, challenger)
             dimension += 1
-        self._selection.table = [(str(c), ms, c == champion) for c, ms in self._milliseconds.items()]
+        self._selection.table = [(name, ms, c == champion) for c, name, ms in self._timed]
         try:
-            cache.store(self._path, self._key, champion, {str(c): ms for c, ms in self._milliseconds.items()})
+            cache.store(self._path, self._key, champion, {name: ms for _, name, ms in self._timed})
         except OSError as error:
             self._selection.notes.append(f"the choice is not remembered: {self._path} ({error.strerror or error})")
         return champion
 
     def _faster(self, champion: Candidate, challenger: Candidate) -> Candidate:
         """The challenger, if it is right and faster."""
-        check = self._config.run.check != "off" and replace(challenger, cpu_threads=champion.cpu_threads) != champion
+        check = self._config.run.check != "off" and challenger.arithmetic != champion.arithmetic
         verdict = self._checker.check(challenger) if check else Verdict(None, {})
         if verdict.failure is not None:
             self._fail(f"{challenger}: {verdict.failure}")
             return champion
+        loading = challenger.prefetch != champion.prefetch
         try:
-            best_s, new_s = self._time([champion, challenger])
+            best_s, new_s = self._time([champion, challenger], loading)
         except torch.OutOfMemoryError:  # both at once do not fit
             _release(self._world.device)
-            (best_s,), (new_s,) = self._time([champion]), self._time([challenger])
-        self._milliseconds[challenger] = self._milliseconds[champion] * new_s / best_s  # of the same moment
+            (best_s,), (new_s,) = self._time([champion], loading), self._time([challenger], loading)
+        if loading:
+            self._timed += [(c, f"{c}, with loading", 1e3 * s) for c, s in ((champion, best_s), (challenger, new_s))]
+        else:
+            best_ms = next(ms for candidate, _, ms in self._timed if candidate == champion)
+            self._timed.append((challenger, str(challenger), best_ms * new_s / best_s))  # of the same moment
         return challenger if new_s < FASTER * best_s else champion
 
-    def _time(self, candidates: list[Candidate]) -> list[float]:
-        """Seconds per step of each."""
+    def _time(self, candidates: list[Candidate], loading: bool = False) -> list[float]:
+        """Seconds per step of each, on the first batch or with the loading of every batch."""
         device = self._world.device
         threads = torch.get_num_threads()
         try:
-            return step_seconds([self._step(candidate, threads) for candidate in candidates], device)
+            return step_seconds([self._step(candidate, threads, loading) for candidate in candidates], device)
         finally:
             torch.set_num_threads(threads)
             _release(device)
 
-    def _step(self, candidate: Candidate, threads: int) -> Callable[[], None]:
-        """A step of its own on the first batch, at a learning rate of zero."""
-        views = self._views
+    def _step(self, candidate: Candidate, threads: int, loading: bool) -> Callable[[], None]:
+        """A step of its own, at a learning rate of zero."""
         dtype = DTYPES[candidate.amp]
-        views = Views(views.query.to(dtype), views.key.to(dtype), views.key_order, views.index)
+        first = self._views
+        views = Views(first.query.to(dtype), first.key.to(dtype), first.key_order, first.index)
+        batches = self._forever(candidate) if loading else itertools.repeat(views)
         step = build_for(candidate, self._local, len(views.query), self._images, self._world.device)
         call = self._graph(step, views) if candidate.cuda_graph == "on" else step
 
         def run() -> None:
             if self._world.device.type == "cpu":
                 torch.set_num_threads(candidate.cpu_threads or threads)
-            call(views, 0.0, 1.0)
+            call(next(batches), 0.0, 1.0)
 
         return run
 
+    def _forever(self, candidate: Candidate) -> Iterator[Views]:
+        while True:
+            yield from self._batches(candidate)
+
 
 def _copied(views: Views) -> Views:
+    """A pipeline may reuse its memory."""
     return Views(views.query.clone(), views.key.clone(), views.key_order.clone(), views.index.clone())
+
+
+def _of_one_rank(views: Views, world: World) -> Views:
+    """The batch as a rank trains on it on its own: its keys may be of different images from its queries."""
+    if world.size == 1:
+        return views
+    return Views(views.query, views.key, torch.arange(len(views.query), device=world.device), views.index)
 
 
 def _is_fast(candidate: Candidate) -> bool:
     """Whether it is anything but eager float32 PyTorch."""
-    return replace(candidate, cpu_threads=None) != Candidate(amp="fp32")
+    return candidate.arithmetic != Candidate(amp="fp32")
 
 
 def _local(config: ResolvedConfig, ranks: int) -> ResolvedConfig:

@@ -69,12 +69,13 @@ def open_pipeline(
     dtype: torch.dtype,
     workers: int,
     triton: bool | None = None,
+    prefetch: bool = True,
 ) -> Pipeline:
     """Two views of every image of the index, in batches; `source` is what `open_source` gave for that name.
 
-    triton  as of `TwoViewPipeline`
+    triton, prefetch  as of `TwoViewPipeline`
     """
     own = BACKENDS[name].pipeline
     if own is not None:
         return load(own)(index, planner, side, device, dtype, workers)
-    return TwoViewPipeline(planner, source, device, dtype, triton)
+    return TwoViewPipeline(planner, source, device, dtype, triton, prefetch)

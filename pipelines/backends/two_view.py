@@ -1,4 +1,4 @@
-"""Plans → crops → colour → Views on the training device, one batch ahead of the step."""
+"""Plans → crops → colour → Views on the training device, by default one batch ahead of the step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ BUFFERS = 2  # batches in device memory: the one in use, and the one being prepa
 class TwoViewPipeline:
     """Both views of every image of a run, with the same order and parameters for any crop source.
 
-    dtype   that of the views: the training dtype of the encoders
-    triton  colour (and, from a resident source, crop) in Triton kernels; by default on CUDA
+    dtype     that of the views: the training dtype of the encoders
+    triton    colour (and, from a resident source, crop) in Triton kernels; by default on CUDA
+    prefetch  on CUDA, prepare a batch in another stream during the step on the one before, in the memory of two
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class TwoViewPipeline:
         device: torch.device,
         dtype: torch.dtype,
         triton: bool | None = None,
+        prefetch: bool = True,
     ) -> None:
         self.planner, self.source, self.device, self.dtype = planner, source, device, dtype
+        self.prefetch = prefetch
         available = device.type == "cuda" and has_triton()
         self.triton = available if triton is None else triton
 
@@ -50,8 +53,14 @@ class TwoViewPipeline:
         else:
             batches = ((crops.plan, crops) for crops in self.source.crops(plans))
         if self.device.type == "cuda":
-            return self._ahead(batches)
+            return self._ahead(batches) if self.prefetch else self._in_turn(batches)
         return (self._views(plan, crops, _Buffer()) for plan, crops in batches)
+
+    def _in_turn(self, batches: Iterator[tuple[BatchPlan, Crops | None]]) -> Iterator[Views]:
+        """Prepares every batch in the training stream, after the step on the one before."""
+        buffer = _Buffer()
+        for plan, crops in batches:
+            yield self._views(plan, crops, buffer)
 
     def _ahead(self, batches: Iterator[tuple[BatchPlan, Crops | None]]) -> Iterator[Views]:
         """Prepares a batch in a stream of its own while the training step works on the previous one.

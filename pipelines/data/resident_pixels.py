@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
-from pipelines.platforms import free_host_memory_bytes
+from pipelines.host_memory import available_bytes
 
 # Share that the images may fill: the rest is for the encoders, their activations and the optimiser.
 SHARE_OF_FREE_MEMORY = 0.6
@@ -70,7 +70,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Free memory of a device; of the host for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return free_host_memory_bytes()
+    return available_bytes()
 
 
 def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers: int) -> Tensor:

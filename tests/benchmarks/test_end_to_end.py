@@ -80,16 +80,16 @@ def _engine(seconds: float = 0.0, loss: float = 1.0) -> Engine:
 
 
 def test_a_slow_loader_shows_as_waiting_and_as_a_lower_share_of_the_step() -> None:
-    """10 ms per batch and 20 ms per step: a third of the time is waiting, and two thirds of the rate remain."""
-    engine = _engine(0.02)
+    """75 ms per batch and 150 ms per step: a third of the time is waiting, and two thirds of the rate remain."""
+    engine = _engine(0.15)
 
     def slow() -> Iterator[Any]:
         for views in itertools.cycle(engine.synthetic):
-            time.sleep(0.01)
+            time.sleep(0.075)
             yield views
 
-    loaded = measure(Case(slow, engine, TASK.batch_size), 0.2, CPU)
-    alone = measure(step_only(engine, TASK), 0.2, CPU)
+    loaded = measure(Case(slow, engine, TASK.batch_size), 1.0, CPU)
+    alone = measure(step_only(engine, TASK), 1.0, CPU)
     assert loaded["data_wait_percent"] == pytest.approx(100 / 3, abs=12)
     assert alone["data_wait_percent"] < 10
     assert loaded["images_per_s"] / alone["images_per_s"] == pytest.approx(2 / 3, abs=0.2)

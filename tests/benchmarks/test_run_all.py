@@ -257,6 +257,13 @@ def test_the_parts_are_listed_with_their_limits(capsys: pytest.CaptureFixture[st
     assert all(entry.name in out for entry in GPU)
 
 
+def test_the_suite_of_a_gpu_is_refused_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_all.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"--suite gpu needs a CUDA device.*: use --suite cpu"):
+        main(Settings(suite="gpu", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists(), "nothing was started"
+
+
 def test_the_limits_of_the_suites_are_those_in_the_documentation() -> None:
     assert sum(entry.limit_s for entry in CPU) <= 20 * 60
     for number in {entry.number for entry in GPU}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ from tests.standin.run import run_program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL = "--arch resnet18 --width 0.25 --stem cifar --crop-size 32 --batch-size 16 --moco-k 32"
-RUN = "--data shapes --limit 64 --epochs 1 --knn-every 0 --pipeline resident --log-every 4 --tune off"
+RUN = "--data shapes --limit 64 --epochs 1 --knn-every 0 --pipeline resident --log-every 4"
 
 
-def train(out: Path, *options: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
-    return run_program(
-        "train", "--trust-values", *options, "--", "--out", str(out), *MODEL.split(), *RUN.split(), *flags
-    )
+def train(out: Path, *options: str, flags: tuple[str, ...] = (), tune: str = "off") -> dict[str, Any]:
+    flags = ("--out", str(out), *MODEL.split(), *RUN.split(), "--tune", tune, *flags)
+    return run_program("train", "--trust-values", *options, "--", *flags)
 
 
 def chosen(report: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -63,3 +63,16 @@ def test_too_little_memory_for_any_way_is_an_error_of_one_line(tmp_path: Path) -
     report = train(tmp_path / "run", "--memory", "60000000", flags=("--batch-size", "64", "--width", "1"))
     assert report["exit_code"] == 6, report["output"] + report["error"]
     assert "too little memory for --batch-size 64" in report["output"]
+
+
+def test_every_way_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen means nothing without kernels that run; the run uses it, and remembers it."""
+    monkeypatch.setenv("FASTMOCO_CACHE", str(tmp_path))
+    report = train(tmp_path / "run", tune="now", flags=("--compile", "off"))
+    assert report["exit_code"] == 0, report["output"] + report["error"]
+    assert report["violations"] == 0
+    table = report["output"].partition("time of a step")[2]
+    for name in ("triton kernels", "torch kernels", "contiguous stem", "CUDA graph", "prefetch", "with loading"):
+        assert name in table, report["output"]
+    (entry,) = json.loads((tmp_path / "tuning.json").read_text())["entries"].values()
+    assert entry["choice"] == {name: report["settings"][name] for name in entry["choice"]}

@@ -64,6 +64,13 @@ def test_with_images_in_device_memory(tmp_path: Path, graph: str) -> None:
         assert step["after"]["counts"].get("cudaMemcpyAsync", 0) <= 1, "the numbers of a batch are one copy"
 
 
+def test_without_prefetching(tmp_path: Path) -> None:
+    report = train(tmp_path / "run", "shapes", "--pipeline", "resident", "--prefetch", "off")
+    check_steps(report)
+    assert report["violations"] == 0
+    assert report["settings"]["prefetch"] == "off"
+
+
 def test_with_worker_processes(tmp_path: Path, photographs: Path) -> None:
     report = train(tmp_path / "run", str(photographs), "--pipeline", "torch", "--workers", "1")
     check_steps(report)

@@ -10,8 +10,8 @@ from fastmoco.tuning.candidates import Candidate, variations, without_graph
 from tests.tuning.tiny import CPU, tiny_config
 
 CUDA = torch.device("cuda", 0)
-ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "cpu_threads"})
-PREFERRED = Candidate("bf16", "triton", cuda_graph="on")
+ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "prefetch", "cpu_threads"})
+PREFERRED = Candidate("bf16", "triton", cuda_graph="on", prefetch="on")
 
 
 def names(found) -> list[tuple[str, str, str]]:
@@ -42,12 +42,16 @@ def test_activation_checkpointing_is_never_compiled(monkeypatch: pytest.MonkeyPa
 def test_dimensions_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "triton_missing", lambda: None)
     config = PREFERRED.apply(tiny_config())
-    implementations, graphs, stems = variations(PREFERRED, config, ALL, CUDA, compiles=True)
+    implementations, graphs, stems, loading = variations(PREFERRED, config, ALL, CUDA, compiles=True)
     assert names(implementations) == [
         ("bf16", "torch", "default"), ("bf16", "torch", "off"), ("bf16", "triton", "default")]  # fmt: skip
     assert all(c.cuda_graph == "on" for c in implementations)
     assert [c.cuda_graph for c in graphs] == ["off"]
     assert [c.stem_format for c in stems] == ["contiguous"]
+    assert [c.prefetch for c in loading] == ["off"]
+    assert {c.arithmetic for c in loading} == {PREFERRED.arithmetic}
+    *_, last = variations(PREFERRED, PREFERRED.apply(tiny_config(pipeline="dataloader")), ALL, CUDA, compiles=True)
+    assert last == stems, "it has its own way of preparing batches"
     quick, *_ = variations(PREFERRED, config, ALL, CUDA, compiles=False)
     assert names(quick) == [("bf16", "torch", "off")]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,22 @@ from fastmoco.step.cuda_graph import GraphedStep
 from fastmoco.tuning import cache, candidates, select
 from fastmoco.tuning.candidates import Candidate
 from fastmoco.tuning.select import Selection, Selector
+from pipelines.views import Views
 from tests.step.test_cuda_graph import Recorder
 from tests.tuning.tiny import CPU, FAULTS, IMAGES, tiny_config, tiny_views
 
-ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "cpu_threads"})
+ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "prefetch", "cpu_threads"})
 LADDER = [
     Candidate("bf16", "triton"),
     Candidate("bf16", "torch", "default"),
     Candidate("bf16", "torch"),
     Candidate("fp32", "torch"),
 ]
+
+
+def batches(candidate: Candidate) -> Iterator[Views]:
+    raise AssertionError("a batch was loaded")
+    yield
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def chosen(auto: frozenset[str] = ALL, graph: RuntimeError | None = None, **opti
     def capture(step, views):
         return GraphedStep(step, views, Recorder(graph))
 
-    return Selector(config, auto, tiny_views(), 1000, IMAGES, World(CPU), graph=capture).run()
+    return Selector(config, auto, tiny_views(), 1000, IMAGES, World(CPU), batches, graph=capture).run()
 
 
 def test_the_preferred_way_is_taken_if_it_is_right(implementation, gpu_ladder) -> None:
@@ -96,7 +104,7 @@ def test_strict_allows_no_failure(implementation, gpu_ladder) -> None:
 
 
 def test_a_run_that_asks_for_nothing_draws_no_batch() -> None:
-    def draws(triton: bool):
+    def draws(dtype: torch.dtype, triton: bool | None, prefetch: bool):
         raise AssertionError("a batch was drawn")
 
     for options in ({"amp": "fp32"}, {"amp": "bf16", "check": "off"}):
@@ -112,16 +120,16 @@ def milliseconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Stands for measured times: by the first word that a candidate's text contains, else 10."""
     times: dict[str, float] = {}
 
-    def time(self: Selector, found: list[Candidate]) -> list[float]:
+    def times_of(self: Selector, found: list[Candidate], loading: bool = False) -> list[float]:
         return [next((ms for word, ms in times.items() if word in str(c)), 10.0) / 1e3 for c in found]
 
-    monkeypatch.setattr(Selector, "_time", time)
+    monkeypatch.setattr(Selector, "_time", times_of)
     return times
 
 
 def tuned(path: Path, **options) -> Selection:
     config = tiny_config(tune="now", **options)
-    return Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), path, tunes=True).run()
+    return Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), batches, path, tunes=True).run()
 
 
 def test_the_fastest_is_taken_and_remembered(implementation, milliseconds, monkeypatch, tmp_path: Path) -> None:
@@ -152,15 +160,42 @@ def test_a_gain_within_the_noise_changes_nothing(implementation, milliseconds, m
     assert Candidate.of(tuned(tmp_path / "tuning.json").config) == Candidate("fp32")
 
 
+def test_prefetching_is_timed_with_the_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With views that take long where they are prefetched, as on a device that is shared."""
+    loaded = {"on": 0, "off": 0}
+
+    def load(candidate: Candidate) -> Iterator[Views]:
+        for _ in range(3):  # fewer than are timed: the images begin anew
+            loaded[candidate.prefetch] += 1
+            time.sleep(0.5 * (candidate.prefetch == "on"))
+            yield tiny_views()
+
+    config = Candidate("fp32", prefetch="on").apply(tiny_config(tune="now", check="off"))
+    off = Candidate("fp32")
+    monkeypatch.setattr(select, "variations", lambda *_, **__: [[off]])
+    path = tmp_path / "tuning.json"
+    selection = Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), load, path, tunes=True).run()
+    assert Candidate.of(selection.config) == off
+    assert min(loaded.values()) > 3
+    names = [(name, is_chosen) for name, _, is_chosen in selection.table]
+    assert names == [
+        ("fp32, torch kernels, prefetch", False),
+        ("fp32, torch kernels, prefetch, with loading", False),
+        ("fp32, torch kernels, with loading", True),
+    ]
+    milliseconds = [ms for _, ms, _ in selection.table]
+    assert milliseconds[1] > 500 > milliseconds[2]
+
+
 def test_short_runs_are_not_tuned_and_remembered_choices_are_used(implementation, milliseconds, tmp_path) -> None:
     """As --tune auto does on a GPU."""
     path = tmp_path / "tuning.json"
     config = tiny_config()
-    short = Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), path, tunes=True).run()
+    short = Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), batches, path, tunes=True).run()
     assert short.table == []
     assert not path.exists()
     cache.store(path, cache.key(config, ALL, CPU, 1), Candidate("fp32", stem_format="contiguous"), {})
-    found = Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), path, tunes=True).run()
+    found = Selector(config, ALL, tiny_views(), 1000, IMAGES, World(CPU), batches, path, tunes=True).run()
     assert found.config.run.stem_format == "contiguous"
     assert found.table == []
 
@@ -193,6 +228,7 @@ def test_the_key_depends_on_shapes_and_on_what_is_free() -> None:
         cache.key(config, ALL - {"amp"}, CPU, 1),
         cache.key(tiny_config(batch_size=16), ALL, CPU, 1),
         cache.key(tiny_config(crop_size=24), ALL, CPU, 1),
+        cache.key(tiny_config(workers=7), ALL, CPU, 1),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert cache.key(tiny_config(seed=7, lr=0.5), ALL, CPU, 1) == cache.key(config, ALL, CPU, 1)

@@ -141,14 +141,14 @@ def test_crops(name: str, index: ImageIndex, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("augmentation", [V2, CIFAR], ids=lambda a: a.name)
-@pytest.mark.parametrize("triton", [None, False], ids=["default", "torch"])
+@pytest.mark.parametrize("options", [{}, {"triton": False}, {"prefetch": False}], ids=["default", "torch", "in turn"])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_views(
-    name: str, index: ImageIndex, device: torch.device, triton: bool | None, augmentation: Augmentation
+    name: str, index: ImageIndex, device: torch.device, options: dict[str, bool], augmentation: Augmentation
 ) -> None:
     """Two iterators of one pipeline in turn, and a third after one of them was abandoned."""
     source = open_crops(name, index, device)
-    pipeline = TwoViewPipeline(planner_of(index, augmentation), source, device, torch.float32, triton)
+    pipeline = TwoViewPipeline(planner_of(index, augmentation), source, device, torch.float32, **options)
     first, second = pipeline.views(0, STEPS), pipeline.views(0, STEPS)
     head = copies((next(iterator) for _ in range(3) for iterator in (first, second)), device)
     second.close()  # type: ignore[attr-defined]
