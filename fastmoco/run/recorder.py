@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import nn
 
 from fastmoco.config import ResolvedConfig
@@ -20,6 +19,7 @@ from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 from fastmoco.run.plots import curves, views_grid
 from fastmoco.run.report import end_facts, evaluation_line
+from fastmoco.run.sealed import save_sealed
 from fastmoco.run.state import TrainState
 from pipelines.augment.presets import Augmentation
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
@@ -154,7 +154,7 @@ class RunRecorder:
         """Write the backbone with torchvision's names and the curves, and print the summary."""
         self.finish_saving(attempts=1)
         with replacing(self.directory.backbone) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
+            save_sealed(backbone.state_dict(), part)
         records = read_metrics(self.metrics.path)
         curves(records, self.directory.curves_png, chance_loss)
         self.status(step, epoch, ExitCode.DONE)
