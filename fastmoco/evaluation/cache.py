@@ -84,7 +84,6 @@ class FeatureCache:
     def store(self, name: str, features: Tensor) -> str | None:
         """Store an entry atomically; returns a warning if the disk does not allow it."""
         path, needed = self._path(name), features.numel() * 4
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # concurrent evaluations may store the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free, memory = shutil.disk_usage(self.folder).free, budget_bytes(torch.device("cpu"))
@@ -94,8 +93,8 @@ class FeatureCache:
                 )
             if needed > _MAX_SHARE_OF_FREE * free:
                 return f"the features are not cached: they take {needed:,} bytes and {self.folder} has {free:,} free"
-            with replacing(path, temporary):
-                save_sealed({"features": features.float()}, temporary)
+            with replacing(path, needed, shared=True) as temporary:
+                save_sealed({"features": features.cpu().float()}, temporary)
             self._prune(path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)

@@ -53,9 +53,8 @@ def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool
     content = kind.write(backbone, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            with temporary.open("xb") as file:  # fails on an existing link instead of following it
-                file.write(content)
+        with replacing(path, len(content), shared=True) as temporary:
+            temporary.write_bytes(content)
             model, checked_with = kind.load(backbone, temporary)
             apart = _compare(backbone, model, f"{path} was not written: what {checked_with} makes of it")
     except OSError as error:
