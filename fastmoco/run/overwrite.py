@@ -6,10 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
-
 LOCK_NAME = ".lock"
-_FILES = ("config.json", "status.json", "metrics.jsonl", "views.png", "curves.png", "backbone.safetensors", LEDGER_NAME)
+_FILES = (
+    "quarantine.jsonl",
+    "config.json",
+    "status.json",
+    "metrics.jsonl",
+    "views.png",
+    "curves.png",
+    "backbone.safetensors",
+)
 _IN_FOLDERS = {
     "checkpoints": r"step-\d{9,}\.safetensors(\.sha256)?",
     "tb": r"events\.out\.tfevents\..+",
