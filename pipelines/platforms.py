@@ -86,6 +86,11 @@ def open_to_append(path: str) -> int:
     return os.open(path, flags, 0o666)
 
 
+def open_folder(path: str) -> int | None:
+    """Descriptor of a folder; None on Windows, which opens none. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else None
+
+
 def read_at(descriptor: int, length: int, offset: int) -> bytes:
     """Up to `length` bytes of an open file from `offset`, from any thread. Raises OSError."""
     if hasattr(os, "pread"):

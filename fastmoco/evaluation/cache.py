@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastmoco.evaluation.budget import budget_bytes, gibibytes
 from fastmoco.run.fingerprint import fingerprint
-from fastmoco.run.sealed import content_sha256, is_intact, save_sealed
+from fastmoco.run.sealed import content_sha256, is_intact, sealed_bytes
 from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
 from pipelines.files import replacing
@@ -94,7 +94,7 @@ class FeatureCache:
             if needed > _MAX_SHARE_OF_FREE * free:
                 return f"the features are not cached: they take {needed:,} bytes and {self.folder} has {free:,} free"
             with replacing(path, needed, shared=True) as temporary:
-                save_sealed({"features": features.cpu().float()}, temporary)
+                temporary.write_bytes(sealed_bytes({"features": features.cpu().float()}))
             self._prune(path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fastmoco.errors import CheckpointError
@@ -33,15 +32,10 @@ def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     return digest.hexdigest()
 
 
-def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The metadata with which these tensors are saved: `metadata` and the SHA-256."""
-    return {**(metadata or {}), SEAL: content_sha256(tensors, metadata)}
-
-
-def save_sealed(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Save tensors of any device with their SHA-256. Raises OSError and SafetensorError."""
+def sealed_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The file of tensors on any device, with their SHA-256. Raises SafetensorError."""
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(host, path, sealed(host, metadata))
+    return save(host, {**(metadata or {}), SEAL: content_sha256(host, metadata)})
 
 
 def is_intact(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bool:

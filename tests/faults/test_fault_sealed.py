@@ -16,7 +16,7 @@ from fastmoco.evaluation.cache import FeatureCache
 from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.export.write import export
 from fastmoco.model.architectures import family
-from fastmoco.run.sealed import SEAL, save_sealed
+from fastmoco.run.sealed import SEAL, sealed_bytes
 
 FLIPS = 40
 
@@ -58,13 +58,13 @@ def assert_no_flip_is_loaded(path: Path) -> None:
 
 def test_a_flipped_bit_in_a_backbone_is_refused(tensors, tmp_path):
     """A flipped bit in a run's backbone is found when it is loaded."""
-    save_sealed(tensors, tmp_path / "backbone.safetensors")
+    (tmp_path / "backbone.safetensors").write_bytes(sealed_bytes(tensors))
     assert_no_flip_is_loaded(tmp_path / "backbone.safetensors")
 
 
 def test_a_flipped_bit_in_an_exported_backbone_is_refused(tensors, tmp_path):
     """A flipped bit in an exported backbone, or in what it says about images, is found when it is loaded."""
-    save_sealed(tensors, tmp_path / "backbone.safetensors")
+    (tmp_path / "backbone.safetensors").write_bytes(sealed_bytes(tensors))
     done = export(read_backbone(tmp_path / "backbone.safetensors"), "safetensors", tmp_path / "exported.safetensors")
     assert_no_flip_is_loaded(done.path)
 
@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_an_exported_backbone_is_refused(tensors, tmp_path):
 def test_a_swap_of_two_tensors_is_refused(tensors, tmp_path):
     """Two tensors under each other's names are refused."""
     path, one, two = tmp_path / "backbone.safetensors", b"layer1.0.bn1.weight", b"layer1.0.bn2.weight"
-    save_sealed(tensors | {one.decode(): tensors[one.decode()] * 2}, path)
+    path.write_bytes(sealed_bytes(tensors | {one.decode(): tensors[one.decode()] * 2}))
     path.write_bytes(path.read_bytes().replace(one, b"placeholder").replace(two, one).replace(b"placeholder", two))
     with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is not the one recorded"):
         read_backbone(path)
@@ -82,7 +82,7 @@ def test_files_without_a_hash_load_as_before(tensors, tmp_path, recwarn):
     """A file of an earlier version or of another program has no hash, and loads as it is."""
     save_file(tensors, tmp_path / "older.safetensors")
     save_file(tensors, tmp_path / "other.safetensors", {"format": "pt", "sha1": "0" * 40})
-    save_sealed(tensors, tmp_path / "sealed.safetensors")
+    (tmp_path / "sealed.safetensors").write_bytes(sealed_bytes(tensors))
     found = [read_backbone(tmp_path / f"{name}.safetensors") for name in ("older", "other", "sealed")]
     assert same(found[0], found[2])
     assert same(found[1], found[2])
@@ -91,7 +91,7 @@ def test_files_without_a_hash_load_as_before(tensors, tmp_path, recwarn):
 
 def test_other_programs_load_a_sealed_file(tensors, tmp_path):
     """A sealed file is a plain safetensors file for everybody else."""
-    save_sealed(tensors, tmp_path / "backbone.safetensors")
+    (tmp_path / "backbone.safetensors").write_bytes(sealed_bytes(tensors))
     loaded = load_file(tmp_path / "backbone.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
@@ -138,6 +138,6 @@ def test_the_hash_covers_every_kind_of_tensor(tmp_path):
 
 
 def _seal(tensors: dict[str, Tensor], folder: Path) -> str:
-    save_sealed(tensors, folder / "any.safetensors")
+    (folder / "any.safetensors").write_bytes(sealed_bytes(tensors))
     with safe_open(folder / "any.safetensors", framework="pt") as file:
         return file.metadata()[SEAL]
