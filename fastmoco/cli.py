@@ -6,8 +6,10 @@ instant: modules that parse arguments do not import torch, torchvision or matplo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fastmoco.config import RunConfig
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
+        _flush_output()
     except KeyboardInterrupt:
         return 130
     except AlreadyReportedError as error:
@@ -52,10 +55,29 @@ def main(argv: list[str] | None = None) -> int:
         report_to_torchrun(error, code or 1)
         if debug or code is None:
             raise
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"cannot write {error.filename or 'the output'} ({error.strerror}): free space"
+            _discard_output()
         label = "stopped" if code == ExitCode.PREEMPTED else "error"
-        print(f"fastmoco: {label}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastmoco: {label}: {' '.join(message.split())}", file=sys.stderr)
         return code
     return ExitCode.DONE
+
+
+def _flush_output() -> None:
+    """Write what was printed. Raises OSError if a full disk does not take it, instead of when Python ends."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it, such as `head`, has enough
+            _discard_output()
+
+
+def _discard_output() -> None:
+    """Throw away what could not be printed: Python would try again when it ends, and print a traceback."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(argv: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 import sys
 from enum import IntEnum
+from pathlib import Path
 
 from pipelines.errors import BackendMissingError, DataError
+from pipelines.files import is_full
 
 
 class ExitCode(IntEnum):
@@ -23,7 +25,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, corrupt, or from another run."""
+    """A checkpoint that is missing, corrupt, or from another run; a file that a full disk does not take."""
 
 
 class DivergedError(RuntimeError):
@@ -70,7 +72,17 @@ def _codes() -> dict[type[BaseException], ExitCode]:
 
 def exit_code(error: BaseException) -> ExitCode | None:
     """The exit code of an error that the user can act on; None for a bug in fastmoco."""
+    if isinstance(error, OSError) and is_full(error):
+        return ExitCode.CHECKPOINT
     return next((code for kind, code in _codes().items() if isinstance(error, kind)), None)
+
+
+def cannot_write(path: Path, error: OSError) -> CheckpointError | ConfigError:
+    """What to raise where a command cannot write below --out: exit code 4 if the disk is full, otherwise 2."""
+    text = f"cannot write {path} ({error.strerror or error})"
+    if is_full(error):
+        return CheckpointError(f"{text}: free space, or choose another disk with --out")
+    return ConfigError(f"{text}: choose another with --out")
 
 
 def error_named(name: str, message: str) -> Exception:

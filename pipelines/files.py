@@ -1,52 +1,121 @@
-"""Atomic replacement of files, and SHA-256 sidecars (`NAME.sha256`).
+"""Atomic replacement of files, files to append to, and SHA-256 sidecars (`NAME.sha256`).
 
 A file is written under a temporary name in its own folder, flushed to disk and renamed: after any crash, a reader sees
-either the old content or the new one.
+either the old content or the new one. A symbolic link with either name is replaced, never followed.
+
+Where the disk is full, the OSError says so with the bytes that are needed and those that are free.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
+import stat
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+from pipelines import platforms
 from pipelines.platforms import sync
 
 _DIGEST = re.compile(r"([0-9a-f]{64}) [ *]\S+")
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota of its own
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of a file, or create it, in one step that survives a crash. Raises OSError."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Replace the content of a file, or create it, in one step that survives a crash. See `replacing`.
+
+    Text is written as UTF-8, with undecodable bytes of file names as they were. Raises OSError.
+    """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with replacing(path, len(data), shared=shared) as part:
+        part.write_bytes(data)
 
 
 @contextmanager
-def replacing(path: Path, part: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path to write to; after the block it is flushed to disk and renamed to `path`.
+def replacing(path: Path, size_bytes: int = 0, *, shared: bool = False) -> Iterator[Path]:
+    """Yield the path of a new, empty file to write to; after the block it is flushed to disk and renamed to `path`.
 
-    If the block raises, `path` stays as it was and the temporary file is deleted. `part` is the temporary path where
-    several processes may write the same file. Raises OSError.
+    size_bytes  what will be written, as far as known: the block is not entered if the disk has less space
+    shared      several processes may write this file at the same time; the last one wins
+
+    If the block raises, `path` stays as it was and the new file is deleted. Raises OSError.
     """
-    part = temporary(path) if part is None else part
-    part.unlink(missing_ok=True)  # a leftover of a killed process
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp" if shared else path.name + ".tmp")
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        part.unlink(missing_ok=True)  # a leftover of a killed process, or a link
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            _check_free_space(path, size_bytes)
+            yield part
+            sync(part)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):  # must not hide the error
+                part.unlink()
+            raise
         sync(path.parent)
-    except BaseException:
-        with suppress(OSError):  # must not hide the error
-            part.unlink()
+    except OSError as error:
+        if is_full(error):
+            raise _full(error, path, size_bytes) from error
         raise
 
 
-def temporary(path: Path) -> Path:
-    """The temporary name under which a file is written before it is renamed."""
-    return path.with_name(path.name + ".tmp")
+def open_to_append(path: Path) -> BinaryIO:
+    """An unbuffered file to read and to append to, created if missing.
+
+    Raises OSError, also if it is a symbolic link or anything but a regular file.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
+    file = os.fdopen(platforms.open_to_append(str(path)), "a+b", buffering=0)
+    try:
+        _check_regular(file, path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file; whatever else has that name is not waited for. Raises OSError."""
+    with os.fdopen(platforms.open_to_read(str(path)), "rb") as file:
+        _check_regular(file, path)
+        return file.read()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written because the disk is full, or the user's share of it."""
+    return error.errno in _FULL
+
+
+def _check_free_space(path: Path, size_bytes: int) -> None:
+    if size_bytes and shutil.disk_usage(path.parent).free < size_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _full(error: OSError, path: Path, size_bytes: int) -> OSError:
+    """The same error with the bytes that are needed, if known, and those that are free."""
+    assert error.errno is not None
+    free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+    needed = f"{size_bytes:,} bytes are needed and " if size_bytes else ""
+    return OSError(error.errno, f"{os.strerror(error.errno)}: {needed}{free}", str(path))
+
+
+def _check_regular(file: BinaryIO, path: Path) -> None:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+# ---- SHA-256 ---------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 _BINARY = getattr(os, "O_BINARY", 0)  # of Windows, which otherwise changes line ends
 _DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)  # for the writer of a pipe
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _LOCKED_BYTE = 2**30  # on Windows, where a locked byte cannot be read: none that a file has
 _POLL_S = 0.01
 
@@ -77,6 +78,17 @@ def has_triton() -> bool:
 def open_to_read(path: str) -> int:
     """Descriptor of a file, also of a pipe that nothing writes to. Raises OSError."""
     return os.open(path, os.O_RDONLY | _DO_NOT_WAIT | _BINARY)
+
+
+def open_to_append(path: str) -> int:
+    """Descriptor of a file to read and to append to, created if missing. Raises OSError, on a link where possible."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_LINK | _DO_NOT_WAIT | _BINARY
+    return os.open(path, flags, 0o666)
+
+
+def open_folder(path: str) -> int | None:
+    """Descriptor of a folder; None on Windows, which opens none. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else None
 
 
 def read_at(descriptor: int, length: int, offset: int) -> bytes:

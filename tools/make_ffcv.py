@@ -33,7 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastmoco.errors import ConfigError, ExitCode
 from fastmoco.run.environment import version
-from pipelines.data.beton import BetonManifest
+from pipelines.data.beton import is_whole_jpeg
+from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
 from pipelines.data.decode import exif_orientation, is_jpeg, open_image, printable
@@ -139,13 +140,14 @@ def in_share(i: int, proportion: float) -> bool:
 
 
 def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
-    """The bytes of image i if they are a JPEG that any decoder decodes like `decode`, else None."""
+    """The bytes of image i if they are a JPEG that any decoder decodes like `decode` and that a reader takes."""
     if not index.is_encoded(i):
         return None
     data = index.read_bytes(i)
     with open_image(io.BytesIO(data)) as image:
         plain = is_jpeg(image) and image.mode in ("L", "RGB") and exif_orientation(image) == 1
-    return data if plain else None
+    height, width = index.sizes[i].tolist()
+    return data if plain and is_whole_jpeg(data, (height, width)) else None
 
 
 def relative_names(index: ImageIndex, data: str) -> list[str]:
@@ -199,12 +201,12 @@ def convert(
         if not len(writer):
             raise DataError(f"no image of {printable(index.name)} is left to write")
         return writer.finish(
-            lambda length, tables_sha256, file_sha256: BetonManifest(
+            lambda length, tables_sha256, image_digests: BetonManifest(
                 dataset=index.name,
                 bytes=length,
                 images=len(writer),
                 tables_sha256=tables_sha256,
-                file_sha256=file_sha256,
+                image_digests=image_digests,
                 class_names=list(index.class_names) if index.labels is not None else [],
                 names=writer.names,
                 stored=dict(stored),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastmoco.console import Fact, duration, make_console, say, show_facts, shown_path
 from fastmoco.device import describe, pick_device
-from fastmoco.errors import ConfigError
+from fastmoco.errors import ConfigError, cannot_write
 from fastmoco.evaluation import embedding_plot, retrieval
 from fastmoco.evaluation.budget import budget_bytes
 from fastmoco.evaluation.confusion import Accuracy, write_csv
@@ -25,6 +25,7 @@ from fastmoco.evaluation.suite import Evaluation, Result
 from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
+from fastmoco.run.outside import check_outside
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import load_dataset
 from pipelines.randomness import Domain, permutation
@@ -49,11 +50,11 @@ def _evaluate(options: EvalOptions) -> None:
     data = options.data or backbone.data
     if data is None:
         raise ConfigError(f"{backbone.origin} does not record its training data: name the images with --data")
+    folder = _folder(options, data)
     dataset = load_dataset(data, data_root=options.data_root, limit=options.limit, bad_images=options.bad_images)
     split = fit_to_budget(split_dataset(dataset), backbone.feature_dim, budget_bytes(device))
     extractor = Extractor(backbone, options, device, console)
     evaluation = Evaluation(split, extractor, options)
-    folder = _folder(options)
     show_facts(console, "fastmoco eval", _facts(backbone, split, evaluation, folder, device))
     results = list(evaluation.run())
     label_free = evaluation.label_free()
@@ -75,19 +76,25 @@ def _evaluate(options: EvalOptions) -> None:
             seconds=time.monotonic() - began,
         )
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder} ({error.strerror or error}): choose another with --out") from error
+        raise cannot_write(Path(error.filename or folder), error) from error
     written = [Fact("written", "eval.json", "all metrics"), *(Fact("", name) for name in files)]
     facts = [Fact("time", duration(time.monotonic() - began)), Fact("folder", shown_path(folder)), *written]
     show_facts(console, "done", facts)
 
 
-def _folder(options: EvalOptions) -> Path:
-    """The output folder, created before the evaluation, so that errors show at once. Raises ConfigError."""
+def _folder(options: EvalOptions, data: str) -> Path:
+    """The output folder, created before the evaluation, so that errors show at once.
+
+    Raises ConfigError, and CheckpointError if the disk is full.
+    """
     folder = Path(os.path.abspath(os.path.expanduser(options.out))) if options.out else _default_folder(options.run)
+    check_outside(folder, data)
+    if options.out is None and folder.is_symlink():
+        raise ConfigError(f"{folder} is a symbolic link, which is not followed: name the folder with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot create {folder} ({error.strerror or error}): choose another with --out") from error
+        raise cannot_write(folder, error) from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"cannot write to {folder} (permission denied): choose another with --out")
     return folder

@@ -20,6 +20,7 @@ from pipelines.data.dataset import MAX_BAD_FRACTION, DataFiles, find_files
 from pipelines.data.manifest import ScanManifest
 from pipelines.data.scan import duplicates, mean_and_std, scan
 from pipelines.errors import DataError
+from pipelines.files import is_full
 
 MIN_FILES_FOR_WORKERS = 4_000  # fewer are read before worker processes have started, which takes seconds
 MAX_BAD_SHOWN, MAX_DUPLICATES_SHOWN = 10, 3
@@ -85,8 +86,10 @@ def _save(scanned: ScanManifest, data: str, options: ScanOptions) -> Path:
     try:
         manifest.write(scanned, path, data)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"cannot write {path} ({reason}): choose a writable file with --out") from error
+        text = f"cannot write {path} ({error.strerror or error})"
+        if is_full(error):
+            raise DataError(f"{text}: free space, or choose another disk with --out") from error
+        raise ConfigError(f"{text}: choose a writable file with --out") from error
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastmoco.config import RunConfig
 from fastmoco.config.checks import flag
-from fastmoco.errors import ConfigError
+from fastmoco.errors import CheckpointError, ConfigError, cannot_write
 from fastmoco.recipes import PUBLISHED, check_data, entry
 from fastmoco.sweep.runs import Axis, Cell, paper_percent, plan, run_sweep, write_json
 
@@ -59,13 +59,25 @@ def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, f
     def on_start(cell: Cell, mode: str) -> None:
         say(console, f"sweep {number[cell.name]} of {len(cells)}, {mode}: {cell.name}")
 
+    def report() -> None:
+        """Print and write the results so far. Raises ConfigError or CheckpointError if they cannot be written."""
+        if folder.is_dir() and any(cell.outcome != "not run" for cell in cells):
+            print(table(cells, axes))
+            try:
+                write_json(folder / "sweep.json", recipe, command, cells)
+                draw_sweep(cells, axes, folder / "sweep.png")
+            except OSError as error:
+                raise cannot_write(Path(error.filename or folder), error) from error
+
     try:
         run_sweep(cells, lambda config: train(config, console), on_start, redo=overwrite)
-    finally:
-        if folder.is_dir() and any(cell.outcome != "not run" for cell in cells):
-            write_json(folder / "sweep.json", recipe, command, cells)
-            draw_sweep(cells, axes, folder / "sweep.png")
-            print(table(cells, axes))
+    except BaseException:
+        try:
+            report()
+        except (ConfigError, CheckpointError) as error:  # must not hide the error of the run
+            say(console, str(error), "yellow")
+        raise
+    report()
     print("written " + ", ".join(shown_path(folder / name) for name in ("sweep.json", "sweep.png")))
 
 

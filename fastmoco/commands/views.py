@@ -18,7 +18,8 @@ from fastmoco.commands.views_options import ViewsOptions
 from fastmoco.config import RunConfig
 from fastmoco.console import Fact, make_console, show_facts
 from fastmoco.device import pick_device
-from fastmoco.errors import ConfigError
+from fastmoco.errors import cannot_write
+from fastmoco.run.outside import check_outside
 from fastmoco.run.plots import comparison_grid, views_grid
 from fastmoco.run.resolve import resolve
 from pipelines.augment.presets import AUGMENTATIONS, Augmentation, with_scale
@@ -32,8 +33,13 @@ COUNT, COLUMNS, COUNT_COMPARED = 16, 4, 8
 
 
 def views_command(options: ViewsOptions) -> None:
-    """Draw the views and print a summary. Raises ConfigError, DataError, BackendMissingError and DeviceError."""
+    """Draw the views and print a summary.
+
+    Raises ConfigError, DataError, CheckpointError for a full disk, BackendMissingError and DeviceError.
+    """
     names = options.pipelines
+    path = Path(os.path.abspath(os.path.expanduser(options.out)))
+    check_outside(path.parent, options.data)
     dataset = load_dataset(options.data, data_root=options.data_root, bad_images="quarantine")
     device = pick_device(options.device)
     config, _ = resolve(options.config, dataset.train, device)
@@ -42,7 +48,6 @@ def views_command(options: ViewsOptions) -> None:
     if config.augment.crop_scale_min is not None:
         augmentation = with_scale(augmentation, config.augment.crop_scale_min)
     drawn = [_draw(name, dataset.train, options, config, augmentation, device) for name in names]
-    path = Path(os.path.abspath(os.path.expanduser(options.out)))
     facts = [
         Fact("data", dataset.train.describe()),
         Fact("views", f"{config.augment.crop_size} pixels, augmentation {augmentation.name}", ", ".join(names)),
@@ -56,7 +61,7 @@ def views_command(options: ViewsOptions) -> None:
             comparison_grid(names, drawn, augmentation.mean, augmentation.std, path)
             facts += _differences(drawn, augmentation)
     except OSError as error:
-        raise ConfigError(f"cannot write {path} ({error.strerror or error}): choose another with --out") from error
+        raise cannot_write(path, error) from error
     show_facts(make_console(), "fastmoco views", [*facts, Fact("written", str(path))])
 
 

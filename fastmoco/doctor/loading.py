@@ -18,7 +18,8 @@ from fastmoco.doctor.findings import Finding, Status, Target
 from fastmoco.doctor.images import BATCH, CROPPED, SIDE, WHOLE, expected_crops, planner, sample_images
 from pipelines.backends.baseline import DataLoaderPipeline
 from pipelines.backends.select import open_source
-from pipelines.data.beton import BetonManifest, read_index
+from pipelines.data.beton import read_index
+from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError
@@ -144,12 +145,12 @@ def write_beton(index: ImageIndex, path: str) -> None:
             height, width = index.sizes[i].tolist()
             writer.add(data, (height, width), None, os.path.basename(name))
         writer.finish(
-            lambda length, tables_sha256, file_sha256: BetonManifest(
+            lambda length, tables_sha256, image_digests: BetonManifest(
                 dataset=index.name,
                 bytes=length,
                 images=len(writer),
                 tables_sha256=tables_sha256,
-                file_sha256=file_sha256,
+                image_digests=image_digests,
                 class_names=[],
                 names=writer.names,
                 stored={},

@@ -2,7 +2,8 @@
 
 Each entry is a safetensors file with one tensor, `features` (N, D) float32, in `features/` below the data root. Its
 name is a hash of the backbone's weights, the images and the preprocessing, so an entry never becomes stale. The least
-recently used entries are deleted when all together exceed `MAX_BYTES`.
+recently used entries are deleted when all together exceed `MAX_BYTES`. A SHA-256 of the features is stored with them:
+a damaged entry counts as missing.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmoco.evaluation.budget import budget_bytes, gibibytes
 from fastmoco.run.fingerprint import fingerprint
+from fastmoco.run.sealed import content_sha256, is_intact, sealed_bytes
 from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
 from pipelines.files import replacing
@@ -34,11 +35,7 @@ _ROWS = 65_536  # read at a time
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and values of all parameters and buffers, on any device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return content_sha256(module.state_dict())
 
 
 def images_hash(index: ImageIndex) -> str:
@@ -77,6 +74,8 @@ class FeatureCache:
                 features = torch.empty((rows, columns), device=device)
                 for start in range(0, rows, _ROWS):  # in parts: the host never holds the whole entry
                     features[start : start + _ROWS] = stored[start : start + _ROWS]
+                if not is_intact({"features": features}, file.metadata()):
+                    return None
             os.utime(path)  # time of last use
         except (OSError, SafetensorError):
             return None
@@ -85,7 +84,6 @@ class FeatureCache:
     def store(self, name: str, features: Tensor) -> str | None:
         """Store an entry atomically; returns a warning if the disk does not allow it."""
         path, needed = self._path(name), features.numel() * 4
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # concurrent evaluations may store the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free, memory = shutil.disk_usage(self.folder).free, budget_bytes(torch.device("cpu"))
@@ -95,8 +93,8 @@ class FeatureCache:
                 )
             if needed > _MAX_SHARE_OF_FREE * free:
                 return f"the features are not cached: they take {needed:,} bytes and {self.folder} has {free:,} free"
-            with replacing(path, temporary):
-                save_file({"features": features.detach().cpu().float().contiguous()}, temporary)
+            with replacing(path, needed, shared=True) as temporary:
+                temporary.write_bytes(sealed_bytes({"features": features.cpu().float()}))
             self._prune(path)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)

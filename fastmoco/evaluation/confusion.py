@@ -78,4 +78,4 @@ def write_csv(accuracy: Accuracy, names: tuple[str, ...], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["true class / predicted", *names])
     writer.writerows([name, *row] for name, row in zip(names, accuracy.confusion.tolist(), strict=True))
-    write_atomically(path, text.getvalue())
+    write_atomically(path, text.getvalue(), shared=True)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fastmoco.run.png import save_figure
+
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG. Characters that the font lacks become boxes, without a warning for each. Raises OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-        figure.savefig(path, format="png")
+        save_figure(figure, path)
 
 
 def display_name(name: str, max_length: int = 22) -> str:

@@ -107,7 +107,7 @@ def write_json(
         "seconds": seconds,
         "versions": versions,
     }
-    write_atomically(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", shared=True)
 
 
 def _as_json(result: Result) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from fastmoco.evaluation.knn import top_k_neighbours
 from fastmoco.evaluation.plots import replace_unprintable
+from fastmoco.run.png import save_image
 
 _MIN_SIDE_PX, _MAX_SIDE_PX = 72, 112  # of a drawn view
 _FRAME_PX, _PADDING_PX, _CAPTION_PX, _HEADER_PX = 4, 6, 18, 24
@@ -81,7 +82,7 @@ def draw(
     title = "nearest neighbours, cosine similarity" + ("" if neighbour_labels is None else "; green: same class")
     pen.text((_PADDING_PX + _FRAME_PX, _PADDING_PX), "query", fill=_TEXT, font=font)
     pen.text((2 * _PADDING_PX + cell_px, _PADDING_PX), title, fill=_TEXT, font=font)
-    sheet.save(path, "PNG")
+    save_image(sheet, path)
 
 
 def _cell(pixels: Tensor, frame: tuple[int, int, int], caption: str) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone, record
 from fastmoco.model.resnet import SHAPES, set_cifar_stem
 from fastmoco.registry import EXPORT_TARGETS
+from fastmoco.run.sealed import sealed_bytes
 from pipelines.errors import BackendMissingError
 from pipelines.registry import load
 
@@ -92,7 +93,7 @@ def _version(name: str) -> str:
 
 def _write_state(backbone: LoadedBackbone, name: str) -> bytes:
     if name.lower().endswith(".safetensors"):
-        return safetensors.torch.save(_state(backbone), {"format": "pt", RECORD: record(backbone)})
+        return sealed_bytes(_state(backbone), {"format": "pt", RECORD: record(backbone)})
     return _saved(_state(backbone))
 
 

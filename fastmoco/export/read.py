@@ -3,7 +3,8 @@
     what the path is               which tensors are read
     the folder of a run            those of its newest checkpoint that verifies, else of its backbone.safetensors
     step-….safetensors             model/query.backbone.*, after the file's SHA-256 has been checked
-    any other safetensors file     bare names, as in a run's backbone.safetensors and in `fastmoco export`
+    any other safetensors file     bare names, as in a run's backbone.safetensors and in `fastmoco export`; those two
+                                   have a SHA-256 of their content, which is checked
     a file of torch.save           module.encoder_q.* (facebookresearch/moco), encoder_q.net.* (the authors' CIFAR
                                    demo), or bare names, with or without `module.` (torchvision, main_lincls.py)
 
@@ -35,6 +36,7 @@ from fastmoco.model.encoder import feature_dim
 from fastmoco.model.family import COUNTERS
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import read_config
+from fastmoco.run.sealed import check_seal
 from pipelines.augment.presets import AUGMENTATIONS, CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.decode import printable
 
@@ -174,7 +176,7 @@ def _read(path: Path) -> _Found:
 
 
 def _read_run(path: Path) -> _Found:
-    """The newest checkpoint: unlike backbone.safetensors it has a hash."""
+    """The newest checkpoint, else its backbone."""
     config = _from_config(read_config(path).flat(), str(path))
     newest, warnings = checkpoint.newest(path / "checkpoints")
     if newest is not None:
@@ -201,6 +203,7 @@ def _read_safetensors(path: Path) -> _Found:
                 said = _from_config(read_config(path.parent).flat(), origin)
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            check_seal(tensors, metadata, origin)
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{origin} cannot be read ({reason}): it is damaged, or no safetensors file") from error

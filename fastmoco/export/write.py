@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.errors import CheckpointError, ConfigError, cannot_write
 from fastmoco.export.formats import Model, format_of
 from fastmoco.export.options import check_path
 from fastmoco.export.read import LoadedBackbone
@@ -43,7 +43,8 @@ def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool
     images, up to TOLERANCE (see `_compare`). After any failure `path` is unchanged and no other file is left.
 
     Raises ConfigError for a wrong suffix, an existing file or link, a failed write, or a backbone that `target` has no
-    model for. Raises CheckpointError if the features differ, BackendMissingError if ONNX is not installed.
+    model for. Raises CheckpointError if the features differ or the disk is full, BackendMissingError if ONNX is not
+    installed.
     """
     kind = format_of(target)
     check_path(target, path, overwrite=overwrite)
@@ -53,13 +54,12 @@ def export(backbone: LoadedBackbone, target: str, path: Path, *, overwrite: bool
     content = kind.write(backbone, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            with temporary.open("xb") as file:  # fails on an existing link instead of following it
-                file.write(content)
+        with replacing(path, len(content), shared=True) as temporary:
+            temporary.write_bytes(content)
             model, checked_with = kind.load(backbone, temporary)
             apart = _compare(backbone, model, f"{path} was not written: what {checked_with} makes of it")
     except OSError as error:
-        raise ConfigError(f"cannot write {path} ({error.strerror or error}): choose another with --out") from error
+        raise cannot_write(path, error) from error
     return Exported(path, len(content), apart, checked_with)
 
 

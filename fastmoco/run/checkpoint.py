@@ -60,7 +60,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensor], meta: Mappin
     metadata = {"format": str(FORMAT), "meta": json.dumps(meta, allow_nan=False)}
     host = _on_host(tensors)
     with _writing(path):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)  # without its parents: the folder of the run may have been deleted
         _check_free_space(directory, host, metadata)
         # While a checkpoint is being replaced, the sidecar has both hashes, so that either file verifies.
         replaced = recorded_digests(path) if path.exists() else []

@@ -1,10 +1,11 @@
-"""The folder of a run: its lock, the paths in it, and the status that other programs read.
+"""The folder of a run: its lock, the paths in it, and the writing of its files.
 
 config.json           the resolved configuration
 status.json           state, exit code, message, step, epoch, commit, versions; replaced atomically
 metrics.jsonl  tb/    see metrics.py
 checkpoints/          see checkpoint.py
 views.png curves.png backbone.safetensors
+.lock                 locked by the process that writes; its content is space for the last status on a full disk
 """
 
 from __future__ import annotations
@@ -12,37 +13,44 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
-from pipelines.files import write_atomically
-from pipelines.platforms import lock
+from fastmoco.run.overwrite import LOCK_NAME, delete_run, foreign_entry
+from pipelines.files import is_full, open_to_append, read_file, write_atomically
+from pipelines.platforms import lock, open_folder
 
-_LOCK = ".lock"
+_RESERVED_BYTES = 16_384  # of the disk, in the lock file: enough for status.json
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The open folder of a run, locked until this process exits or calls `close`."""
+    """The open folder of a run, locked until this process exits or calls `close`.
+
+    Every write raises CheckpointError if the folder was deleted or renamed after it was opened.
+
+    folder  its descriptor; None on Windows, where an open folder can be neither deleted nor renamed
+    """
 
     path: Path
-    lock: int
+    lock: BinaryIO
+    folder: int | None
 
     @classmethod
     def open(cls, path: Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
         """Create the folder of a new run, or open an existing one to resume or to overwrite its run.
 
         Raises ConfigError if it is not a folder, not writable, in use by another process, not empty without `resume` or
-        `overwrite`, has no run to resume, or is to be overwritten and is not recognisably a run; CheckpointError if the
-        run to resume has no checkpoint.
+        `overwrite`, has no run to resume, is to be overwritten and is not recognisably a run, or has links for folders;
+        CheckpointError if the run to resume has no checkpoint, or if the disk is full.
         """
         path = Path(os.path.abspath(path.expanduser()))
         try:
@@ -50,18 +58,27 @@ class RunDirectory:
                 raise ConfigError(f"{path} is a file, expected a folder for the run: choose another with --out")
             if resume:
                 _check_resumable(path)
-            has_content = path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir())
+            has_content = path.is_dir() and any(entry.name != LOCK_NAME for entry in path.iterdir())
             if has_content and not (resume or overwrite):
                 raise ConfigError(f"{path} is not empty: use --resume to continue, --overwrite to replace it, or --out")
-            if has_content and overwrite and (reason := _not_a_run(path)):
-                raise ConfigError(f"--overwrite will not delete {path}, because {reason}: choose another with --out")
+            if has_content and overwrite:
+                _check_overwritable(path)
+            elif has_content:
+                _check_no_links(path)
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, _lock(path))
-            if overwrite:
-                run._delete_content()
+            run = cls(path, _lock(path), open_folder(str(path)))
+            try:
+                if overwrite:
+                    delete_run(path)
+            except OSError:
+                run.close()
+                raise
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"{path} cannot be used for the run ({reason}): choose another with --out") from error
+            text = f"{error.filename or path} cannot be used for the run ({error.strerror or error})"
+            if is_full(error):
+                raise CheckpointError(f"{text}: free space, or choose another with --out") from error
+            raise ConfigError(f"{text}: choose another with --out") from error
+        run._reserve()
         return run
 
     @property
@@ -84,11 +101,54 @@ class RunDirectory:
     def backbone(self) -> Path:
         return self.path / "backbone.safetensors"
 
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Turn an OSError of writing a file of the run into a CheckpointError of one line."""
+        self.check_present()
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {path} ({error.strerror or error}): free space or mend the disk, then resume with "
+                "--resume if there is a checkpoint"
+            ) from error
+
+    def check_present(self) -> None:
+        """Raise CheckpointError if the folder is no longer at its path: nothing is created there again."""
+        if self._is_at(self.path):
+            return
+        moved = self.moved_to()
+        remedy = "start again" if moved is None else f"rename {moved} back, and resume with --resume"
+        raise CheckpointError(f"{self.path}, the folder of the run, was deleted or renamed while it trained: {remedy}")
+
+    def moved_to(self) -> Path | None:
+        """The path that the folder was renamed to; None if it was deleted, or where the system does not tell."""
+        try:
+            moved = Path(os.readlink(f"/proc/self/fd/{self.folder}"))
+        except OSError:
+            return None
+        return moved if moved != self.path and self._is_at(moved) else None
+
+    def _is_at(self, path: Path) -> bool:
+        if self.folder is None:
+            return True
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def write_config(self, config: RunConfig) -> None:
-        write_atomically(self.path / "config.json", config.to_json())
+        """Raises CheckpointError."""
+        path = self.path / "config.json"
+        with self.writing(path):
+            write_atomically(path, config.to_json())
 
     def write_status(self, *, step: int, epoch: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json; no exit code means that the run is still active. Raises OSError."""
+        """Replace status.json; no exit code means that the run is still active.
+
+        The last status of a run may use the space reserved for it. Raises OSError.
+        """
+        self.check_present()
         states = {None: "running", ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
         status = {
             "state": states.get(exit_code, "failed"),
@@ -100,25 +160,44 @@ class RunDirectory:
             "git_commit": git_commit(),
             "versions": versions(),
         }
-        write_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        path, text = self.path / "status.json", json.dumps(status, indent=2) + "\n"
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            if exit_code is None or not is_full(error):
+                raise
+            self.lock.truncate(0)
+            write_atomically(path, text)
+
+    def write_failure(self, exit_code: int, message: str) -> None:
+        """Record why a run failed, wherever its folder is now; nothing before it has begun. Raises OSError."""
+        run = replace(self, path=self.moved_to() or self.path)
+        if not (run.path / "config.json").exists():
+            return
+        step = epoch = 0
+        with suppress(ConfigError):  # a full disk may have kept the first status from being written
+            previous = read_status(run.path)
+            step, epoch = previous["step"], previous.get("epoch", 0)
+        run.write_status(step=step, epoch=epoch, exit_code=exit_code, message=message)
 
     def close(self) -> None:
         """Let another process open the run."""
-        os.close(self.lock)
+        self.lock.close()
+        if self.folder is not None:
+            os.close(self.folder)
 
-    def _delete_content(self) -> None:
-        # The files that identify a run are deleted last, so that an interrupted deletion can be repeated.
-        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name in ("config.json", "status.json")):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != _LOCK:
-                entry.unlink()
+    def _reserve(self) -> None:
+        """Fill the lock file, with bytes that no file system compresses."""
+        missing = _RESERVED_BYTES - os.fstat(self.lock.fileno()).st_size
+        if missing > 0:
+            with suppress(OSError):  # the disk is full already
+                self.lock.write(os.urandom(missing))
 
 
 def read_config(run: Path) -> RunConfig:
     """Read the configuration of a run, open or not. Raises ConfigError."""
     try:
-        text = (run / "config.json").read_text(encoding="utf-8")
+        text = read_file(run / "config.json").decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{run} has no readable config.json ({error}): expected the folder of a run") from None
     return RunConfig.from_json(text)
@@ -127,10 +206,15 @@ def read_config(run: Path) -> RunConfig:
 def read_status(run: Path) -> dict[str, Any]:
     """Read the last status of a run, open or not. Raises ConfigError."""
     try:
-        status = json.loads((run / "status.json").read_bytes())
+        status = json.loads(read_file(run / "status.json"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{run} has no readable status.json ({error}): expected the folder of a run") from None
-    if not isinstance(status, dict) or not {"state", "exit_code", "step", "versions"} <= status.keys():
+    if (
+        not isinstance(status, dict)
+        or not {"state", "exit_code", "step", "versions"} <= status.keys()
+        or not isinstance(status["exit_code"], int | None)
+        or not isinstance(status["step"], int)
+    ):
         raise ConfigError(f"{run}/status.json was not written by a run")
     return status
 
@@ -142,14 +226,14 @@ def default_run_name(config: RunConfig) -> str:
     return "-".join(part for part in (data or "images", config.model.arch, epochs, f"seed{config.run.seed}") if part)
 
 
-def _lock(path: Path) -> int:
-    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def _lock(path: Path) -> BinaryIO:
+    file = open_to_append(path / LOCK_NAME)
     try:
-        lock(descriptor, wait=False, inherited=False)
+        lock(file.fileno(), wait=False, inherited=False)
     except OSError:
-        os.close(descriptor)
+        file.close()
         raise ConfigError(f"another process is using {path}: wait for it, or choose another with --out") from None
-    return descriptor
+    return file
 
 
 def _check_resumable(path: Path) -> None:
@@ -159,8 +243,23 @@ def _check_resumable(path: Path) -> None:
         raise CheckpointError(f"the run in {path} has no checkpoint to resume from: start again with --overwrite")
 
 
+def _check_no_links(path: Path) -> None:
+    for folder in (path / "checkpoints", path / "tb"):
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a symbolic link, and a run writes to its own folder only: replace the link")
+
+
+def _check_overwritable(path: Path) -> None:
+    """Raise ConfigError unless a folder is certainly a run, and has nothing in it but what a run writes."""
+    reason = _not_a_run(path)
+    if reason is None and (foreign := foreign_entry(path)) is not None:
+        reason = f"no run wrote {foreign} (move it elsewhere to replace the run)"
+    if reason is not None:
+        raise ConfigError(f"--overwrite will not delete {path}, because {reason}: choose another with --out")
+
+
 def _not_a_run(path: Path) -> str | None:
-    """The reason why a folder must not be deleted, or None if it is certainly a run."""
+    """The reason why a folder must not be deleted, or None if it is certainly that of a run."""
     if path.is_symlink():
         return "it is a symbolic link"
     if path in (Path.home(), *(here := Path.cwd(), *here.parents)):

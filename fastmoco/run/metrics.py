@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
-from pipelines.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from fastmoco.errors import CheckpointError
+from fastmoco.run.appended import AppendedFile, EventFile
+from pipelines.files import read_file, write_atomically
 
 FILE_NAME = "metrics.jsonl"
 Record = dict[str, Any]
@@ -25,78 +25,74 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
         self.path = run_dir / FILE_NAME
+        self._lines = AppendedFile(self.path)
         self._tb_dir = run_dir / "tb" if tensorboard else None
-        self._tb: SummaryWriter | None = None
-        self._purge_step: int | None = None
-        self._file: BinaryIO | None = None
-        self._pending = b""
+        self._events: EventFile | None = None
+        self._first_step: int | None = None
 
     def write(self, step: int, epoch: int, **values: float | None) -> str | None:
         """Append one line, unbuffered. Returns a warning if it cannot be written now."""
         record = {"step": step, "epoch": epoch} | {name: _json_number(value) for name, value in values.items()}
-        self._pending += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._lines.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if self._tb_dir is not None:
+            self._events = self._events or EventFile(self._tb_dir, self._first_step)
+            self._events.write(step, {n: value for n, value in record.items() if value is not None and n != "step"})
         try:
-            self._flush()
-            self._write_tensorboard(step, record)
+            self.flush()
         except OSError as error:
-            return f"{self.path} cannot be written now ({error.strerror or error}): will retry"
+            return f"{error.filename} cannot be written now ({error.strerror}): will retry"
         return None
 
-    def truncate_after(self, step: int) -> None:
-        """Remove lines of later steps, and truncated or corrupt ones, before a run is resumed from `step`."""
+    def flush(self) -> None:
+        """Write the lines that are kept in memory. Raises OSError."""
+        self._lines.flush()
+        if self._events is not None:
+            self._events.flush()
+
+    def truncate_after(self, step: int) -> int:
+        """Remove lines of later steps, and truncated or corrupt ones, before a run is resumed from `step`.
+
+        Returns the number of corrupt lines, without a truncated last one. Raises OSError.
+        """
         self.close()
-        self._purge_step = step + 1  # TensorBoard then hides events from this step on
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-            if kept != lines:
-                write_atomically(self.path, b"".join(kept).decode())
+        self._first_step = step + 1
+        if not self.path.exists():
+            return 0
+        lines = read_file(self.path).splitlines(keepends=True)
+        records = [_parse(line) for line in lines]
+        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
+        if kept != lines:
+            write_atomically(self.path, b"".join(kept))
+        return sum(record is None and line.endswith(b"\n") for line, record in zip(lines, records, strict=True))
 
     def close(self) -> None:
         """Write pending lines and close all files. Raises OSError if that fails."""
-        try:
-            if self._pending:
-                self._flush()
-        finally:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            if self._tb is not None:
-                self._tb.close()
-                self._tb = None
-
-    def _flush(self) -> None:
-        if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until `close`
-        while self._pending:  # a disk that fills up accepts a part of the bytes
-            self._pending = self._pending[self._file.write(self._pending) :]
-
-    def _write_tensorboard(self, step: int, record: Record) -> None:
-        if self._tb_dir is None:
-            return
-        if self._tb is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self._tb = SummaryWriter(str(self._tb_dir), purge_step=self._purge_step)
-        for name, value in record.items():
-            if value is not None and name != "step":
-                self._tb.add_scalar(name, value, step)
+        with ExitStack() as closing:
+            closing.callback(self._lines.close)
+            if self._events is not None:
+                closing.callback(self._events.close)
+                self._events = None
 
 
 def read_metrics(path: Path) -> list[Record]:
     """Read the records in metrics.jsonl, oldest first; null becomes NaN.
 
-    A truncated last line, of a run that is active or was killed, is ignored. Raises OSError if the file cannot be read,
-    and ValueError, naming the line, if one is corrupt.
+    A truncated last line, of a run that is active or was killed, is ignored. Raises CheckpointError if the file cannot
+    be read, or naming the line if one is corrupt.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = read_file(path).splitlines(keepends=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): restore it, or train again"
+        ) from None
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is not None:
             records.append({name: math.nan if value is None else value for name, value in record.items()})
         elif number < len(lines) or line.endswith(b"\n"):
-            raise ValueError(f"{path} line {number} is not valid: delete that line to read the others")
+            raise CheckpointError(f"{path} line {number} is not valid: delete that line to read the others")
     return records
 
 
@@ -108,7 +104,14 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not all(value is None or _is_number(value) for value in record.values()):
+        return None
+    return record if type(record.get("step")) is int else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a float, or an integer that a float can hold; JSON's true and false are not."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _json_number(value: float | None) -> float | None:

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from fastmoco.run.metrics import Record
+from fastmoco.run.png import save_figure, save_image
 
 # ---- views -----------------------------------------------------------------------------------------------------------
 
@@ -58,7 +59,7 @@ def views_grid(
         left = _GAP_PX + column * (tile_px + _GAP_PX)
         draw.text((left + tile_px // 4, baseline), "query", fill=_TEXT_COLOUR, font=font, anchor="ms")
         draw.text((left + tile_px * 3 // 4, baseline), "key", fill=_TEXT_COLOUR, font=font, anchor="ms")
-    sheet.save(path, "PNG")
+    save_image(sheet, path)
 
 
 def comparison_grid(
@@ -92,7 +93,7 @@ def comparison_grid(
         section, row = divmod(number, 3)
         middle = _GAP_PX + section * (section_px + _GAP_PX) + section_px * (2 * row + 1) // 6
         draw.multiline_text((_GAP_PX, middle), label, fill=_TEXT_COLOUR, font=font, anchor="lm", spacing=4)
-    sheet.save(path, "PNG")
+    save_image(sheet, path)
 
 
 def _grid(tiles: Tensor | list[Tensor], columns: int, padding: int) -> Tensor:
@@ -164,7 +165,7 @@ def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
                 fontsize=8,
             )
             axes.margins(y=0.12)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _points(metrics: Sequence[Record], field: str) -> tuple[list[int], list[float]]:

@@ -8,23 +8,23 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import nn
 
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts, shown_path
-from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
+from fastmoco.errors import CheckpointError, ExitCode, exit_code
 from fastmoco.run import checkpoint
 from fastmoco.run.checkpoint_writer import CheckpointWriter
-from fastmoco.run.directory import RunDirectory, read_status
+from fastmoco.run.directory import RunDirectory
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 from fastmoco.run.plots import curves, views_grid
 from fastmoco.run.report import end_facts, evaluation_line
+from fastmoco.run.sealed import sealed_bytes
 from fastmoco.run.state import TrainState
 from pipelines.augment.presets import Augmentation
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
 from pipelines.data.quarantine import REPLACED, Ledger
-from pipelines.files import replacing
+from pipelines.files import write_atomically
 from pipelines.views import Views
 
 SAVE_ATTEMPTS = 3  # consecutive failures to save a checkpoint that end the run
@@ -42,14 +42,14 @@ class RunRecorder:
         self._warned_not_pinned = False
 
     def close(self) -> None:
-        """Wait for the save in progress. If it fails, that is only printed: the run has ended for another reason."""
-        try:
-            self._writer.wait()
-        except CheckpointError as error:
-            say(self.console, str(error), "yellow")
-        finally:
-            self._writer.close()
-            self.metrics.close()
+        """Wait for the save in progress and close all files. Errors are only printed: the run has ended by now."""
+        for end in (self._writer.wait, self._writer.close, self.metrics.close):
+            try:
+                end()
+            except CheckpointError as error:
+                say(self.console, str(error), "yellow")
+            except OSError as error:
+                say(self.console, f"{error.filename} lacks its last lines ({error.strerror})", "yellow")
 
     # ---- start ----
 
@@ -57,7 +57,9 @@ class RunRecorder:
         """Start a new run: write its configuration and a picture of `views`, whose keys are in the queries' order."""
         self.directory.write_config(self.config)
         self.status(0, 0)
-        views_grid(views.query, views.key, augmentation.mean, augmentation.std, self.directory.views_png)
+        path = self.directory.views_png
+        with self.directory.writing(path):
+            views_grid(views.query, views.key, augmentation.mean, augmentation.std, path)
 
     def find_checkpoint(self) -> str:
         """Path of the newest valid checkpoint; warns about newer ones. Raises CheckpointError if there is none."""
@@ -71,15 +73,19 @@ class RunRecorder:
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
-        self.metrics.truncate_after(step)
+        with self.directory.writing(self.metrics.path):
+            corrupt = self.metrics.truncate_after(step)
+        if corrupt:
+            say(self.console, f"{self.metrics.path.name}: {corrupt:,} lines were damaged, and are left out", "yellow")
         self.status(step, epoch)
         say(self.console, f"resumed at step {step:,} of {total_steps:,} from {path.name}")
 
     # ---- during training ----
 
-    def status(self, step: int, epoch: int, code: ExitCode | None = None, message: str = "") -> None:
+    def status(self, step: int, epoch: int) -> None:
+        """Record that the run is active; a full disk is only reported."""
         try:
-            self.directory.write_status(step=step, epoch=epoch, exit_code=code, message=message)
+            self.directory.write_status(step=step, epoch=epoch)
         except OSError as error:
             say(self.console, f"status.json cannot be written ({error.strerror or error})", "yellow")
 
@@ -87,15 +93,19 @@ class RunRecorder:
         values = {name: value for name, value in metrics._asdict().items() if value is not None}
         if skipped_steps:
             values["skipped_steps"] = skipped_steps
-        warning = self.metrics.write(step, epoch, **values)
-        if warning:
-            say(self.console, warning, "yellow")
+        self._write_metrics(step, epoch, values)
 
     def evaluation(self, step: int, epoch: int, numbers: dict[str, float]) -> None:
         """Record the results of an evaluation, which may be empty before training."""
-        self.metrics.write(step, epoch, **numbers)
+        self._write_metrics(step, epoch, numbers)
         if numbers:
             say(self.console, evaluation_line(f"epoch {epoch}" if step else "before training", numbers))
+
+    def _write_metrics(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        self.directory.check_present()
+        warning = self.metrics.write(step, epoch, **values)
+        if warning:
+            say(self.console, warning, "yellow")
 
     def replaced(self, ledger: Ledger | None) -> None:
         """Warn about images that turned bad and were replaced, whenever there are new ones."""
@@ -122,6 +132,7 @@ class RunRecorder:
         Raises CheckpointError if the save before it was the third in a row to fail, or if this one fails on the last
         chance. Earlier checkpoints stay.
         """
+        self.directory.check_present()
         self.finish_saving(attempts=math.inf if last_chance else SAVE_ATTEMPTS)
         self._saving, self._saving_since = (state.step, epoch), time.monotonic()
         self._writer.start(state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving))
@@ -151,13 +162,17 @@ class RunRecorder:
     def finish(
         self, backbone: nn.Module, step: int, epoch: int, seconds: float, images_per_s: float | None, chance_loss: float
     ) -> None:
-        """Write the backbone with torchvision's names and the curves, and print the summary."""
+        """Write the backbone with torchvision's names and the curves, and print the summary. Raises CheckpointError."""
         self.finish_saving(attempts=1)
-        with replacing(self.directory.backbone) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}, part)
+        with self.directory.writing(self.directory.backbone):
+            write_atomically(self.directory.backbone, sealed_bytes(backbone.state_dict()))
+        with self.directory.writing(self.metrics.path):
+            self.metrics.flush()
         records = read_metrics(self.metrics.path)
-        curves(records, self.directory.curves_png, chance_loss)
-        self.status(step, epoch, ExitCode.DONE)
+        with self.directory.writing(self.directory.curves_png):
+            curves(records, self.directory.curves_png, chance_loss)
+        with self.directory.writing(self.directory.path / "status.json"):
+            self.directory.write_status(step=step, epoch=epoch, exit_code=ExitCode.DONE)
         paths = (self.directory.views_png, self.directory.curves_png, self.directory.backbone)
         files = [shown_path(path) for path in paths]
         show_facts(self.console, "done", end_facts(records, seconds, images_per_s, files))
@@ -168,9 +183,5 @@ class RunRecorder:
 
 def write_failure(directory: RunDirectory, error: BaseException) -> None:
     """Record in status.json why a run failed; if that cannot be written, it must not hide the error."""
-    with suppress(OSError, ConfigError):
-        previous = read_status(directory.path)
-        code = exit_code(error) or 1
-        directory.write_status(
-            step=previous["step"], epoch=previous["epoch"], exit_code=code, message=str(error) or repr(error)
-        )
+    with suppress(OSError, CheckpointError):
+        directory.write_failure(exit_code(error) or 1, str(error) or repr(error))

@@ -18,6 +18,7 @@ from fastmoco.distributed.world import World
 from fastmoco.errors import AlreadyReportedError, exit_code
 from fastmoco.run.directory import RunDirectory, default_run_name, read_config
 from fastmoco.run.malloc import keep_freed_memory
+from fastmoco.run.outside import check_outside
 from fastmoco.run.preemption import StopFlag
 from fastmoco.run.recorder import write_failure
 from fastmoco.run.resolve import resolve
@@ -91,6 +92,7 @@ def _create_context(config: RunConfig, console: Console, world: World, opened: l
         """Resolve settings that depend on this rank's memory, and open the folder on its disk."""
         resolved, reasons = resolve(config, dataset.train, world.device, world.rank_info)
         folder = Path(resolved.run.out) if resolved.run.out else Path("runs") / default_run_name(resolved)
+        check_outside(folder, data.data)
         auto = [name for name, value in config.flat().items() if value in (None, "auto")]
         if world.rank_info.restarts and (folder / "config.json").is_file():
             resolved, auto = ResolvedConfig.of(_restarted(folder)), []

@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 
 from fastmoco.config.checks import flag
 from fastmoco.recipes import PUBLISHED
+from fastmoco.run.png import save_figure
 from fastmoco.sweep.runs import Axis, Cell, paper_percent
 
 _COLOURS = ("#2b6ca3", "#b5522b", "#3f7d4e", "#6d4c8d", "#8a5a2b", "#555555")
@@ -38,7 +39,7 @@ def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
         positions = [axes[0].values.index(cell.values[axes[0].field]) for cell, _ in paper]
         _points(panels[1], positions, [percent for _, percent in paper], _PAPER, "", _is_numeric(axes[0]))
         _finish(panels[1], axes[0], "paper", f"top-1, %, {published.what}", published.source)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _draw_ours(panel: Axes, cells: Sequence[Cell], axes: Sequence[Axis]) -> None:

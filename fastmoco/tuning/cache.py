@@ -53,7 +53,7 @@ def store(path: Path, key: str, choice: Candidate, milliseconds: dict[str, float
     """Raises OSError if the file cannot be written."""
     entries = _read(path) | {key: {"choice": asdict(choice), "ms": milliseconds}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1) + "\n", shared=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

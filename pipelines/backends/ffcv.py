@@ -28,6 +28,7 @@ from torch import Tensor
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
+from pipelines.platforms import read_at
 from pipelines.transfer import wait_for
 from pipelines.views import BatchPlan, Crops
 
@@ -116,11 +117,21 @@ class FfcvCrops:
             crop_task(calls, raw, offsets, lengths, sizes, boxes, decoder.encoded, decoder.pixels, out, first, status)
         finally:
             self._decoders.append(decoder)
-        for row in np.flatnonzero(status != DONE).tolist():
+        for row in np.flatnonzero((status != DONE) | self._damaged(chosen)).tolist():
             pixels = self._index.read(int(chosen[row]))  # raises DataError where the image is bad
             height, width = pixels.shape[:2]
             for view in range(len(boxes)):
                 crop(pixels.reshape(-1), height, width, boxes[view, row], out[view, first + row])
+
+    def _damaged(self, chosen: np.ndarray) -> np.ndarray:
+        """Which of these images are not known to be those that were written: each is hashed when it is first read."""
+        damaged = np.zeros(len(chosen), dtype=bool)
+        if self._records.digests is not None:
+            for row in np.flatnonzero(~self._records.digests.checked[chosen]).tolist():
+                image = int(chosen[row])
+                data = read_at(self._file, int(self._records.lengths[image]), int(self._records.offsets[image]))
+                damaged[row] = not self._records.digests.is_intact(image, data)
+        return damaged
 
     def close(self) -> None:
         """Stops the threads after their current tasks; open iterators cannot be continued."""

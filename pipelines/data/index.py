@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.data.decode import decode, printable
 from pipelines.data.quarantine import LEFT_OUT, REPLACED, Entry, Ledger, grey
+from pipelines.data.record_digests import RecordDigests
 from pipelines.errors import DataError
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -28,6 +29,7 @@ class PackedRecords:
     lengths  (N,) int64, its number of bytes
     raw      (N,) bool, H·W·3 bytes of RGB rather than an encoded image
     names    of the images, for messages
+    digests  of their bytes, where they were recorded
     """
 
     paths: tuple[str, ...]
@@ -36,6 +38,7 @@ class PackedRecords:
     lengths: np.ndarray
     raw: np.ndarray
     names: tuple[str, ...]
+    digests: RecordDigests | None = None
 
     @property
     def in_beton(self) -> bool:
@@ -52,6 +55,7 @@ class PackedRecords:
             self.lengths[positions],
             self.raw[positions],
             tuple(self.names[i] for i in positions.tolist()),
+            None if self.digests is None else self.digests.select(positions),
         )
 
     def path(self, i: int) -> str:
@@ -59,12 +63,22 @@ class PackedRecords:
         return self.paths[self.files[i]]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, also if the file is too short."""
+        """The bytes of image i. Raises DataError if they are not those recorded, OSError if the file is too short."""
         length = int(self.lengths[i])
         data = _read(self.path(i), length, int(self.offsets[i]))
         if len(data) != length:
             raise OSError("the file is too short")
+        if self.digests is not None and not self.digests.is_intact(i, data):
+            raise self.damaged(i)
         return data
+
+    def damaged(self, i: int) -> DataError:
+        """The error for an image whose bytes are not those recorded."""
+        start, length = int(self.offsets[i]), int(self.lengths[i])
+        return DataError(
+            f"{printable(self.names[i])} in {printable(self.path(i))} has changed since it was written (SHA-256 of "
+            f"bytes {start:,} to {start + length - 1:,} differs): copy the file again, or convert again"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ def write(manifest: ScanManifest, path: Path, data: str) -> None:
     columns = {name: getattr(manifest, name) for name in _COLUMNS}
     columns |= {"names": _as_bytes(os.fsencode(names)), "about": _as_bytes(json.dumps(about).encode())}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, part.open("xb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, histogram=manifest.histogram, **columns)
 
 

@@ -59,7 +59,11 @@ def test_overwrite_empties_the_folder_of_a_run(tmp_path: Path) -> None:
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("")
     run = a_run(tmp_path / "run")
-    (run / "link").symlink_to(elsewhere)
+    (run / "tb").symlink_to(elsewhere)
+    (run / "curves.png").symlink_to(elsewhere / "precious")
+    (run / "views.png.0123abcd.tmp").write_text("")
+    (run / "eval").mkdir()
+    (run / "eval" / "confusion-few-label.png").write_text("")
     RunDirectory.open(run, overwrite=True).close()
     assert names(run) == {".lock"}
     assert names(elsewhere) == {"precious"}

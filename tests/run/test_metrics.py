@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco.run import appended
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 
 
@@ -66,19 +67,18 @@ def test_a_corrupt_line_is_named(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [1, 3]
 
 
-def test_a_full_disk_warns_and_no_line_is_lost(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.symlink_to("/dev/full")
+def test_a_full_disk_warns_and_no_line_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=False)
-    warning = writer.write(1, 0, loss=1.0)
-    assert warning is not None
-    assert "No space left" in warning
-    with pytest.raises(OSError, match="No space left"):
-        writer.close()
-    path.unlink()
+    with monkeypatch.context() as full:
+        full.setattr(appended, "open_to_append", lambda _: open("/dev/full", "ab", buffering=0))  # noqa: SIM115
+        warning = writer.write(1, 0, loss=1.0)
+        assert warning is not None
+        assert "No space left" in warning
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
     assert writer.write(2, 0, loss=0.5) is None
     writer.close()
-    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_tensorboard_has_the_same_values_and_drops_repeated_steps(tmp_path: Path) -> None:

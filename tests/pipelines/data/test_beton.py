@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data import beton
-from pipelines.data.beton import HEADER, SAMPLE, SAMPLES_AT, BetonManifest, jpeg_size, read_index, read_tables
+from pipelines.data.beton import jpeg_size, read_index
+from pipelines.data.beton_format import HEADER, SAMPLE, SAMPLES_AT, read_tables
+from pipelines.data.beton_manifest import EARLIER_FORMAT, BetonManifest, _sha256
+from pipelines.data.record_digests import RecordDigests, digest
 from pipelines.errors import DataError
 from tests.oddities import encode, picture
 from tests.tools.test_make_ffcv import class_folders
@@ -38,11 +41,22 @@ def copy(finished, tmp_path) -> Path:
 
 def update_manifest(path: Path, **changes) -> None:
     """Make the manifest match the file again, as a hostile or faulty writer would."""
-    data, manifest = path.read_bytes(), json.loads(Path(f"{path}.json").read_text())
+    data, manifest = path.read_bytes(), BetonManifest.from_json(Path(f"{path}.json").read_text())
     with path.open("rb") as file:
-        tables = read_tables(file, "the test's own file").sha256
-    manifest |= {"bytes": len(data), "tables_sha256": tables, "file_sha256": hashlib.sha256(data).hexdigest()}
-    Path(f"{path}.json").write_text(json.dumps(manifest | changes))
+        tables = read_tables(file, "the test's own file")
+    starts = tables.samples["pointer"].tolist()
+    digests = [digest(data[start : start + length]) for start, length in zip(starts, tables.lengths, strict=True)]
+    values = {"bytes": len(data), "tables_sha256": tables.sha256, "image_digests": RecordDigests.text(digests)}
+    Path(f"{path}.json").write_text(dataclasses.replace(manifest, **(values | changes)).to_json())
+
+
+def earlier_manifest(path: Path) -> None:
+    """The manifest as version 0.1.0 wrote it: a hash of the file, none of its images or of the manifest."""
+    update_manifest(path)
+    values = json.loads(Path(f"{path}.json").read_text())
+    del values["image_digests"], values["manifest_sha256"]
+    values |= {"format": EARLIER_FORMAT, "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    Path(f"{path}.json").write_text(json.dumps(values, indent=1))
 
 
 def damage_header(name: str, value: int):
@@ -85,7 +99,8 @@ def test_a_flipped_bit_is_refused(copy):
         read_index(str(copy))
 
 
-def test_jpeg_headers_are_checked_if_the_file_is_not_hashed(copy, monkeypatch):
+def test_jpeg_headers_are_checked_if_an_earlier_file_is_not_hashed(copy, monkeypatch):
+    earlier_manifest(copy)
     monkeypatch.setattr(beton, "HASHED_BYTES", 0)
     index = read_index(str(copy))
     assert index.records is not None
@@ -100,12 +115,27 @@ def test_jpeg_headers_are_checked_if_the_file_is_not_hashed(copy, monkeypatch):
         copy.write_bytes(data)
         with pytest.raises(DataError, match=message):
             read_index(str(copy))
-    data = bytearray(content)
+
+
+def test_a_jpeg_of_another_size_than_its_table_says_is_refused(copy):
+    data = bytearray(copy.read_bytes())
     rows = np.frombuffer(data, SAMPLE, 7, SAMPLES_AT)
     rows["height"][1] += 1
     copy.write_bytes(data)
     update_manifest(copy)
     with pytest.raises(DataError, match=r"1\.jpg in .* a JPEG of 31×24 pixels, expected 31×25"):
+        read_index(str(copy))
+
+
+def test_an_earlier_manifest_is_read(copy):
+    expected = read_index(str(copy))
+    earlier_manifest(copy)
+    index = read_index(str(copy))
+    assert all(np.array_equal(index.read(i), expected.read(i)) for i in range(len(index)))
+    data = bytearray(copy.read_bytes())
+    data[int(index.records.offsets[2]) + 300] ^= 1  # pyright: ignore[reportOptionalMemberAccess]
+    copy.write_bytes(data)
+    with pytest.raises(DataError, match="has changed since it was written"):
         read_index(str(copy))
 
 
@@ -161,6 +191,7 @@ def test_no_text_crashes_the_manifest_reader(text):
 @settings(max_examples=100, deadline=None)
 def test_no_field_crashes_the_manifest_reader(finished, field, value):
     values = json.loads(Path(f"{finished}.json").read_text()) | {field: value}
+    values["manifest_sha256"] = _sha256({name: value for name, value in values.items() if name != "manifest_sha256"})
     try:
         manifest = BetonManifest.from_json(json.dumps(values))
     except ValueError:
