@@ -17,8 +17,9 @@ from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_
 from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.watchdog import Watchdog
 from fastmoco.distributed.world import StopVote
-from fastmoco.errors import CheckpointError, DivergedError, Preempted, RankLostError
+from fastmoco.errors import CheckpointError, Preempted, RankLostError
 from fastmoco.evaluation.online import OnlineEvaluator
+from fastmoco.run.divergence import LossWatch
 from fastmoco.run.forecast import Forecast
 from fastmoco.run.recorder import RunRecorder
 from fastmoco.run.report import show_selection, start_facts
@@ -107,6 +108,11 @@ class Trainer:
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
+        self.watch = LossWatch(
+            max_skipped=min(config.run.max_skipped_steps, self.total_steps),
+            chance_loss=self.chance_loss,
+            amp=config.run.amp,
+        )
         self._stopped, self._began = False, time.monotonic()
 
     @property
@@ -241,11 +247,9 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.log_step(self.state.step, self.epoch, metrics, int(latest["skipped_steps"]))
             self.recorder.replaced(self._images.ledger)
-        if latest["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
-            raise DivergedError(
-                f"the loss or a gradient was not finite for {latest['consecutive_skipped']} steps up to step "
-                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before them"
-            )
+        warning = self.watch.check(self.state.step, latest)
+        if warning:
+            say(self.console, warning, "yellow")
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
         return metrics

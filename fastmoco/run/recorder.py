@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts, shown_path
-from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
+from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode, exit_code
 from fastmoco.run import checkpoint
 from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.directory import RunDirectory, read_status
@@ -45,7 +45,7 @@ class RunRecorder:
         """Wait for the save in progress. If it fails, that is only printed: the run has ended for another reason."""
         try:
             self._writer.wait()
-        except CheckpointError as error:
+        except (CheckpointError, DivergedError) as error:
             say(self.console, str(error), "yellow")
         finally:
             self._writer.close()
@@ -121,11 +121,13 @@ class RunRecorder:
         """Save a checkpoint of the state as it is now, in the background unless it is the `last_chance`.
 
         Raises CheckpointError if the save before it was the third in a row to fail, or if this one fails on the last
-        chance. Earlier checkpoints stay.
+        chance; DivergedError if the state is not finite. Earlier checkpoints stay.
         """
         self.finish_saving(attempts=math.inf if last_chance else SAVE_ATTEMPTS)
         self._saving, self._saving_since = (state.step, epoch), time.monotonic()
-        self._writer.start(state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving))
+        self._writer.start(
+            state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving), last_chance=last_chance
+        )
         reason = self._writer.buffers.not_pinned
         if reason and not self._warned_not_pinned:
             self._warned_not_pinned = True

@@ -19,6 +19,7 @@ from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint
+from fastmoco.run.divergence import not_finite
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
 from fastmoco.run.snapshot import HostBuffers
@@ -93,6 +94,10 @@ class TrainState:
             self._check(path, checkpoint.verify(path))  # settings that differ explain tensors that do
             raise
         notes = self._check(path, meta)
+        if bad := not_finite(saved):
+            raise CheckpointError(
+                f"{path} has values in {bad[0]} that are not finite: delete it to resume from the one before"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
