@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco.config import FREE_ON_RESUME, ResolvedConfig, RunConfig, differences
+from fastmoco.config import FREE_ON_RESUME, ResolvedConfig, differences
 from fastmoco.device import DTYPES
 from fastmoco.distributed.world import World
 from fastmoco.errors import CheckpointError
@@ -19,6 +19,7 @@ from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint
+from fastmoco.run.checkpoint_meta import CheckpointMeta
 from fastmoco.run.divergence import not_finite
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
@@ -89,10 +90,11 @@ class TrainState:
         """Reads the tensors and returns the step they belong to, and the differences that were allowed."""
         own = self.tensors()
         try:
-            saved, meta = checkpoint.load(path, own)
+            saved, said = checkpoint.load(path, own)
         except CheckpointError:
-            self._check(path, checkpoint.verify(path))  # settings that differ explain tensors that do
+            self._check(path, CheckpointMeta.of(path, checkpoint.verify(path)))  # settings explain other tensors
             raise
+        meta = CheckpointMeta.of(path, said)
         notes = self._check(path, meta)
         if bad := not_finite(saved):
             raise CheckpointError(
@@ -101,15 +103,14 @@ class TrainState:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        return meta["step"], notes
+        return meta.step, notes
 
-    def _check(self, path: Path, meta: dict[str, Any]) -> list[str]:
+    def _check(self, path: Path, meta: CheckpointMeta) -> list[str]:
         """Differences that are allowed. Raises CheckpointError or DataError for any other."""
-        theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         changed = {
             name: f"{name} is {ours!r} and was {before!r}"
-            for name, ours, before in differences(self.config, theirs)
-            if name not in FREE_ON_RESUME and name in meta["config"]  # else the field is newer than the checkpoint
+            for name, ours, before in differences(self.config, meta.config)
+            if name not in FREE_ON_RESUME and name in meta.named  # else the field is newer than the checkpoint
         }
         allowed = {name.replace("-", "_") for name in self.config.run.allow_changed}
         if changed.keys() - allowed:
@@ -118,7 +119,7 @@ class TrainState:
                 f"{path} belongs to another run: {'; '.join(changed.values())}; resume with the same settings, or add "
                 f"--allow-changed {names}"
             )
-        return [*changed.values(), *self._changed_data(path, meta["data"]), *_changed_versions(meta["versions"])]
+        return [*changed.values(), *self._changed_data(path, meta.data), *_changed_versions(meta.versions)]
 
     def _changed_data(self, path: Path, before: str) -> list[str]:
         """The difference of the images, if there is one and it is allowed. Raises DataError if it is not."""
@@ -135,7 +136,9 @@ class TrainState:
 
 def _changed_versions(before: dict[str, str | None]) -> list[str]:
     """The libraries of other versions than those that wrote a checkpoint, in one line if there are any."""
-    changed = [f"{name} is {now} and was {before[name]}" for name, now in versions().items() if before[name] != now]
+    changed = [
+        f"{name} is {now} and was {before.get(name)}" for name, now in versions().items() if before.get(name) != now
+    ]
     return [", ".join(changed)] if changed else []
 
 
