@@ -18,8 +18,9 @@ from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_
 from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.watchdog import Watchdog
 from fastmoco.distributed.world import StopVote
-from fastmoco.errors import DivergedError, Preempted, RankLostError
+from fastmoco.errors import CheckpointError, Preempted, RankLostError
 from fastmoco.evaluation.online import OnlineEvaluator
+from fastmoco.run.divergence import LossWatch
 from fastmoco.run.forecast import Forecast
 from fastmoco.run.recorder import RunRecorder
 from fastmoco.run.report import show_selection, start_facts
@@ -27,7 +28,7 @@ from fastmoco.run.start import RunContext, run_context
 from fastmoco.run.state import build_state
 from fastmoco.run.thread_count import ThreadCount, tunes_threads
 from fastmoco.run.throughput import StepClock, mark_on
-from fastmoco.step.schedules import ema_momentum_at, lr_at
+from fastmoco.step.schedules import Rates
 from fastmoco.tuning.capture import captured
 from fastmoco.tuning.select import select
 from pipelines.augment.presets import AUGMENTATIONS, with_scale
@@ -83,6 +84,7 @@ class Trainer:
         )
         self.steps_per_epoch = self.planner.steps_per_epoch
         self.total_steps = self.steps_per_epoch * optim.epochs
+        self.rates = Rates(config, self.steps_per_epoch)
         self._images = dataset.train
         self._source = source = open_source(data.pipeline, dataset.train, side, device, data.workers)
         self.selection = select(
@@ -108,6 +110,11 @@ class Trainer:
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
         self._requires_graph = "cuda_graph" not in context.auto or config.run.check == "strict"
+        self.watch = LossWatch(
+            max_skipped=min(config.run.max_skipped_steps, self.total_steps),
+            chance_loss=self.chance_loss,
+            amp=config.run.amp,
+        )
         self._stopped, self._began = False, time.monotonic()
 
     @property
@@ -164,7 +171,13 @@ class Trainer:
 
     def _resume(self) -> None:
         path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))
-        self.state.load(path)
+        for note in self.state.load(path):
+            say(self.console, f"resumed although {note}", "yellow")
+        if self.state.step > self.total_steps:
+            raise CheckpointError(
+                f"{path} is from step {self.state.step:,}, and --epochs {self.config.optim.epochs} are "
+                f"{self.total_steps:,} steps: use more --epochs, or start again with --overwrite"
+            )
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
 
@@ -186,8 +199,8 @@ class Trainer:
                         step, failure = captured(state.train_step, views, self.world, self._requires_graph)
                     if failure is not None:
                         say(self.console, f"left out CUDA graph: {failure}", "yellow")
-                lr = self._lr()
-                step(views, lr, self._ema_momentum())
+                lr = self.rates.lr(state.step)
+                step(views, lr, self.rates.ema_momentum(state.step))
                 state.step += 1
                 watchdog.feed()
                 epoch_ends = state.step % self.steps_per_epoch == 0
@@ -227,24 +240,6 @@ class Trainer:
             yield batch
         vote.close()
 
-    def _lr(self) -> float:
-        optim = self.config.optim
-        return lr_at(
-            self.state.step,
-            schedule="cosine" if optim.cos else "step" if optim.schedule else "constant",
-            base_lr=optim.lr,
-            epochs=optim.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            milestones=optim.schedule or (),
-            warmup_epochs=optim.warmup_epochs,
-            final_lr=optim.final_lr,
-        )
-
-    def _ema_momentum(self) -> float:
-        model = self.config.model
-        schedule = "cosine" if model.moco_m_cos else "constant"
-        return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
-
     def _log(self, lr: float) -> StepMetrics:
         """Read metrics from the device and record them. Raises DivergedError if the run has diverged."""
         latest = self.state.train_step.read_metrics()
@@ -256,11 +251,9 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.log_step(self.state.step, self.epoch, metrics, int(latest["skipped_steps"]))
             self.recorder.replaced(self._images.ledger)
-        if latest["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
-            raise DivergedError(
-                f"the loss or a gradient was not finite for {latest['consecutive_skipped']} steps up to step "
-                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before them"
-            )
+        warning = self.watch.check(self.state.step, latest)
+        if warning:
+            say(self.console, warning, "yellow")
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
         return metrics

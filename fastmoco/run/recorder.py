@@ -12,7 +12,7 @@ from torch import nn
 
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts, shown_path
-from fastmoco.errors import CheckpointError, ExitCode, exit_code
+from fastmoco.errors import CheckpointError, DivergedError, ExitCode, exit_code
 from fastmoco.run import checkpoint
 from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.directory import RunDirectory
@@ -46,7 +46,7 @@ class RunRecorder:
         for end in (self._writer.wait, self._writer.close, self.metrics.close):
             try:
                 end()
-            except CheckpointError as error:
+            except (CheckpointError, DivergedError) as error:
                 say(self.console, str(error), "yellow")
             except OSError as error:
                 say(self.console, f"{error.filename} lacks its last lines ({error.strerror})", "yellow")
@@ -73,6 +73,7 @@ class RunRecorder:
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
+        self.directory.write_config(self.config)  # some settings may change, such as --epochs
         with self.directory.writing(self.metrics.path):
             corrupt = self.metrics.truncate_after(step)
         if corrupt:
@@ -130,12 +131,14 @@ class RunRecorder:
         """Save a checkpoint of the state as it is now, in the background unless it is the `last_chance`.
 
         Raises CheckpointError if the save before it was the third in a row to fail, or if this one fails on the last
-        chance. Earlier checkpoints stay.
+        chance; DivergedError if the state is not finite. Earlier checkpoints stay.
         """
         self.directory.check_present()
         self.finish_saving(attempts=math.inf if last_chance else SAVE_ATTEMPTS)
         self._saving, self._saving_since = (state.step, epoch), time.monotonic()
-        self._writer.start(state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving))
+        self._writer.start(
+            state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving), last_chance=last_chance
+        )
         reason = self._writer.buffers.not_pinned
         if reason and not self._warned_not_pinned:
             self._warned_not_pinned = True
