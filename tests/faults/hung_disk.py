@@ -22,7 +22,7 @@ from pipelines.data.dataset import load_dataset
 from pipelines.errors import DataError
 from pipelines.plan.planner import Planner
 
-LIMIT_S = 2.0
+LIMIT_S = 5.0
 TINY = ["--batch-size", "8", "--bn-splits", "2", "--moco-k", "8", "--width", "0.125", "--epochs", "2", "--arch"]
 TINY += ["resnet18", "--crop-size", "8", "--amp", "fp32", "--device", "cpu", "--cpu-threads", "1"]
 
@@ -46,9 +46,9 @@ def train(folder: Path, scratch: Path) -> int:
     """Trains until an image hangs that was good when it was indexed."""
     steps = Trainer._steps
 
-    def hang_then_train(trainer: Trainer) -> None:
+    def hang_then_train(self: Trainer) -> None:
         hang(folder / "07.jpg", scratch)
-        steps(trainer)
+        steps(self)
 
     Trainer._steps = hang_then_train
     out = str(scratch / "run")
