@@ -71,6 +71,7 @@ class RunRecorder:
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
+        self.directory.write_config(self.config)  # some settings may change, such as --epochs
         self.metrics.truncate_after(step)
         self.status(step, epoch)
         say(self.console, f"resumed at step {step:,} of {total_steps:,} from {path.name}")
