@@ -25,6 +25,7 @@ from pipelines.data.decode import printable
 from pipelines.data.headers import FILES_PER_TASK, MAX_THREADS, read_headers
 from pipelines.errors import DataError
 from pipelines.files import replacing
+from pipelines.reads import Timed
 
 FORMAT = 1  # increment when `decode` changes its result for any file, or when the columns change
 FILE_NAME = ".fastmoco-manifest.npz"  # hidden, so that it is not listed with the images
@@ -90,7 +91,8 @@ def file_stats(paths: Sequence[str]) -> np.ndarray:
     def stat_some(first: int) -> None:
         for i in range(first, min(first + task, len(paths))):
             try:
-                status = os.stat(paths[i])
+                with Timed(paths[i]):
+                    status = os.stat(paths[i])
             except OSError:
                 continue
             stats[i] = status.st_size, status.st_mtime_ns
