@@ -93,7 +93,7 @@ MATRIX: dict[str, tuple[Row, ...]] = {
     "Images": (
         Row(
             "empty, damaged or truncated images, text under an image's name",
-            "exit code 3, naming the file; with `--bad-images quarantine` a grey image in its place, counted and listed",
+            "exit code 3, naming the file; with `--bad-images quarantine` a grey image in its place, and a list",
             (
                 "pipelines/data/test_decode.py::test_a_bad_file_is_refused",
                 "pipelines/data/test_quarantine.py::test_every_pipeline_replaces_it_by_grey",
@@ -172,7 +172,7 @@ MATRIX: dict[str, tuple[Row, ...]] = {
             "exit code 2 or 6, with the command that installs it",
             (
                 "commands/test_cli.py::test_cuda_without_cuda_is_6",
-                "benchmarks/test_end_to_end.py::test_a_missing_backend_is_listed_with_the_reason",
+                "pipelines/backends/test_dali.py::test_missing_dali_is_named_with_its_install_command",
             ),
         ),
         Row(
