@@ -220,3 +220,14 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
         assert subprocess.run(command, stdout=full, stderr=full).returncode == ExitCode.DONE
         assert subprocess.run([*command, "--epochs", "0"], stdout=full, stderr=full).returncode == ExitCode.CONFIG
     assert read_status(tmp_path / "run")["exit_code"] == ExitCode.DONE
+
+
+def test_the_error_file_of_torchrun_on_a_full_disk(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank whose error file does not fit on the disk still ends with its own line and exit code."""
+    fill(disk)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(disk / "error.json"))
+    error = failed(capsys, ["train", "--epochs", "0"], ExitCode.CONFIG)
+    assert "--epochs is 0" in error
+    assert names(disk) == {"filler"}
