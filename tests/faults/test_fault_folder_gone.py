@@ -15,7 +15,7 @@ from fastmoco.run.directory import read_status
 from fastmoco.train import Trainer
 from tests.run.test_train import RESIDENT, newest
 
-FLAGS = [*RESIDENT, "--epochs", "1", "--knn-every", "0"]
+FLAGS = [*RESIDENT, "--cpu-threads", "1", "--epochs", "1", "--knn-every", "0"]
 
 
 def rename(run: Path) -> None:

@@ -18,11 +18,14 @@ from fastmoco.commands import eval as eval_module
 from fastmoco.commands import sweep as sweep_module
 from fastmoco.errors import DivergedError, ExitCode
 from fastmoco.evaluation.cache import FeatureCache
+from fastmoco.run.directory import read_status
 from fastmoco.tuning import cache as tuning_cache
 from fastmoco.tuning.candidates import Candidate
-from tests.commands.test_cli import TINY
+from tests.commands.test_cli import TINY as SMALL
 from tests.small_disk import fill, small_disk
 from tests.sweep.test_sweep import FakeTraining
+
+TINY = [*SMALL, "--cpu-threads", "1"]
 
 CPU = torch.device("cpu")
 
@@ -201,10 +204,30 @@ def test_printing_to_a_file_on_a_full_disk(command: list[str]) -> None:
     """A report that is redirected to a full disk is an error of one line, not a report that ends in the middle."""
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, "-m", "fastmoco", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            [sys.executable, "-m", "fastmoco", *command], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert process.returncode == ExitCode.CHECKPOINT, process.stderr
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("fastmoco: ")]
     assert line == "fastmoco: error: cannot write the output (No space left on device): free space"
     assert "Traceback" not in process.stderr
     assert "Exception" not in process.stderr
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    """A run whose output goes to a full disk trains to the end, and its exit code is that of the run."""
+    command = [sys.executable, "-m", "fastmoco", "train", *TINY, "--out", str(tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == ExitCode.DONE
+        assert subprocess.run([*command, "--epochs", "0"], stdout=full, stderr=full).returncode == ExitCode.CONFIG
+    assert read_status(tmp_path / "run")["exit_code"] == ExitCode.DONE
+
+
+def test_the_error_file_of_torchrun_on_a_full_disk(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank whose error file does not fit on the disk still ends with its own line and exit code."""
+    fill(disk)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(disk / "error.json"))
+    error = failed(capsys, ["train", "--epochs", "0"], ExitCode.CONFIG)
+    assert "--epochs is 0" in error
+    assert names(disk) == {"filler"}

@@ -14,7 +14,9 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from fastmoco.run.metrics import MetricsWriter
 from pipelines.files import open_to_append, read_file, write_atomically
-from tests.commands.test_cli import TINY
+from tests.commands.test_cli import TINY as SMALL
+
+TINY = [*SMALL, "--cpu-threads", "1"]
 
 PRECIOUS = b"precious"
 

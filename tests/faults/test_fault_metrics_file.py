@@ -12,7 +12,9 @@ from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ExitCode
 from fastmoco.run.directory import read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
-from tests.commands.test_cli import TINY
+from tests.commands.test_cli import TINY as SMALL
+
+TINY = [*SMALL, "--cpu-threads", "1"]
 
 DAMAGED = [
     '{"step": 1, "epoch": 0, "loss": "high"}',

@@ -10,7 +10,9 @@ from PIL import Image
 
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
-from tests.commands.test_cli import TINY
+from tests.commands.test_cli import TINY as SMALL
+
+TINY = [*SMALL, "--cpu-threads", "1"]
 
 
 @pytest.fixture

@@ -11,7 +11,10 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from fastmoco.run.overwrite import foreign_entry
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
-from tests.commands.test_cli import TINY, snapshot
+from tests.commands.test_cli import TINY as SMALL
+from tests.commands.test_cli import snapshot
+
+TINY = [*SMALL, "--cpu-threads", "1"]
 
 
 def train(out: Path, *flags: str) -> int:
