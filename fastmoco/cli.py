@@ -187,7 +187,7 @@ def parse_train(argv: list[str]) -> RunConfig:
         "sets the defaults; flags override them. Values that are None are set to suit the data, most of them as in the "
         "closest of the recipes shapes, cifar10-demo and imagenet-v1.",
         flags=[*("--" + name.replace("_", "-") for name in default.flat()), "--config"],
-        default=default.replace(resume=False, overwrite=False),
+        default=default.replace(resume=False, overwrite=False, allow_changed=(), allow_changed_data=False),
     )
 
 

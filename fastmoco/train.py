@@ -17,7 +17,7 @@ from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_
 from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.watchdog import Watchdog
 from fastmoco.distributed.world import StopVote
-from fastmoco.errors import DivergedError, Preempted, RankLostError
+from fastmoco.errors import CheckpointError, DivergedError, Preempted, RankLostError
 from fastmoco.evaluation.online import OnlineEvaluator
 from fastmoco.run.forecast import Forecast
 from fastmoco.run.recorder import RunRecorder
@@ -27,7 +27,7 @@ from fastmoco.run.state import build_state
 from fastmoco.run.thread_count import ThreadCount, tunes_threads
 from fastmoco.run.throughput import StepClock, mark_on
 from fastmoco.step.cuda_graph import GraphedStep
-from fastmoco.step.schedules import ema_momentum_at, lr_at
+from fastmoco.step.schedules import Rates
 from fastmoco.tuning.select import select
 from pipelines.augment.presets import AUGMENTATIONS, with_scale
 from pipelines.backends.select import Pipeline, open_pipeline, open_source
@@ -82,6 +82,7 @@ class Trainer:
         )
         self.steps_per_epoch = self.planner.steps_per_epoch
         self.total_steps = self.steps_per_epoch * optim.epochs
+        self.rates = Rates(config, self.steps_per_epoch)
         self._images = dataset.train
         self._source = source = open_source(data.pipeline, dataset.train, side, device, data.workers)
         self.selection = select(
@@ -131,6 +132,7 @@ class Trainer:
     def _begin(self) -> None:
         if self.recorder is not None:
             self.recorder.begin(self._first_views(), self.augmentation)
+            self.recorder.images(self.state.data_record)
         results: dict[str, float] = {}
         if self.config.run.knn_every:
             results = self._evaluate()
@@ -162,9 +164,16 @@ class Trainer:
 
     def _resume(self) -> None:
         path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))
-        self.state.load(path)
+        for note in self.state.load(path):
+            say(self.console, f"resumed although {note}", "yellow")
+        if self.state.step > self.total_steps:
+            raise CheckpointError(
+                f"{path} is from step {self.state.step:,}, and --epochs {self.config.optim.epochs} are "
+                f"{self.total_steps:,} steps: use more --epochs, or start again with --overwrite"
+            )
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
+            self.recorder.images(self.state.data_record)
 
     def _steps(self) -> None:
         config, state, clock = self.config, self.state, self.clock
@@ -182,8 +191,8 @@ class Trainer:
                 if step is None:
                     with clock.paused(), watchdog.paused():
                         step = GraphedStep(state.train_step, views)
-                lr = self._lr()
-                step(views, lr, self._ema_momentum())
+                lr = self.rates.lr(state.step)
+                step(views, lr, self.rates.ema_momentum(state.step))
                 state.step += 1
                 watchdog.feed()
                 epoch_ends = state.step % self.steps_per_epoch == 0
@@ -222,24 +231,6 @@ class Trainer:
                 break
             yield batch
         vote.close()
-
-    def _lr(self) -> float:
-        optim = self.config.optim
-        return lr_at(
-            self.state.step,
-            schedule="cosine" if optim.cos else "step" if optim.schedule else "constant",
-            base_lr=optim.lr,
-            epochs=optim.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            milestones=optim.schedule or (),
-            warmup_epochs=optim.warmup_epochs,
-            final_lr=optim.final_lr,
-        )
-
-    def _ema_momentum(self) -> float:
-        model = self.config.model
-        schedule = "cosine" if model.moco_m_cos else "constant"
-        return ema_momentum_at(self.state.step, schedule=schedule, base=model.moco_m, total_steps=self.total_steps)
 
     def _log(self, lr: float) -> StepMetrics:
         """Read metrics from the device and record them. Raises DivergedError if the run has diverged."""

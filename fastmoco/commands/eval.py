@@ -26,6 +26,7 @@ from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
 from fastmoco.run.outside import check_outside
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import load_dataset
 from pipelines.randomness import Domain, permutation
@@ -39,7 +40,7 @@ def eval_command(options: EvalOptions) -> None:
 
     Raises ConfigError, DataError, CheckpointError, BackendMissingError and DeviceError.
     """
-    with threads_restored(options.cpu_threads):
+    with threads_restored(options.cpu_threads), ended_by_stuck_reads():
         _evaluate(options)
 
 

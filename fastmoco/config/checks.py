@@ -102,11 +102,8 @@ def _describe(hint: Any) -> str:
     if choices := _choices(hint):
         return "one of " + ", ".join(choices)
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    return " or ".join(
-        names.get(t, "a list of whole numbers" if get_origin(t) is tuple else "an object")
-        for t in _alternatives(hint)
-        if t is not types.NoneType
-    )
+    names |= {tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of names"}
+    return " or ".join(names.get(t, "an object") for t in _alternatives(hint) if t is not types.NoneType)
 
 
 def _shorten(value: Any) -> str:

@@ -203,6 +203,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in self.run.allow_changed:
+            known(name.replace("-", "_"), self.flat(), "setting")
         batch, splits = self.optim.batch_size, self.model.bn_splits
         if batch is not None and splits is not None and (batch % splits or batch // splits < 2):
             fitting = max(2 * splits, batch - batch % splits)
@@ -245,9 +247,10 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "out", "overwrite", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
     | {"knn_every", "knn_k", "knn_t", "max_skipped_steps", "tensorboard", "cuda_graph", "checkpoint_activations"}
-    | {"check", "tune", "lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads"}
+    | {"check", "tune", "lr_scaling", "gpus", "dist_timeout", "paranoid", "cpu_threads", "bad_images"}
+    | {"allow_changed", "allow_changed_data", "allow_large_queue"}
 )
-"""Fields that may change when a run is resumed, because they affect the weights by rounding at most."""
+"""Fields that may change when a run is resumed: they affect the weights by rounding at most, or permit something."""
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,10 @@ class RunOptions:
     """Delete an existing run in that directory."""
     resume: bool = False
     """Resume from the newest checkpoint in that directory."""
+    allow_changed: tuple[str, ...] = ()
+    """With --resume: settings that may differ from those of the checkpoint, such as epochs."""
+    allow_changed_data: bool = False
+    """With --resume: go on although the images are not those that the checkpoint was trained on."""
     deterministic: bool = False
     """Use deterministic algorithms: repeated runs give bit-identical weights, at some cost in speed."""
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

@@ -22,10 +22,12 @@ from fastmoco.run.outside import check_outside
 from fastmoco.run.preemption import StopFlag
 from fastmoco.run.recorder import write_failure
 from fastmoco.run.resolve import resolve
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
 from pipelines.data.quarantine import Ledger
+from pipelines.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
     else:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     opened: list[RunDirectory] = []
-    with World.join(config.run.device, config.scale.dist_timeout) as world:
+    with (
+        World.join(config.run.device, config.scale.dist_timeout) as world,
+        ended_by_stuck_reads(lambda error: _report(error, opened, world)),
+    ):
         try:
             context = _create_context(config, console, world, opened)
             threads = context.config.run.cpu_threads if world.device.type == "cpu" else None
@@ -116,6 +121,12 @@ def _create_context(config: RunConfig, console: Console, world: World, opened: l
         stop=StopFlag(repeats=is_launched()),
         console=console if world.is_main else Console(quiet=True),
     )
+
+
+def _report(error: DataError, opened: list[RunDirectory], world: World) -> None:
+    for directory in opened:
+        write_failure(directory, error)
+    world.report_failure(error)
 
 
 def _restarted(folder: Path) -> RunConfig:

@@ -18,12 +18,14 @@ from fastmoco.model.dictionaries import BatchKeys, Dictionary, MemoryBank
 from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
-from fastmoco.run import checkpoint
+from fastmoco.run import checkpoint, data_record
+from fastmoco.run.data_record import DataRecord
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
 from fastmoco.run.snapshot import HostBuffers
 from fastmoco.step.train_step import TrainStep
 from pipelines.data.index import ImageIndex
+from pipelines.errors import DataError
 
 
 @dataclass
@@ -38,6 +40,8 @@ class TrainState:
     dictionary: Dictionary
     train_step: TrainStep
     data_fingerprint: str
+    images: ImageIndex
+    data_record: DataRecord | None
     step: int = 0
     _digested: HostBuffers = field(default_factory=HostBuffers, init=False, repr=False)
 
@@ -65,55 +69,87 @@ class TrainState:
             "step": self.step,
             "config": self.config.flat(),
             "data": self.data_fingerprint,
+            "data_content": None if self.data_record is None else self.data_record.content,
             "versions": versions(),
         }
 
-    def load(self, path: Path) -> None:
-        """Raises CheckpointError: damaged, or of another architecture, configuration or data set.
+    def load(self, path: Path) -> list[str]:
+        """Load a checkpoint, and return what differs from it and was allowed to, one line each.
 
         Only rank 0 reads, and broadcasts its tensors, so that the others need no access to its disk. A checkpoint does
         not depend on the number of ranks that wrote it.
+
+        Raises CheckpointError: damaged, or of another architecture or configuration; DataError: of other images.
         """
         world = self.train_step.world
-        self.step = world.on_main(lambda: self._read(path))
+        self.step, notes = world.on_main(lambda: self._read(path))
         with torch.no_grad():
             for tensor in self.tensors().values():
                 world.broadcast(tensor)
+        return notes
 
-    def _read(self, path: Path) -> int:
-        """Reads the tensors and returns the step they belong to."""
+    def _read(self, path: Path) -> tuple[int, list[str]]:
+        """Reads the tensors and returns the step they belong to, and the differences that were allowed."""
         own = self.tensors()
         try:
             saved, meta = checkpoint.load(path, own)
         except CheckpointError:
             self._check(path, checkpoint.verify(path))  # settings that differ explain tensors that do
             raise
-        self._check(path, meta)
+        notes = self._check(path, meta)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        return meta["step"]
+        return meta["step"], notes
 
-    def _check(self, path: Path, meta: dict[str, Any]) -> None:
+    def _check(self, path: Path, meta: dict[str, Any]) -> list[str]:
+        """Differences that are allowed. Raises CheckpointError or DataError for any other."""
         theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
-        changed = [
-            f"{name} is {ours!r} and was {before!r}"
+        changed = {
+            name: f"{name} is {ours!r} and was {before!r}"
             for name, ours, before in differences(self.config, theirs)
             if name not in FREE_ON_RESUME and name in meta["config"]  # else the field is newer than the checkpoint
-        ]
-        if changed:
-            raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}; resume with the same settings")
-        if meta["data"] != self.data_fingerprint:
+        }
+        allowed = {name.replace("-", "_") for name in self.config.run.allow_changed}
+        if changed.keys() - allowed:
+            names = " ".join(name.replace("_", "-") for name in changed)
             raise CheckpointError(
-                f"{path} was trained on other images ({meta['data']}, and now {self.data_fingerprint}): "
-                f"restore the data set, or start a new run with --out"
+                f"{path} belongs to another run: {'; '.join(changed.values())}; resume with the same settings, or add "
+                f"--allow-changed {names}"
             )
+        return [*changed.values(), *self._changed_data(path, meta), *_changed_versions(meta["versions"])]
+
+    def _changed_data(self, path: Path, meta: dict[str, Any]) -> list[str]:
+        """The difference of the images, if there is one and it is allowed. Raises DataError if it is not."""
+        note = ""
+        if meta["data"] != self.data_fingerprint:
+            difference = f"the images are {self.data_fingerprint} and were {meta['data']}"
+        elif self.data_record is not None:
+            before = data_record.read(path.parent.parent / data_record.FILE_NAME)
+            difference, note = data_record.difference(before, meta.get("data_content"), self.data_record, self.images)
+        else:
+            difference = ""
+        if not difference:
+            return [note] if note else []
+        if not self.config.run.allow_changed_data:
+            raise DataError(
+                f"{path} was trained on other images: {difference}; restore the data set, start a new run with --out, "
+                "or add --allow-changed-data"
+            )
+        return [difference]
+
+
+def _changed_versions(before: dict[str, str | None]) -> list[str]:
+    """The libraries of other versions than those that wrote a checkpoint, in one line if there are any."""
+    changed = [f"{name} is {now} and was {before[name]}" for name, now in versions().items() if before[name] != now]
+    return [", ".join(changed)] if changed else []
 
 
 def build_state(config: ResolvedConfig, world: World, images: ImageIndex) -> TrainState:
     """Step 0 of a run: weights, dictionary and training step, all from the seed, the same on every rank."""
     step = build_train_step(config, world, len(images))
-    return TrainState(config, step.model, step.dictionary, step, fingerprint(images))
+    record = data_record.take(images) if world.is_main else None  # rank 0 reads and writes all checkpoints
+    return TrainState(config, step.model, step.dictionary, step, fingerprint(images), images, record)
 
 
 def build_train_step(config: ResolvedConfig, world: World, images: int) -> TrainStep[Dictionary]:

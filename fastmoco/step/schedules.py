@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fastmoco.config import ResolvedConfig
 from fastmoco.errors import ConfigError
 
 LR_SCHEDULES = ("cosine", "step", "constant")
@@ -67,3 +68,28 @@ def ema_momentum_at(step: int, *, schedule: str, base: float, total_steps: int) 
 def _half_cosine(progress: float) -> float:
     """½ (1 + cos(π progress)): 1 at progress 0, 0 at progress 1."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Rates:
+    """Learning rate and EMA momentum of a run, at every step."""
+
+    def __init__(self, config: ResolvedConfig, steps_per_epoch: int) -> None:
+        self._optim, self._model, self._steps_per_epoch = config.optim, config.model, steps_per_epoch
+
+    def lr(self, step: int) -> float:
+        optim = self._optim
+        return lr_at(
+            step,
+            schedule="cosine" if optim.cos else "step" if optim.schedule else "constant",
+            base_lr=optim.lr,
+            epochs=optim.epochs,
+            steps_per_epoch=self._steps_per_epoch,
+            milestones=optim.schedule or (),
+            warmup_epochs=optim.warmup_epochs,
+            final_lr=optim.final_lr,
+        )
+
+    def ema_momentum(self, step: int) -> float:
+        model, total_steps = self._model, self._steps_per_epoch * self._optim.epochs
+        schedule = "cosine" if model.moco_m_cos else "constant"
+        return ema_momentum_at(step, schedule=schedule, base=model.moco_m, total_steps=total_steps)

@@ -192,7 +192,7 @@ def test_metrics_that_were_never_written_are_an_error(disk: Path, train, monkeyp
         return content
 
     monkeypatch.setattr(MetricsWriter, "write", lambda self, *_, **__: self._lines.write(b"x" * backbone))
-    monkeypatch.setattr(recorder, "serialised", serialised)
+    monkeypatch.setattr(recorder, "sealed_bytes", serialised)
     code, error = train()
     assert code == ExitCode.CHECKPOINT
     assert "metrics.jsonl" in error
