@@ -140,6 +140,7 @@ class Trainer:
     def _begin(self) -> None:
         if self.recorder is not None:
             self.recorder.begin(self._first_views(), self.augmentation)
+            self.recorder.images(self.state.data_record)
         results: dict[str, float] = {}
         if self.config.run.knn_every:
             results = self._evaluate()
@@ -180,6 +181,7 @@ class Trainer:
             )
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
+            self.recorder.images(self.state.data_record)
 
     def _steps(self) -> None:
         config, state, clock = self.config, self.state, self.clock

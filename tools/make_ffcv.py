@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -39,7 +40,9 @@ from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
 from pipelines.data.decode import exif_orientation, is_jpeg, open_image, printable
 from pipelines.data.index import ImageIndex
+from pipelines.data.space import check_space, pixel_bytes, stored_bytes
 from pipelines.errors import DataError
+from pipelines.files import is_full
 from pipelines.randomness import Domain, philox, uniform
 
 RESIZED_QUALITY = 95
@@ -175,15 +178,18 @@ def convert(
     }
     left_out, stored = [list(entry) for entry in quarantine], Counter(copied=0, encoded=0, raw=0)
     allowed = MAX_BAD_FRACTION * len(index) if settings.bad_images == "quarantine" else 0
-    largest = 65_536 + 4 * int(index.sizes.astype(np.int64).prod(axis=1).max())  # upper bound for any encoder
-    if index.paths is not None:
-        largest = max(largest, *map(_file_bytes, index.paths))
+    stored_now, pixels = stored_bytes(index), pixel_bytes(index)
+    largest = max(65_536 + 4 * int(pixels.max()) // 3, int(stored_now.max()))  # upper bound for any encoder
+    least = pixels if settings.mode == "raw" else np.minimum(stored_now, pixels)
+    if settings.max_resolution or settings.min_resolution or settings.quality:
+        least = np.zeros_like(least)
     bar = progress.add_task(printable(index.name), total=len(index))
     with (
         BetonWriter(settings.out, len(index), largest) as writer,
         ThreadPoolExecutor(settings.workers) as pool,
     ):
         try:
+            check_space(Path(settings.out).absolute(), int(least.sum() - allowed * least.max()))
             for i, future in _in_order(pool, index, settings):
                 try:
                     image = future.result()
@@ -215,13 +221,6 @@ def convert(
                 versions=versions,
             )
         )
-
-
-def _file_bytes(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # reading it will report a bad image
-        return 0
 
 
 def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -> Iterator[tuple[int, Future[Encoded]]]:
@@ -258,7 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
     except OSError as error:
-        reason = f"cannot write {printable(settings.out)}: {error.strerror or error}; the partial file was removed"
+        reason = f"cannot write {printable(settings.out)} ({error.strerror or error}), and nothing is left of it"
+        if is_full(error):
+            reason += ": make room, or choose another disk"
         console.print(reason, style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
     except KeyboardInterrupt:

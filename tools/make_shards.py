@@ -1,7 +1,8 @@
 """Pack any data set fastmoco reads into tar archives in WebDataset layout: `python tools/make_shards.py DATA OUT`.
 
 Encoded images are copied byte for byte, so a run on the archives sees the same pixels as a run on the folder; images in
-memory become PNG, which is equally exact. OUT is created when everything is written.
+memory become PNG, which is equally exact. Every image is decoded once, so all images in the archives are readable. OUT
+is created when everything is written, and has been read again.
 
 Exit codes: 0 success, 2 invalid setting, 3 bad image or full disk.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -27,11 +28,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.errors import ConfigError, ExitCode
-from pipelines.data.dataset import BadImages, load_dataset
+from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
-from pipelines.data.tar_shards import CLASS_NAMES
+from pipelines.data.shard_writer import ShardWriter
+from pipelines.data.space import check_space, stored_bytes
 from pipelines.errors import DataError
+from pipelines.files import is_full
 from pipelines.randomness import Domain, permutation
 
 READERS = 8  # threads that read files: they wait for the disk
@@ -56,13 +59,13 @@ class Settings:
     shuffle: int | None = None
     """Shuffle the images with this seed, for --order archives. Unset: keep their order, so that runs are the same."""
     bad_images: BadImages = "error"
-    """Stop at a bad image, or leave it out."""
+    """Stop at a bad image, or leave it out and print its name."""
 
 
 def make(settings: Settings, console: Console) -> None:
     """Raises ConfigError for an invalid setting, DataError for a bad image, OSError if writing fails."""
     out = settings.out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"{printable(str(settings.out))} exists and is not an empty folder; choose another name")
     if settings.shard_mib <= 0:
         raise ConfigError(f"--shard-mib {settings.shard_mib}: expected a size above 0")
@@ -71,86 +74,85 @@ def make(settings: Settings, console: Console) -> None:
     index = dataset.train if settings.split == "train" else dataset.test
     if index is None:
         raise DataError(f"{printable(settings.data)} has no test split; expected --split train")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # a leftover of an interrupted run
-    part.mkdir(parents=True)
-    try:
-        count, length = _write(index, part, settings, console)
-        if index.labels is not None:
-            names = "".join(f"{name}\n" for name in index.class_names)
-            (part / CLASS_NAMES).write_text(names, encoding="utf-8", errors="surrogateescape")
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with ShardWriter(out, settings.shard_mib * 2**20) as writer:
+        bad = _write(index, writer, settings, console)
+        writer.finish(index.class_names if index.labels is not None else ())
+    count, length = writer.archives, writer.total_bytes
     console.print(
-        f"{len(index):,} images, {length / 2**20:,.1f} MiB in {count:,} {'archive' if count == 1 else 'archives'} in "
-        f"{time.monotonic() - began:.1f} s: {printable(str(settings.out))}"
+        f"{len(index) - len(bad):,} images, {length / 2**20:,.1f} MiB in {count:,} "
+        f"{'archive' if count == 1 else 'archives'} in {time.monotonic() - began:.1f} s: "
+        f"{printable(str(settings.out))}",
+        markup=False,
     )
-    for path, reason in dataset.quarantine:
-        console.print(f"left out: {printable(path)} ({printable(reason)})", style="yellow")
+    for path, reason in (*dataset.quarantine, *bad):
+        console.print(f"left out: {printable(path)} ({printable(reason)})", style="yellow", markup=False)
 
 
-def _write(index: ImageIndex, folder: Path, settings: Settings, console: Console) -> tuple[int, int]:
-    """Writes archives 000000.tar, … of the images of an index. Returns their number and total bytes."""
+def _write(index: ImageIndex, writer: ShardWriter, settings: Settings, console: Console) -> list[tuple[str, str]]:
+    """Writes the images of an index, and returns (path, reason) of those that are left out because they are bad."""
     order = np.arange(len(index))
     if settings.shuffle is not None:
         order = permutation(settings.shuffle, Domain.ORDER, len(index))
+    allowed = MAX_BAD_FRACTION * len(index) if settings.bad_images == "quarantine" else 0
+    if index.pixels is None:
+        members = stored_bytes(index) + tarfile.BLOCKSIZE
+        check_space(writer.path, int(members.sum() - allowed * members.max()))
+    bad: list[tuple[str, str]] = []
     columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    count, total = 0, 0
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(index))
-        contents = enumerate(_contents(index, order))
-        entry = next(contents, None)
-        while entry is not None:
-            with tarfile.open(folder / f"{count:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-                while entry is not None and archive.offset < settings.shard_mib * 2**20:
-                    number, (i, (extension, data)) = entry
-                    _add(archive, f"{number:08d}{extension}", data)
-                    if index.labels is not None:
-                        _add(archive, f"{number:08d}.cls", str(index.labels[i]).encode())
-                    progress.advance(task)
-                    entry = next(contents, None)
-            count, total = count + 1, total + archive.offset
-    return count, total
+        for i, content in _contents(index, order):
+            if isinstance(content, DataError):
+                bad.append((index.path(i), str(content)))
+                if len(bad) > allowed:
+                    raise content
+            else:
+                height, width = index.sizes[i].tolist()
+                writer.add(*content, (height, width), None if index.labels is None else int(index.labels[i]))
+            progress.advance(task)
+    if len(bad) == len(index):
+        raise DataError(f"no image of {printable(index.name)} is left to write")
+    return bad
 
 
-def _contents(index: ImageIndex, order: np.ndarray) -> Iterator[tuple[int, tuple[str, bytes]]]:
-    """(position, (extension, bytes)) of the images in this order, read ahead."""
+def _contents(index: ImageIndex, order: np.ndarray) -> Iterator[tuple[int, tuple[str, bytes] | DataError]]:
+    """(position, (extension, bytes)) of the images in this order, read ahead; the error of a bad image."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(order), READ_AHEAD):
             positions = order[start : start + READ_AHEAD].tolist()
             yield from zip(positions, pool.map(lambda i: _content(index, i), positions), strict=True)
 
 
-def _content(index: ImageIndex, i: int) -> tuple[str, bytes]:
-    if index.is_encoded(i):
-        name = index.paths[i] if index.paths is not None else index.records.names[i] if index.records else ""
-        return os.path.splitext(name)[1].lower() or ".jpg", index.read_bytes(i)
+def _content(index: ImageIndex, i: int) -> tuple[str, bytes] | DataError:
+    """Image i as it will be stored, decoded once to verify it."""
+    try:
+        pixels = index.read(i)
+        if index.is_encoded(i):
+            name = index.paths[i] if index.paths is not None else index.records.names[i] if index.records else ""
+            return os.path.splitext(name)[1].lower() or ".jpg", index.read_bytes(i)
+    except DataError as error:
+        return error
     buffer = io.BytesIO()
-    Image.fromarray(index.read(i)).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return ".png", buffer.getvalue()
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Adds a member without owner and time, so that archives are reproducible."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    archive.addfile(member, io.BytesIO(data))
 
 
 def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the partial folder is removed
+    settings = tyro.cli(Settings, args=argv, description=Settings.__doc__)
     try:
-        make(tyro.cli(Settings, args=argv, description=Settings.__doc__), console)
+        make(settings, console)
     except ConfigError as error:
         return _fail(str(error), ExitCode.CONFIG)
     except DataError as error:
         return _fail(str(error), ExitCode.DATA)
     except OSError as error:
-        return _fail(f"cannot write ({error.strerror or error})", ExitCode.DATA)
+        reason = f"cannot write {printable(str(settings.out))} ({error.strerror or error}), and nothing is left of it"
+        remedy = ": make room, or choose another disk" if is_full(error) else ""
+        return _fail(reason + remedy, ExitCode.DATA)
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     return ExitCode.DONE
 
 

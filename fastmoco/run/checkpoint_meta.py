@@ -22,34 +22,39 @@ MAX_STEP = 2**53  # counts of steps are float64
 class CheckpointMeta:
     """The run that a checkpoint is from.
 
-    step      completed steps
-    config    settings that trained it; those newer than the checkpoint have their defaults
-    named     the fields of `config` that the checkpoint has
-    data      fingerprint of the images
-    versions  of the libraries, by name; None for one that was not installed
+    step          completed steps
+    config        settings that trained it; those newer than the checkpoint have their defaults
+    named         the fields of `config` that the checkpoint has
+    data          fingerprint of the images
+    data_content  `DataRecord.content`; None if there was no record
+    versions      of the libraries, by name; None for one that was not installed
     """
 
     step: int
     config: ResolvedConfig
     named: frozenset[str]
     data: str
+    data_content: str | None
     versions: dict[str, str | None]
 
     @staticmethod
     def of(path: Path, meta: Mapping[str, Any]) -> CheckpointMeta:
         """Check the `meta` of `checkpoint.load` or `checkpoint.verify`. Raises CheckpointError."""
         step, config, data, versions = (meta.get(name) for name in ("step", "config", "data", "versions"))
+        content = meta.get("data_content")
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise _invalid(path, "step", step, f"a whole number from 0 to {MAX_STEP}")
         if checkpoint.is_named(path) and checkpoint.step_of(path) != step:
             raise _invalid(path, "step", step, f"the {checkpoint.step_of(path)} of its name")
         if not isinstance(data, str):
             raise _invalid(path, "data", data, "the fingerprint of the images")
+        if not isinstance(content, str | None):
+            raise _invalid(path, "data_content", content, "the hash of the images")
         if not isinstance(versions, dict) or not all(isinstance(value, str | None) for value in versions.values()):
             raise _invalid(path, "versions", versions, "the versions of libraries by name")
         if not isinstance(config, dict):
             raise _invalid(path, "config", config, "the settings of a run by name")
-        return CheckpointMeta(step, _config(path, config), frozenset(config), data, versions)
+        return CheckpointMeta(step, _config(path, config), frozenset(config), data, content, versions)
 
 
 def _config(path: Path, flat: Mapping[str, Any]) -> ResolvedConfig:

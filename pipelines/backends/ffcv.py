@@ -133,7 +133,8 @@ class FfcvCrops:
         if self._records.digests is not None:
             for row in np.flatnonzero(~self._records.digests.checked[chosen]).tolist():
                 image = int(chosen[row])
-                data = read_at(self._file, int(self._records.lengths[image]), int(self._records.offsets[image]))
+                with Timed(self._records.paths[0]):
+                    data = read_at(self._file, int(self._records.lengths[image]), int(self._records.offsets[image]))
                 damaged[row] = not self._records.digests.is_intact(image, data)
         return damaged
 

@@ -6,10 +6,8 @@ bad image, and if killed it leaves a file that looks complete.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,8 +30,9 @@ from pipelines.data.beton_format import (
 from pipelines.data.beton_manifest import BetonManifest, manifest_path, read_manifest
 from pipelines.data.decode import printable
 from pipelines.data.record_digests import RecordDigests, digest
+from pipelines.data.space import telling_space
 from pipelines.errors import DataError
-from pipelines.files import is_full, write_atomically
+from pipelines.files import write_atomically
 from pipelines.platforms import lock, sync, write_at
 
 PAGE_BYTES = 2**23  # FFCV's default; larger if an image needs it
@@ -158,22 +157,11 @@ class BetonWriter:
 
     def _write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`: one pwrite may write less, at most 2 GiB."""
-        while len(data):
-            try:
-                written = write_at(self._file.fileno(), data, offset)
-            except OSError as error:
-                if is_full(error):
-                    raise self._full(len(data)) from error
-                raise
-            data, offset = data[written:], offset + written
-
-    def _full(self, length: int) -> OSError:
-        """The error of a full disk at a write of `length` bytes, with an estimate from the images so far."""
         mean = (self._end - self._first) // max(1, self._count)
-        needed = max(length, (len(self._rows) - self._count) * mean)
-        free = shutil.disk_usage(os.path.dirname(self.path)).free
-        reason = f"{os.strerror(errno.ENOSPC)}: about {needed:,} more bytes are needed and {free:,} are free"
-        return OSError(errno.ENOSPC, reason, self.path)
+        with telling_space(Path(self.path), max(len(data), (len(self._rows) - self._count) * mean)):
+            while len(data):
+                written = write_at(self._file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
 
 
 class _LockedError(Exception):

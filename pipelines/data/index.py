@@ -87,6 +87,7 @@ class ImageIndex:
     paths        N absolute paths; undecodable bytes of a name are surrogate escapes, so that `open` works
     pixels       (N, H, W, 3) uint8 RGB
     records      positions in a `.beton` file or in tar archives
+    scanned      (N, 16) uint8, BLAKE2b of files as `fastmoco scan` read them, zero if changed since; None without
     ledger       records images that have become bad, which are then replaced by grey; None: a bad image is an error
     """
 
@@ -97,6 +98,7 @@ class ImageIndex:
     paths: tuple[str, ...] | None = None
     pixels: np.ndarray | None = None
     records: PackedRecords | None = None
+    scanned: np.ndarray | None = None
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
@@ -143,8 +145,8 @@ class ImageIndex:
     def _read(self, i: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
         if not self.is_encoded(i):
-            return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
-        image = decode(self._bytes(i), self.display_name(i))
+            return np.frombuffer(bytearray(self.stored_bytes(i)), dtype=np.uint8).reshape(height, width, 3)
+        image = decode(self.stored_bytes(i), self.display_name(i))
         if image.shape[:2] != (height, width):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
@@ -159,9 +161,10 @@ class ImageIndex:
                 f"{self.display_name(i)} is stored as raw pixels, and this pipeline needs encoded images: use "
                 f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
             )
-        return self._bytes(i)
+        return self.stored_bytes(i)
 
-    def _bytes(self, i: int) -> bytes:
+    def stored_bytes(self, i: int) -> bytes:
+        """The bytes of image i as they are stored, encoded or not. Raises DataError if it is unreadable."""
         assert self.pixels is None, "images in memory have no encoded bytes"
         try:
             if self.records is not None:
@@ -194,6 +197,7 @@ class ImageIndex:
             paths=None if self.paths is None else tuple(self.paths[i] for i in positions.tolist()),
             pixels=None if self.pixels is None else self.pixels[positions],
             records=None if self.records is None else self.records.select(positions),
+            scanned=None if self.scanned is None else self.scanned[positions],
         )
 
     @cached_property

@@ -61,8 +61,10 @@ class ScanManifest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rows", {path: row for row, path in enumerate(self.paths)})
 
-    def headers(self, paths: list[str]) -> tuple[np.ndarray, Bad, int]:
-        """The result of `headers.read_headers` for `paths`, and the number of files opened for it.
+    def headers(self, paths: list[str]) -> tuple[np.ndarray, Bad, int, np.ndarray]:
+        """The result of `headers.read_headers` for `paths`, the number of files opened for it, and (N, 16) digests.
+
+        The digest of a file that was opened is zero.
 
         Opens the files that are not in the manifest, or whose size or time has changed since the scan.
         """
@@ -78,7 +80,9 @@ class ScanManifest:
         if len(stale):
             sizes[stale], newly_bad = read_headers([paths[i] for i in stale.tolist()])
             bad = sorted(bad + [(int(stale[i]), reason) for i, reason in newly_bad])
-        return sizes, bad, len(stale)
+        digests = np.zeros((len(paths), 16), dtype=np.uint8)
+        digests[known] = self.digests[rows[known]]
+        return sizes, bad, len(stale), digests
 
 
 def file_stats(paths: Sequence[str]) -> np.ndarray:

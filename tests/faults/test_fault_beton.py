@@ -163,7 +163,7 @@ def test_the_compiled_loader_hashes_an_image_once(copy, large, require_backend, 
     assert sorted(hashed) == sorted(index.records.lengths.tolist())
 
 
-# ---- what a converter accepts, its reader accepts ------------------------------------
+# ---- what a converter accepts, its reader accepts --------------------------------------------------------------------
 
 
 def padded(padding: bytes, at: int) -> bytes:

@@ -184,7 +184,7 @@ def test_metrics_and_events_of_a_full_disk_are_written_later(disk: Path) -> None
 def test_metrics_that_were_never_written_are_an_error(disk: Path, train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose last metrics do not fit on the disk does not end as if it were complete."""
     backbone = 2**20  # more than the backbone takes, so that there is space for it and not for the metrics
-    original = recorder.serialised
+    original = recorder.sealed_bytes
 
     def serialised(state: Any) -> bytes:
         content = original(state)
@@ -192,7 +192,7 @@ def test_metrics_that_were_never_written_are_an_error(disk: Path, train, monkeyp
         return content
 
     monkeypatch.setattr(MetricsWriter, "write", lambda self, *_, **__: self._lines.write(b"x" * backbone))
-    monkeypatch.setattr(recorder, "serialised", serialised)
+    monkeypatch.setattr(recorder, "sealed_bytes", serialised)
     code, error = train()
     assert code == ExitCode.CHECKPOINT
     assert "metrics.jsonl" in error

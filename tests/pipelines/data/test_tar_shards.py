@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.backends.select import open_source
+from pipelines.data import shard_writer
 from pipelines.data.dataset import load_dataset
 from pipelines.data.index import Dataset
 from pipelines.errors import DataError
@@ -225,7 +226,7 @@ def test_packing_leaves_nothing_incomplete(folder: Path, tmp_path: Path, monkeyp
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(make_shards, "_add", fail)
+    monkeypatch.setattr(shard_writer, "_add", fail)
     assert make_shards.main([str(folder), str(tmp_path / "out")]) == 3
     assert list(tmp_path.iterdir()) == []
 
