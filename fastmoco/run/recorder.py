@@ -112,6 +112,11 @@ class RunRecorder:
         if numbers:
             say(self.console, evaluation_line(f"epoch {epoch}" if step else "before training", numbers))
 
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the metrics have an evaluation of that step, rather than a signal having stopped it."""
+        records = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        return any(record["step"] == step and "loss" not in record for record in records)
+
     def _write_metrics(self, step: int, epoch: int, values: dict[str, float]) -> None:
         self.directory.check_present()
         warning = self.metrics.write(step, epoch, **values)

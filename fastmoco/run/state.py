@@ -75,22 +75,23 @@ class TrainState:
             "versions": versions(),
         }
 
-    def load(self, path: Path) -> list[str]:
+    def load(self, path: Path, total_steps: int) -> list[str]:
         """Load a checkpoint, and return what differs from it and was allowed to, one line each.
 
         Only rank 0 reads, and broadcasts its tensors, so that the others need no access to its disk. A checkpoint does
         not depend on the number of ranks that wrote it.
 
-        Raises CheckpointError: damaged, or of another architecture or configuration; DataError: of other images.
+        Raises CheckpointError: damaged, after the last of `total_steps`, or of another architecture or configuration;
+        DataError: of other images.
         """
         world = self.train_step.world
-        self.step, notes = world.on_main(lambda: self._read(path))
+        self.step, notes = world.on_main(lambda: self._read(path, total_steps))
         with torch.no_grad():
             for tensor in self.tensors().values():
                 world.broadcast(tensor)
         return notes
 
-    def _read(self, path: Path) -> tuple[int, list[str]]:
+    def _read(self, path: Path, total_steps: int) -> tuple[int, list[str]]:
         """Reads the tensors and returns the step they belong to, and the differences that were allowed."""
         own = self.tensors()
         try:
@@ -100,6 +101,11 @@ class TrainState:
             raise
         meta = CheckpointMeta.of(path, said)
         notes = self._check(path, meta)
+        if meta.step > total_steps:
+            raise CheckpointError(
+                f"{path} is from step {meta.step:,}, and --epochs {self.config.optim.epochs} are {total_steps:,} "
+                "steps: use more --epochs, or start again with --overwrite"
+            )
         if bad := not_finite(saved):
             raise CheckpointError(
                 f"{path} has values in {bad[0]} that are not finite: delete it to resume from the one before"
