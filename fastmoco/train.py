@@ -89,12 +89,7 @@ class Trainer:
         self._images = dataset.train
         self._source = source = open_source(data.pipeline, dataset.train, side, device, data.workers)
         self.selection = select(
-            config,
-            context.auto,
-            partial(self._open, self.planner),
-            self.total_steps,
-            len(dataset.train),
-            self.world,
+            config, context.auto, partial(self._open, self.planner), self.total_steps, len(dataset.train), self.world
         )
         self.config = config = self.selection.config
         dtype = DTYPES[config.run.amp]
