@@ -98,7 +98,7 @@ def difference(before: DataRecord | None, content: str | None, now: DataRecord, 
 def write(record: DataRecord, path: Path) -> None:
     """Replaces or creates the file of a record. Raises OSError."""
     columns = {"stats": record.stats, "sampled": record.sampled, "scanned": record.scanned}
-    with replacing(path) as part, part.open("xb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **columns)
 
 
