@@ -70,7 +70,7 @@ class BetonManifest:
         assert self.format == FORMAT
         values = asdict(self)
         del values["file_sha256"]
-        return json.dumps(values | {_SEAL: _sha256(values)}, indent=1)
+        return json.dumps(sealed_manifest(values), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> BetonManifest:
@@ -78,7 +78,7 @@ class BetonManifest:
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("format") not in (FORMAT, EARLIER_FORMAT):
             raise ValueError(f"its format is not '{FORMAT}'")
-        if values["format"] == FORMAT and values.pop(_SEAL, None) != _sha256(values):
+        if values["format"] == FORMAT and values.pop(_SEAL, None) != sealed_manifest(values)[_SEAL]:
             raise ValueError("it has changed since it was written (its SHA-256 differs)")
         expected = [field.name for field in fields(cls) if field.name != _NOT_IN[values["format"]]]
         for name in expected:
@@ -115,6 +115,7 @@ def read_manifest(path: str) -> BetonManifest:
         raise DataError(f"{printable(manifest)} is not a usable manifest: {reason}; {REMEDY}") from error
 
 
-def _sha256(values: dict[str, Any]) -> str:
-    """Of the values, in whatever way their JSON is laid out."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def sealed_manifest(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a manifest with a SHA-256 of them, in whatever way their JSON is laid out."""
+    content = {name: value for name, value in values.items() if name != _SEAL}
+    return content | {_SEAL: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
