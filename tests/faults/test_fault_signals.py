@@ -13,9 +13,10 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,34 +148,6 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts `fastmoco` in its own process and session, with stderr in the file `errors` unless there is a terminal."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def call(*arguments: str, terminal: int | None = None) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "fastmoco", *arguments]
-        if terminal is None:
-            with (tmp_path / "errors").open("wb") as errors:
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
-        else:
-            process = subprocess.Popen(
-                command,
-                stdin=terminal,
-                stdout=terminal,
-                stderr=terminal,
-                start_new_session=True,
-                preexec_fn=partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0),
-            )
-        started.append(process)
-        return process
-
-    yield call
-    for process in started:
-        process.kill()
-        process.wait()
-
-
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
@@ -191,53 +164,83 @@ def assert_nothing_of(session: int) -> None:
         time.sleep(0.1)
 
 
+# Makes every call of a function slow, says on stdout when the first begins, and runs a command.
+SLOWED = """
+import importlib, sys, time
+from fastmoco.cli import main
+module, name, *arguments = sys.argv[1:]
+owner = importlib.import_module(module)
+original = getattr(owner, name)
+def slow(*arguments, **options):
+    print("begun", flush=True)
+    time.sleep(0.05)
+    return original(*arguments, **options)
+setattr(owner, name, slow)
+sys.exit(main(arguments))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("command", ["train", "scan"])
-def test_a_real_signal_while_images_are_decoded(command: str, number: signal.Signals, start, tmp_path: Path) -> None:
-    """A signal while thousands of images are decoded ends the command in seconds, and leaves no process or file."""
-    photos = tmp_path / "photos"
+@pytest.mark.parametrize(
+    ("module", "function", "flags"),
+    [
+        ("pipelines.data.headers", "read_header", ["train", *TINY, "--data", "photos", "--out", "run"]),
+        ("pipelines.data.index", "decode", ["train", *RESIDENT, "--limit", "4000", "--data", "photos", "--out", "run"]),
+        ("pipelines.data.scan", "_scan_file", ["scan", "photos", "--workers", "0", "--out", "scan.npz"]),
+    ],
+    ids=["index", "decode", "scan"],
+)
+def test_a_real_signal_while_images_are_read(
+    module: str, function: str, flags: list[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    """A signal while thousands of images are read ends the command in seconds, and leaves no process or file."""
+    photos, data = tmp_path / "photos", encode(picture(16, 16), "JPEG", quality=90)
     photos.mkdir()
-    data = encode(picture(1200, 1200), "JPEG", quality=90)
-    for i in range(2000):  # a minute of decoding
+    for i in range(4000):  # minutes at the speed below
         (photos / f"{i:04}.jpg").write_bytes(data)
-    out = tmp_path / "out"
-    flags = {
-        "train": ["train", *TINY, "--data", str(photos), "--limit", "2000", "--pipeline", "resident"],
-        "scan": ["scan", str(photos), "--workers", "1", "--out", str(tmp_path / "out.npz")],
-    }[command]
-    process = start(*flags, *(["--out", str(out)] if command == "train" else []))
-    if command == "train":
-        wait_until((out / ".lock").exists, process)
-    else:
-        wait_until(lambda: children(process.pid), process)
-    time.sleep(2)
-    assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(timeout=30) == ExitCode.PREEMPTED
-    (line,) = (tmp_path / "errors").read_text().splitlines()
+    command = [sys.executable, "-c", SLOWED, module, function, *flags]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes) as process:
+        assert process.stdout
+        while "begun" not in (line := process.stdout.readline()):
+            assert line, process.communicate()[1]
+        process.send_signal(number)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == ExitCode.PREEMPTED
+    (line,) = errors.splitlines()
     assert line == f"fastmoco: stopped: stopped by {number.name} with nothing to save: start again"
     assert_nothing_of(process.pid)
-    assert not (tmp_path / "out.npz").exists()
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not (tmp_path / "scan.npz").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["resident", "torch"])
-def test_a_closed_terminal_stops_and_saves_a_run(pipeline: str, start, tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_and_saves_a_run(pipeline: str, tmp_path: Path) -> None:
     """A run whose terminal is closed is saved, ends with exit code 75, and leaves no process."""
-    flags = ["--epochs", "100000", "--knn-every", "0", "--checkpoint-every", "20", "--log-every", "1", "--check", "off"]
+    out, flags = tmp_path / "run", ["--epochs", "100000", "--knn-every", "0", "--checkpoint-every", "20"]
+    flags += ["--log-every", "1", "--check", "off", "--pipeline", pipeline, "--out", str(out)]
     outside, inside = pty.openpty()
-    out = tmp_path / "run"
-    process = start("train", *TINY, *flags, "--pipeline", pipeline, "--out", str(out), terminal=inside)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmoco", "train", *TINY, *flags],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=partial(fcntl.ioctl, inside, termios.TIOCSCTTY, 0),
+    )
     os.close(inside)
-    wait_until(lambda: drain(outside) or list((out / "checkpoints").glob("step-000000020.safetensors")), process)
-    os.close(outside)
-    assert process.wait(timeout=60) == ExitCode.PREEMPTED
+    try:
+        wait_until(lambda: drain(outside) or list((out / "checkpoints").glob("step-000000020.safetensors")), process)
+        os.close(outside)
+        assert process.wait(timeout=60) == ExitCode.PREEMPTED
+    finally:
+        process.kill()
     status = json.loads((out / "status.json").read_text())
     assert status["message"].startswith("stopped by SIGHUP at step ")
     assert (out / "checkpoints" / f"step-{status['step']:09}.safetensors").exists()
