@@ -281,7 +281,7 @@ def test_resuming_on_other_images_is_3(run, tmp_path: Path) -> None:
     (folder / "03.png").rename(folder / "99.png")
     code, line = run("--data", folder, "--out", out, "--resume")
     assert code == ExitCode.DATA
-    assert line.endswith("--allow-changed-data")
+    assert "--allow-changed-data" in line
 
 
 def test_a_damaged_checkpoint_is_skipped_or_4(run, tmp_path: Path) -> None:
