@@ -7,13 +7,14 @@ characters are escaped.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TextIO, cast
+from typing import IO, Any, NamedTuple, Self, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -23,6 +24,7 @@ from rich.text import Text
 
 from pipelines.data.decode import printable
 from pipelines.files import is_full
+from pipelines.platforms import silence
 
 # Time between two progress lines that are not on a terminal.
 MIN_LINE_INTERVAL_S = 10.0
@@ -48,32 +50,33 @@ class StepMetrics(NamedTuple):
     cpu_threads: int | None = None
 
 
-class _Log:
-    """Standard output of a run: what a full disk does not take is lost, and the run goes on."""
+class _Output:
+    """Standard output that may be lost: what is printed after its terminal was closed, or on a disk that is full."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, is_log: bool) -> None:
+        self._stream, self._is_log = stream, is_log
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with _unless_full():
+        with self._losing():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with _unless_full():
+        with self._losing():
             self._stream.flush()
 
-
-@contextmanager
-def _unless_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not is_full(error):
-            raise
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EIO:
+                silence(self._stream.fileno())
+            elif not (self._is_log and is_full(error)):
+                raise
 
 
 def make_console(*, is_log: bool = False) -> Console:
@@ -84,7 +87,8 @@ def make_console(*, is_log: bool = False) -> Console:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
-    return Console(highlight=False, file=cast(TextIO, _Log(sys.stdout)) if is_log else None)
+    may_be_lost = is_log or sys.stdout.isatty()
+    return Console(highlight=False, file=cast(IO[str], _Output(sys.stdout, is_log)) if may_be_lost else None)
 
 
 def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:

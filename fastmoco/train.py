@@ -106,8 +106,7 @@ class Trainer:
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
         self._requires_graph = "cuda_graph" not in context.auto or config.run.check == "strict"
-        most_skipped = min(config.run.max_skipped_steps, self.total_steps)
-        self.watch = LossWatch(max_skipped=most_skipped, chance_loss=self.chance_loss, amp=config.run.amp)
+        self.watch = LossWatch(config.run, self.total_steps, self.chance_loss)
         self._stopped, self._unevaluated, self._began = False, False, time.monotonic()
 
     @property
@@ -143,9 +142,8 @@ class Trainer:
                 results["knn_pixels_top1_percent"] = pixels
         if self.recorder is not None:
             self.recorder.evaluation(0, 0, results)
-        self._save()
-        if self.recorder is not None:  # so that writing it does not disturb the first measured steps
-            self.recorder.finish_saving()
+            self._save()
+            self.recorder.finish_saving()  # so that writing it does not disturb the first measured steps
 
     def _evaluate(self) -> dict[str, float]:
         began = time.monotonic()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import os
 import platform
-import signal
 import sys
 import time
 from collections import Counter, deque
@@ -32,8 +31,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmoco.errors import ConfigError, ExitCode
+from fastmoco.errors import ConfigError, ExitCode, Preempted
 from fastmoco.run.environment import version
+from fastmoco.run.preemption import StopFlag
 from pipelines.data.beton import is_whole_jpeg
 from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
@@ -237,19 +237,19 @@ def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -
 
 def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the partial file is removed
     started = time.perf_counter()
     settings = tyro.cli(Settings, args=arguments)
     try:
-        check(settings)
-        torch.set_num_threads(1)  # the workers are the threads
-        dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
-        index = dataset.train if settings.split == "train" else dataset.test
-        if index is None:
-            raise ConfigError(f"{printable(settings.data)} has no test split; expected a folder with train and val")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            manifest = convert(index, settings, progress, dataset.quarantine if settings.split == "train" else ())
+        with StopFlag():
+            check(settings)
+            torch.set_num_threads(1)  # the workers are the threads
+            dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
+            index = dataset.train if settings.split == "train" else dataset.test
+            if index is None:
+                raise ConfigError(f"{printable(settings.data)} has no test split; expected a folder with train and val")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=console) as progress:
+                manifest = convert(index, settings, progress, dataset.quarantine if settings.split == "train" else ())
     except ConfigError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.CONFIG
@@ -262,8 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
             reason += ": make room, or choose another disk"
         console.print(reason, style="red", markup=False, soft_wrap=True)
         return ExitCode.DATA
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except Preempted as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.PREEMPTED
     seconds, stored = time.perf_counter() - started, manifest.stored
     console.print(
         f"{printable(settings.out)}: {manifest.images:,} images ({stored['copied']:,} copied, "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 import tarfile
 import time
@@ -27,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmoco.errors import ConfigError, ExitCode
+from fastmoco.errors import ConfigError, ExitCode, Preempted
+from fastmoco.run.preemption import StopFlag
 from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
@@ -139,10 +139,10 @@ def _content(index: ImageIndex, i: int) -> tuple[str, bytes] | DataError:
 
 def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the partial folder is removed
     settings = tyro.cli(Settings, args=argv, description=Settings.__doc__)
     try:
-        make(settings, console)
+        with StopFlag():
+            make(settings, console)
     except ConfigError as error:
         return _fail(str(error), ExitCode.CONFIG)
     except DataError as error:
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         reason = f"cannot write {printable(str(settings.out))} ({error.strerror or error}), and nothing is left of it"
         remedy = ": make room, or choose another disk" if is_full(error) else ""
         return _fail(reason + remedy, ExitCode.DATA)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except Preempted as error:
+        return _fail(str(error), ExitCode.PREEMPTED)
     return ExitCode.DONE
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastmoco.config import RunOptions
 from fastmoco.errors import DivergedError
 
 PINNED_LOGS = 5  # log entries in a row at chance after which a run is warned about
@@ -17,14 +18,12 @@ PINNED = 1e-4  # largest relative distance from chance: a loss that moves at all
 class LossWatch:
     """Follows the metrics of each log entry.
 
-    max_skipped  consecutive skipped steps that end the run
     chance_loss  the loss of embeddings that are all the same
-    amp          number format of the encoders, for the advice
     """
 
-    def __init__(self, *, max_skipped: int, chance_loss: float, amp: str) -> None:
-        self._max_skipped, self._chance_loss = max_skipped, chance_loss
-        self._advice = "lower --lr" if amp == "fp32" else "lower --lr, or use --amp fp32"
+    def __init__(self, options: RunOptions, total_steps: int, chance_loss: float) -> None:
+        self._max_skipped, self._chance_loss = min(options.max_skipped_steps, total_steps), chance_loss
+        self._advice = "lower --lr" if options.amp == "fp32" else "lower --lr, or use --amp fp32"
         self._pinned, self._warned = 0, False
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:

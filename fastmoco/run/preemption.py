@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from fastmoco.errors import Interrupted, Preempted
+from pipelines.platforms import silence
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
@@ -33,11 +34,13 @@ class StopFlag:
         self._repeats = repeats
         self._interrupts = True
         self._previous: dict[signal.Signals, object] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopFlag:
         for number in _SIGNALS:
             if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
@@ -74,6 +77,9 @@ class StopFlag:
                 os._exit(128 + number)
             return
         self.signal = signal.Signals(number)
+        if self.name == "SIGHUP":
+            for descriptor in self._terminals:  # there is nobody to read what is still printed, which would fail
+                silence(descriptor)
         if self._interrupts:
             raise self._interrupted()
 

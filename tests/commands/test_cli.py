@@ -275,13 +275,13 @@ def test_resuming_as_another_run_is_4_and_names_the_fields(
     assert snapshot(finished / "checkpoints") == checkpoints
 
 
-def test_resuming_on_other_images_is_4(run, tmp_path: Path) -> None:
+def test_resuming_on_other_images_is_3(run, tmp_path: Path) -> None:
     folder, out = fill(tmp_path / "data", *(f"{i:02}.png" for i in range(16))), tmp_path / "run"
     assert run("--data", folder, "--out", out)[0] == ExitCode.DONE
     (folder / "03.png").rename(folder / "99.png")
     code, line = run("--data", folder, "--out", out, "--resume")
-    assert code == ExitCode.CHECKPOINT
-    assert "was trained on other images (16 images, " in line
+    assert code == ExitCode.DATA
+    assert "--allow-changed-data" in line
 
 
 def test_a_damaged_checkpoint_is_skipped_or_4(run, tmp_path: Path) -> None:

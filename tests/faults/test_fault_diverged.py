@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastmoco.cli import main
+from fastmoco.config import RunOptions
 from fastmoco.errors import DivergedError, ExitCode
 from fastmoco.run import checkpoint
 from fastmoco.run.checkpoint_writer import SKIPPED, CheckpointWriter
@@ -81,7 +82,7 @@ def test_a_loss_pinned_at_chance_is_said_once(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_loss_near_chance_is_not_pinned() -> None:
     """A loss that moves around chance, as at the start of training, is no reason for a warning."""
-    watch = LossWatch(max_skipped=50, chance_loss=math.log(65537), amp="fp32")
+    watch = LossWatch(RunOptions(amp="fp32"), 1000, math.log(65537))
     for step in range(100):
         loss = math.log(65537) + 0.02 * math.sin(step)
         assert watch.check(step, {"loss": loss, "consecutive_skipped": 0}) is None
