@@ -18,6 +18,7 @@ from fastmoco.run import checkpoint
 from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.directory import RunDirectory
 from fastmoco.run.metrics import MetricsWriter, read_metrics
+from fastmoco.run.overwrite import delete_temporary
 from fastmoco.run.plots import curves, views_grid
 from fastmoco.run.report import end_facts, evaluation_line
 from fastmoco.run.state import TrainState
@@ -73,6 +74,8 @@ class RunRecorder:
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
+        with self.directory.writing(self.directory.path):
+            delete_temporary(self.directory.path)
         with self.directory.writing(self.metrics.path):
             corrupt = self.metrics.truncate_after(step)
         if corrupt:
