@@ -40,6 +40,13 @@ def delete_run(path: Path) -> None:
             (path / name).rmdir()
 
 
+def delete_temporary(path: Path) -> None:
+    """Delete what a killed process left of the files directly in the folder of a run. Raises OSError."""
+    for entry, is_known in _entries(path):
+        if is_known and entry.parent == path and entry.name.endswith(".tmp"):  # `fastmoco eval` may be writing below
+            entry.unlink()
+
+
 def _entries(path: Path) -> Iterator[tuple[Path, bool]]:
     """The files, links and other folders in the folder of a run, and whether a run writes what has this name."""
     for entry in sorted(path.iterdir()):

@@ -18,6 +18,7 @@ from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.data_record import DataRecord
 from fastmoco.run.directory import RunDirectory
 from fastmoco.run.metrics import MetricsWriter, read_metrics
+from fastmoco.run.overwrite import delete_temporary
 from fastmoco.run.plots import curves, views_grid
 from fastmoco.run.report import end_facts, evaluation_line
 from fastmoco.run.sealed import sealed_bytes
@@ -82,6 +83,8 @@ class RunRecorder:
     def resumed(self, path: Path, step: int, epoch: int, total_steps: int) -> None:
         """Continue a resumed run: delete leftovers of a killed process, and metrics after the checkpoint."""
         checkpoint.sweep(self.directory.checkpoints)
+        with self.directory.writing(self.directory.path):
+            delete_temporary(self.directory.path)
         self.directory.write_config(self.config)  # some settings may change, such as --epochs
         with self.directory.writing(self.metrics.path):
             corrupt = self.metrics.truncate_after(step)

@@ -72,3 +72,12 @@ def test_overwrite_replaces_a_run_with_all_its_files(finished: Path, tmp_path: P
     assert foreign_entry(run) is None
     assert train(run, "--overwrite") == ExitCode.DONE
     assert snapshot(run).keys() == snapshot(finished).keys()
+
+
+def test_a_resumed_run_sweeps_what_a_killed_process_left(finished: Path, tmp_path: Path) -> None:
+    """Temporary files of a killed process are deleted when its run is resumed; others with such names stay."""
+    run = Path(shutil.copytree(finished, tmp_path / "A"))
+    for name in ("status.json.tmp", "curves.png.89abcdef.tmp", "checkpoints/step-000000009.safetensors.tmp", "my.tmp"):
+        (run / name).write_text("")
+    assert main(["train", "--resume", "--out", str(run)]) == ExitCode.DONE
+    assert [path.name for path in run.rglob("*.tmp")] == ["my.tmp"]
