@@ -9,6 +9,7 @@ from pathlib import Path
 LOCK_NAME = ".lock"
 _FILES = (
     "quarantine.jsonl",
+    "data.npz",
     "config.json",
     "status.json",
     "metrics.jsonl",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.errors import DataError
+from pipelines.files import open_to_append, read_file
 from pipelines.platforms import lock
 
 FILE_NAME = "quarantine.jsonl"
@@ -37,10 +39,10 @@ class Ledger:
     def note(self, entry: Entry) -> None:
         """Records an image once. Raises DataError if there are more than `most`, or if the file cannot be written."""
         try:
-            with open(self.path, "a+b", buffering=0) as file:
+            with open_to_append(Path(self.path)) as file:
                 lock(file.fileno(), wait=True)
                 file.seek(0)
-                known = _entries(file.readall())
+                known = _entries(file.read())
                 if any(entry.image == other.image for other in known):
                     return
                 if len(known) < self.most:
@@ -56,8 +58,7 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """All bad images so far, in the order in which they were recorded. Raises OSError."""
         try:
-            with open(self.path, "rb") as file:
-                return _entries(file.read())
+            return _entries(read_file(Path(self.path)))
         except FileNotFoundError:
             return []
 
