@@ -17,6 +17,7 @@ from fastmoco.config.arguments import parse, suggestion
 from fastmoco.distributed.launch import is_launched, launch, report_to_torchrun
 from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_code
 from fastmoco.recipes import check_data, recipe
+from pipelines.files import is_full
 
 USAGE = """usage: fastmoco COMMAND [--debug]
 
@@ -36,6 +37,10 @@ Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device,
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    return _end_output(_run(argv), is_log=argv[:1] in (["train"], ["sweep"]))
+
+
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -45,7 +50,6 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
-        _flush_output()
     except KeyboardInterrupt:
         return 130
     except AlreadyReportedError as error:
@@ -58,26 +62,34 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, OSError):
             message = f"cannot write {error.filename or 'the output'} ({error.strerror}): free space"
-            _discard_output()
         label = "stopped" if code == ExitCode.PREEMPTED else "error"
-        print(f"fastmoco: {label}: {' '.join(message.split())}", file=sys.stderr)
+        _say(f"{label}: {' '.join(message.split())}")
         return code
     return ExitCode.DONE
 
 
-def _flush_output() -> None:
-    """Write what was printed. Raises OSError if a full disk does not take it, instead of when Python ends."""
-    if sys.stdout is not None:
+def _say(line: str) -> None:
+    with suppress(OSError):  # a log on a full disk must not change the exit code
+        print(f"fastmoco: {line}", file=sys.stderr)
+
+
+def _end_output(code: int, *, is_log: bool) -> int:
+    """Write what was printed, and return the exit code: 4 if a full disk does not take the result of a command.
+
+    What cannot be written is thrown away: Python would try again when it ends, and exit with 120.
+
+    is_log  whether the result is in files, so that the code stays
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it, such as `head`, has enough
-            _discard_output()
-
-
-def _discard_output() -> None:
-    """Throw away what could not be printed: Python would try again when it ends, and print a traceback."""
-    with suppress(OSError, ValueError):  # a stream without a descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stream.flush()
+        except OSError as error:  # or BrokenPipeError: whoever read it, such as `head`, has seen enough
+            with suppress(OSError, ValueError):  # a stream without a descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if is_full(error) and code == ExitCode.DONE and not is_log:
+                code = ExitCode.CHECKPOINT
+                _say(f"error: cannot write the output ({error.strerror}): free space")
+    return code
 
 
 def _train(argv: list[str]) -> None:
@@ -90,7 +102,7 @@ def _train(argv: list[str]) -> None:
     from fastmoco.console import make_console
     from fastmoco.train import train
 
-    train(config, make_console())
+    train(config, make_console(is_log=True))
 
 
 def _recipes(argv: list[str]) -> None:

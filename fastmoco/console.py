@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.data.decode import printable
+from pipelines.files import is_full
 
 # Time between two progress lines that are not on a terminal.
 MIN_LINE_INTERVAL_S = 10.0
@@ -46,12 +48,43 @@ class StepMetrics(NamedTuple):
     cpu_threads: int | None = None
 
 
-def make_console() -> Console:
-    """Console on standard output that escapes characters which the terminal's encoding lacks."""
+class _Log:
+    """Standard output of a run: what a full disk does not take is lost, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _unless_full():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_full():
+            self._stream.flush()
+
+
+@contextmanager
+def _unless_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+
+
+def make_console(*, is_log: bool = False) -> Console:
+    """Console on standard output that escapes characters which the terminal's encoding lacks.
+
+    is_log  whether lines are lost where the disk is full, instead of an OSError: all results are in files
+    """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
-    return Console(highlight=False)
+    return Console(highlight=False, file=cast(TextIO, _Log(sys.stdout)) if is_log else None)
 
 
 def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:

@@ -76,19 +76,12 @@ def open_to_append(path: Path) -> BinaryIO:
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a symbolic link", str(path))
-    file = os.fdopen(platforms.open_to_append(str(path)), "a+b", buffering=0)
-    try:
-        _check_regular(file, path)
-    except OSError:
-        file.close()
-        raise
-    return file
+    return os.fdopen(_regular(platforms.open_to_append(str(path)), path), "a+b", buffering=0)
 
 
 def read_file(path: Path) -> bytes:
     """The content of a regular file; whatever else has that name is not waited for. Raises OSError."""
-    with os.fdopen(platforms.open_to_read(str(path)), "rb") as file:
-        _check_regular(file, path)
+    with os.fdopen(_regular(platforms.open_to_read(str(path)), path), "rb") as file:
         return file.read()
 
 
@@ -110,9 +103,12 @@ def _full(error: OSError, path: Path, size_bytes: int) -> OSError:
     return OSError(error.errno, f"{os.strerror(error.errno)}: {needed}{free}", str(path))
 
 
-def _check_regular(file: BinaryIO, path: Path) -> None:
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+def _regular(descriptor: int, path: Path) -> int:
+    """The descriptor, if it is that of a regular file. Else closes it and raises OSError."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return descriptor
 
 
 # ---- SHA-256 ---------------------------------------------------------------------------------------------------------

@@ -51,11 +51,11 @@ def _evaluate(options: EvalOptions) -> None:
     data = options.data or backbone.data
     if data is None:
         raise ConfigError(f"{backbone.origin} does not record its training data: name the images with --data")
-    folder = _folder(options, data)
     dataset = load_dataset(data, data_root=options.data_root, limit=options.limit, bad_images=options.bad_images)
     split = fit_to_budget(split_dataset(dataset), backbone.feature_dim, budget_bytes(device))
     extractor = Extractor(backbone, options, device, console)
     evaluation = Evaluation(split, extractor, options)
+    folder = _folder(options, data)
     show_facts(console, "fastmoco eval", _facts(backbone, split, evaluation, folder, device))
     results = list(evaluation.run())
     label_free = evaluation.label_free()

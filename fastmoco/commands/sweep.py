@@ -53,7 +53,7 @@ def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, f
     from fastmoco.sweep.plot import draw_sweep
     from fastmoco.train import train
 
-    console = make_console()
+    console = make_console(is_log=True)
     number = {cell.name: i for i, cell in enumerate(cells, start=1)}
 
     def on_start(cell: Cell, mode: str) -> None:

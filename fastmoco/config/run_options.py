@@ -17,9 +17,9 @@ class RunOptions:
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentations."""
     out: str | None = None
-    """Run directory (None: runs/NAME)."""
+    """Run directory, not in that of the images (None: runs/NAME)."""
     overwrite: bool = False
-    """Delete an existing run in that directory."""
+    """Delete an existing run in that directory; refused if it has anything else in it."""
     resume: bool = False
     """Resume from the newest checkpoint in that directory."""
     allow_changed: tuple[str, ...] = ()

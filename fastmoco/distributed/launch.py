@@ -8,10 +8,12 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from fastmoco.errors import AlreadyReportedError, ConfigError, RankLostError
+from pipelines.files import write_atomically
 from pipelines.platforms import usable_cpus
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -90,7 +92,8 @@ def report_to_torchrun(error: BaseException, code: int) -> None:
     if path:
         now = str(int(time.time()))
         message = {"message": str(error), "errorCode": code, "extraInfo": {"py_callstack": "", "timestamp": now}}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+        with suppress(OSError):  # a full disk must not hide the error
+            write_atomically(Path(path), json.dumps({"message": message}))
 
 
 def _first_code(folder: Path) -> int | None:

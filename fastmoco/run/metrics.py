@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,12 @@ class MetricsWriter:
         """
         self.close()
         self._first_step = step + 1
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return 0
         lines = read_file(self.path).splitlines(keepends=True)
         records = [_parse(line) for line in lines]
         kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
-        if kept != lines:
+        if kept != lines or self.path.is_symlink():
             write_atomically(self.path, b"".join(kept))
         return sum(record is None and line.endswith(b"\n") for line, record in zip(lines, records, strict=True))
 

@@ -20,7 +20,7 @@ from pipelines.backends.two_view import TwoViewPipeline
 from tests.run.test_train import RESIDENT
 from tests.small_disk import fill, small_disk
 
-ONE_EPOCH = [*RESIDENT, "--epochs", "1", "--knn-every", "0", "--keep-checkpoints", "1"]
+ONE_EPOCH = [*RESIDENT, "--cpu-threads", "1", "--epochs", "1", "--knn-every", "0", "--keep-checkpoints", "1"]
 
 
 @pytest.fixture
