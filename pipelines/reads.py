@@ -50,9 +50,12 @@ def watch(limit_s: float, stuck: Callable[[str], None]) -> threading.Event:
 
 
 def _watch(limit_s: float, stuck: Callable[[str], None], ended: threading.Event) -> None:
-    while not ended.wait(min(1.0, limit_s / 10)):
-        for began, name in list(_reads.values()):
-            if time.monotonic() - began > limit_s:
+    period_s, lasted_s = min(1.0, limit_s / 10), {}
+    while not ended.wait(period_s):
+        # Counted in periods, not by the clock, which goes on while a process is suspended.
+        lasted_s = {read: lasted_s.get(read, 0.0) + period_s for read in list(_reads.items())}
+        for (_, (_, name)), seconds in lasted_s.items():
+            if seconds > limit_s:
                 stuck(
                     f"reading {name} has taken more than {limit_s:g} s: check that its disk or network mount responds, "
                     f"then start again, with --resume if it was training"

@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in settings.target or tuple(known):
         folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
         print(f"{name}: inputs are in {folder}", flush=True)
-        faulthandler.dump_traceback_later(settings.seconds + LONGEST_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(settings.seconds + LONGEST_S, exit=True, file=sys.__stderr__ or sys.stderr)
         with warnings.catch_warnings(action="ignore"):
             outcome = fuzz(name, known[name], folder / "read", settings.seed, settings.seconds)
         faulthandler.cancel_dump_traceback_later()

@@ -129,7 +129,8 @@ def _text(path: str) -> str:
     """The content of a list file. Raises DataError if it cannot be read or is no text."""
     expected = "expected text with one image path per line"
     try:
-        descriptor, status = open_regular(path)
+        with Timed(path):
+            descriptor, status = open_regular(path)
         with open(descriptor, "rb") as file, Timed(path):
             if b"\0" in file.read(_LIST_PROBE_BYTES):
                 raise DataError(f"{printable(path)} is neither a folder nor a list; {expected}")

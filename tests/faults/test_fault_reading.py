@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
+from pipelines import reads
 from pipelines.augment.presets import V1
 from pipelines.backends.select import open_pipeline, open_source
 from pipelines.data.dataset import load_dataset
@@ -165,6 +168,41 @@ def test_a_read_that_never_returns_ends_the_command(folder: Path, tmp_path: Path
     assert "Traceback" not in done.stderr
     if reader == "train":
         assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == ExitCode.DATA
+
+
+def test_a_suspended_process_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read counts only while the process runs: one that was suspended for an hour goes on."""
+    lines: list[str] = []
+    ended = threading.Event()
+
+    def stuck(line: str) -> None:
+        lines.append(line)
+        ended.set()
+
+    now = time.monotonic()
+    with monkeypatch.context() as an_hour_ago:
+        an_hour_ago.setattr(time, "monotonic", lambda: now - 3600)
+        read = reads.Timed("image.jpg")
+        read.__enter__()
+    watched = reads.watch(1.0, stuck)
+    try:
+        assert not ended.wait(0.5)
+        assert ended.wait(30)
+    finally:
+        watched.set()
+        read.__exit__()
+    assert lines[0].startswith("reading image.jpg has taken more than 1 s")
+
+
+def test_reads_that_end_are_not_stuck() -> None:
+    """Many short reads, one after another, are no long one."""
+    lines: list[str] = []
+    watched = reads.watch(1.0, lines.append)
+    for i in range(60):
+        with reads.Timed(f"{i}.jpg"):
+            time.sleep(0.02)
+    watched.set()
+    assert lines == []
 
 
 # ---- lists of paths --------------------------------------------------------------------------------------------------
