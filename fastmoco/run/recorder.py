@@ -85,12 +85,12 @@ class RunRecorder:
         checkpoint.sweep(self.directory.checkpoints)
         with self.directory.writing(self.directory.path):
             delete_temporary(self.directory.path)
-        self.directory.write_config(self.config)  # some settings may change, such as --epochs
         with self.directory.writing(self.metrics.path):
             corrupt = self.metrics.truncate_after(step)
         if corrupt:
             lines = "1 line was damaged, and is" if corrupt == 1 else f"{corrupt:,} lines were damaged, and are"
             say(self.console, f"{self.metrics.path.name}: {lines} left out", "yellow")
+        self.directory.write_config(self.config)  # some settings may change, such as --epochs
         self.status(step, epoch)
         say(self.console, f"resumed at step {step:,} of {total_steps:,} from {path.name}")
 

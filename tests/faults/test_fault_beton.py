@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from pipelines.backends.ffcv import FfcvCrops
+from pipelines.backends.select import open_source
 from pipelines.data import beton, record_digests
 from pipelines.data.beton import read_index
 from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.dataset import load_dataset
 from pipelines.data.index import ImageIndex
+from pipelines.data.quarantine import Ledger
 from pipelines.errors import DataError
 from pipelines.plan.planner import eval_plans
 from tests.oddities import bad_files, encode, good_files, picture, write_files
@@ -60,6 +63,16 @@ def image_range(index: ImageIndex, i: int) -> tuple[int, int]:
     assert index.records is not None
     start = int(index.records.offsets[i])
     return start, start + int(index.records.lengths[i])
+
+
+def jpeg_crops(name: str, index: ImageIndex) -> torch.Tensor:
+    """(8, 16, 16, 3) uint8: images 1, 2, 4, 5, …, whole. (DALI takes JPEGs only.)"""
+    source = open_source(name, index, 16, CPU, 0 if name == "torch" else 1)
+    try:
+        (crops,) = source.crops(eval_plans(index.sizes, np.array([i for i in range(IMAGES) if i % 3]), 8, 16))
+        return crops.images[0].clone()
+    finally:
+        source.close()
 
 
 def flip(path: Path, bit: int) -> None:
@@ -147,6 +160,21 @@ def test_the_compiled_loader_refuses_a_damaged_image(copy, large, require_backen
     with pytest.raises(DataError, match=rf"{image:02}\.\w+ in .*copy\.beton has changed since it was written"):
         list(source.crops([first]))
     source.close()
+
+
+@pytest.mark.parametrize("name", ["ffcv", "torch", "dali", "resident"])
+def test_every_backend_refuses_or_replaces_a_damaged_image(copy, large, require_backend, name, tmp_path):
+    """No backend uses a damaged image: it ends the run, or is replaced by grey and listed where that is allowed."""
+    if name in ("ffcv", "dali"):
+        require_backend(name)
+    flip(copy, 8 * image_range(read_index(str(copy)), 4)[1] - 4000)
+    with pytest.raises(DataError, match=r"04\.JPEG in .* has changed since it was written"):
+        jpeg_crops(name, read_index(str(copy)))
+    ledger = Ledger(str(tmp_path / "ledger"), most=1)
+    crops = jpeg_crops(name, replace(read_index(str(copy)), ledger=ledger))
+    assert (crops[2] == crops[2, 0, 0]).all(), "one colour"
+    assert (crops[1] != crops[1, 0, 0]).any()
+    assert '"04.JPEG in ' in (tmp_path / "ledger").read_text()
 
 
 def test_the_compiled_loader_hashes_an_image_once(copy, large, require_backend, monkeypatch):
