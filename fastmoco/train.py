@@ -136,6 +136,7 @@ class Trainer:
     def _begin(self) -> None:
         if self.recorder is not None:
             self.recorder.begin(self._first_views(), self.augmentation)
+            self.recorder.images(self.state.data_record)
         results: dict[str, float] = {}
         if self.config.run.knn_every:
             results = self._evaluate()
@@ -181,6 +182,7 @@ class Trainer:
             say(self.console, f"resumed although {note}", "yellow")
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
+            self.recorder.images(self.state.data_record)
         evaluated = self.world.on_main(lambda: self.recorder is None or self.recorder.has_evaluated(self.state.step))
         if self._evaluation_is_due() and not evaluated:
             self._evaluate_epoch()

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import connection, sharedctypes
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from pipelines import reads
 from pipelines.errors import DataError
 from pipelines.platforms import clean_context, has_fork_server
 
 PREFETCHED = 4  # tasks queued for each worker
 PRELOADED = ["pipelines.backends.torch", "pipelines.backends.baseline"]
+EXIT_STUCK = 3  # of a worker that gave up a read
+_STUCK_BYTES = 8192  # a path has at most 4096
 EXIT_TIMEOUT_S = 5.0  # upper bound, under load, on the time until the exit of a process is visible
 
 
@@ -48,14 +52,31 @@ def _context() -> BaseContext:
     return context
 
 
-def start_worker(_: int) -> None:
-    """Initialises a worker: one torch thread, and an exit when the trainer exits.
+class StuckRead:
+    """One line of text in memory that a trainer shares with its workers: what a worker waited for when it gave up."""
+
+    def __init__(self) -> None:
+        self._text = sharedctypes.RawArray("c", _STUCK_BYTES)
+
+    def end_process(self, line: str) -> None:
+        """Leaves the line to the trainer and ends this process, one of whose threads may never return."""
+        self._text.value = line.encode("utf-8", "backslashreplace")[: _STUCK_BYTES - 1]
+        os._exit(EXIT_STUCK)
+
+    def line(self) -> str:
+        """The line, or an empty one."""
+        return self._text.value.decode("utf-8", "replace")
+
+
+def start_worker(_: int, stuck: StuckRead, limit_s: float) -> None:
+    """Initialises a worker: one torch thread, an exit when the trainer exits, and one if a read exceeds `limit_s`.
 
     Ctrl-C, like every signal to the process group, is handled by the trainer, which stops the workers once its state is
     saved. SIGTERM is already blocked by `start_server`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_trainer, name="exit-with-trainer", daemon=True).start()
+    reads.watch(limit_s, stuck.end_process)
     torch.set_num_threads(1)
 
 
@@ -78,7 +99,7 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
         start_server()
         options |= {
             "prefetch_factor": PREFETCHED,
-            "worker_init_fn": start_worker,
+            "worker_init_fn": partial(start_worker, stuck=StuckRead(), limit_s=reads.LIMIT_S),
             "multiprocessing_context": _context(),
         }
     return options
@@ -117,7 +138,7 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         except (RuntimeError, OSError, EOFError) as error:
             # RuntimeError is the loader's own report. The others come from requesting a tensor's file descriptor from
             # a worker that died: the connection is refused, reset or at its end, depending on when it died.
-            batch = _dead_worker_error(workers)
+            batch = _dead_worker_error(workers, loader.worker_init_fn)
             if batch is None:
                 raise
             for worker in workers:
@@ -131,11 +152,16 @@ def checked(loader: DataLoader) -> Iterator[Any]:
         yield batch
 
 
-def _dead_worker_error(workers: Sequence[BaseProcess]) -> DataError | None:
-    """The error for the first dead worker, if any. Its connections close before its exit code is known: so wait."""
+def _dead_worker_error(workers: Sequence[BaseProcess], init: Any) -> DataError | None:
+    """The error for the first dead worker, if any. Its connections close before its exit code is known: so wait.
+
+    init  what `worker_options` made to initialise the workers
+    """
     if not workers:
         return None
     connection.wait([worker.sentinel for worker in workers], timeout=EXIT_TIMEOUT_S)
+    if line := init.keywords["stuck"].line():
+        return DataError(line)
     for worker in workers:
         if (code := worker.exitcode) is not None:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -25,6 +25,7 @@ from fastmoco.evaluation.suite import Evaluation, Result
 from fastmoco.export.read import LoadedBackbone, read_backbone
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import load_dataset
 from pipelines.randomness import Domain, permutation
@@ -38,7 +39,7 @@ def eval_command(options: EvalOptions) -> None:
 
     Raises ConfigError, DataError, CheckpointError, BackendMissingError and DeviceError.
     """
-    with threads_restored(options.cpu_threads):
+    with threads_restored(options.cpu_threads), ended_by_stuck_reads():
         _evaluate(options)
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmoco.commands.scan_options import ScanOptions
 from fastmoco.console import Fact, duration, make_console, say, show_facts
 from fastmoco.errors import ConfigError
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from pipelines.backends.select import default_workers
 from pipelines.data import manifest
 from pipelines.data.dataset import MAX_BAD_FRACTION, DataFiles, find_files
@@ -25,6 +26,7 @@ MIN_FILES_FOR_WORKERS = 4_000  # fewer are read before worker processes have sta
 MAX_BAD_SHOWN, MAX_DUPLICATES_SHOWN = 10, 3
 
 
+@ended_by_stuck_reads()
 def scan_command(options: ScanOptions) -> None:
     """Scan, save the manifest and print a summary. Raises ConfigError and DataError, the latter also for bad images."""
     console, began = make_console(), time.monotonic()

@@ -21,6 +21,7 @@ from fastmoco.device import pick_device
 from fastmoco.errors import ConfigError
 from fastmoco.run.plots import comparison_grid, views_grid
 from fastmoco.run.resolve import resolve
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from pipelines.augment.presets import AUGMENTATIONS, Augmentation, with_scale
 from pipelines.backends.select import open_pipeline, open_source
 from pipelines.data.dataset import load_dataset
@@ -31,6 +32,7 @@ from pipelines.views import BatchPlan
 COUNT, COLUMNS, COUNT_COMPARED = 16, 4, 8
 
 
+@ended_by_stuck_reads()
 def views_command(options: ViewsOptions) -> None:
     """Draw the views and print a summary. Raises ConfigError, DataError, BackendMissingError and DeviceError."""
     names = options.pipelines

@@ -22,17 +22,19 @@ MAX_STEP = 2**53  # counts of steps are float64
 class CheckpointMeta:
     """The run that a checkpoint is from.
 
-    step      completed steps
-    config    settings that trained it; those newer than the checkpoint have their defaults
-    named     the fields of `config` that the checkpoint has
-    data      fingerprint of the images
-    versions  of the libraries, by name; None for one that was not installed
+    step          completed steps
+    config        settings that trained it; those newer than the checkpoint have their defaults
+    named         the fields of `config` that the checkpoint has
+    data          fingerprint of the images
+    data_content  fingerprint of their sampled contents, if there is one (`data_record`)
+    versions      of the libraries, by name; None for one that was not installed
     """
 
     step: int
     config: ResolvedConfig
     named: frozenset[str]
     data: str
+    data_content: str | None
     versions: dict[str, str | None]
 
     @staticmethod
@@ -45,11 +47,14 @@ class CheckpointMeta:
             raise _invalid(path, "step", step, f"the {checkpoint.step_of(path)} of its name")
         if not isinstance(data, str):
             raise _invalid(path, "data", data, "the fingerprint of the images")
+        content = meta.get("data_content")
+        if not isinstance(content, str | None):
+            raise _invalid(path, "data_content", content, "a fingerprint, or null")
         if not isinstance(versions, dict) or not all(isinstance(value, str | None) for value in versions.values()):
             raise _invalid(path, "versions", versions, "the versions of libraries by name")
         if not isinstance(config, dict):
             raise _invalid(path, "config", config, "the settings of a run by name")
-        return CheckpointMeta(step, _config(path, config), frozenset(config), data, versions)
+        return CheckpointMeta(step, _config(path, config), frozenset(config), data, content, versions)
 
 
 def _config(path: Path, flat: Mapping[str, Any]) -> ResolvedConfig:

@@ -4,6 +4,7 @@ config.json           the resolved configuration
 status.json           state, exit code, message, step, epoch, commit, versions; replaced atomically
 metrics.jsonl  tb/    see metrics.py
 checkpoints/          see checkpoint.py
+data.npz              see data_record.py; for images in files
 views.png curves.png backbone.safetensors
 """
 

@@ -14,8 +14,9 @@ from torch import nn
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts, shown_path
 from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode, exit_code
-from fastmoco.run import checkpoint
+from fastmoco.run import checkpoint, data_record
 from fastmoco.run.checkpoint_writer import CheckpointWriter
+from fastmoco.run.data_record import DataRecord
 from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 from fastmoco.run.plots import curves, views_grid
@@ -58,6 +59,14 @@ class RunRecorder:
         self.directory.write_config(self.config)
         self.status(0, 0)
         views_grid(views.query, views.key, augmentation.mean, augmentation.std, self.directory.views_png)
+
+    def images(self, record: DataRecord | None) -> None:
+        """Write what the images contain, with which a resumed run compares them; a failure is only printed."""
+        try:
+            if record is not None:
+                data_record.write(record, self.directory.path / data_record.FILE_NAME)
+        except OSError as error:
+            say(self.console, f"{data_record.FILE_NAME} cannot be written ({error.strerror or error})", "yellow")
 
     def find_checkpoint(self) -> str:
         """Path of the newest valid checkpoint; warns about newer ones. Raises CheckpointError if there is none."""

@@ -21,10 +21,12 @@ from fastmoco.run.malloc import keep_freed_memory
 from fastmoco.run.preemption import StopFlag
 from fastmoco.run.recorder import write_failure
 from fastmoco.run.resolve import resolve
+from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import MAX_BAD_FRACTION, Dataset, load_dataset
 from pipelines.data.quarantine import FILE_NAME as LEDGER_NAME
 from pipelines.data.quarantine import Ledger
+from pipelines.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
     with (
         StopFlag(repeats=is_launched()) as stop,
         World.join(config.run.device, config.scale.dist_timeout) as world,
+        ended_by_stuck_reads(lambda error: _report(error, opened, world)),
     ):
         try:
             context = _create_context(config, console, world, stop, opened)
@@ -119,6 +122,12 @@ def _create_context(
         stop=stop,
         console=console if world.is_main else Console(quiet=True),
     )
+
+
+def _report(error: DataError, opened: list[RunDirectory], world: World) -> None:
+    for directory in opened:
+        write_failure(directory, error)
+    world.report_failure(error)
 
 
 def _restarted(folder: Path) -> RunConfig:

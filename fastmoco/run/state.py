@@ -18,8 +18,9 @@ from fastmoco.model.dictionaries import BatchKeys, Dictionary, MemoryBank
 from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
-from fastmoco.run import checkpoint
+from fastmoco.run import checkpoint, data_record
 from fastmoco.run.checkpoint_meta import CheckpointMeta
+from fastmoco.run.data_record import DataRecord
 from fastmoco.run.divergence import not_finite
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
@@ -41,6 +42,8 @@ class TrainState:
     dictionary: Dictionary
     train_step: TrainStep
     data_fingerprint: str
+    images: ImageIndex
+    data_record: DataRecord | None
     step: int = 0
     _digested: HostBuffers = field(default_factory=HostBuffers, init=False, repr=False)
 
@@ -68,6 +71,7 @@ class TrainState:
             "step": self.step,
             "config": self.config.flat(),
             "data": self.data_fingerprint,
+            "data_content": None if self.data_record is None else self.data_record.content,
             "versions": versions(),
         }
 
@@ -125,13 +129,20 @@ class TrainState:
                 f"{path} belongs to another run: {'; '.join(changed.values())}; resume with the same settings, or add "
                 f"--allow-changed {names}"
             )
-        return [*changed.values(), *self._changed_data(path, meta.data), *_changed_versions(meta.versions)]
+        return [*changed.values(), *self._changed_data(path, meta), *_changed_versions(meta.versions)]
 
-    def _changed_data(self, path: Path, before: str) -> list[str]:
+    def _changed_data(self, path: Path, meta: CheckpointMeta) -> list[str]:
         """The difference of the images, if there is one and it is allowed. Raises DataError if it is not."""
-        if before == self.data_fingerprint:
-            return []
-        difference = f"the images are {self.data_fingerprint} and were {before}"
+        note = ""
+        if meta.data != self.data_fingerprint:
+            difference = f"the images are {self.data_fingerprint} and were {meta.data}"
+        elif self.data_record is not None:
+            before = data_record.read(path.parent.parent / data_record.FILE_NAME)
+            difference, note = data_record.difference(before, meta.data_content, self.data_record, self.images)
+        else:
+            difference = ""
+        if not difference:
+            return [note] if note else []
         if not self.config.run.allow_changed_data:
             raise DataError(
                 f"{path} was trained on other images: {difference}; restore the data set, start a new run with --out, "
@@ -151,7 +162,8 @@ def _changed_versions(before: dict[str, str | None]) -> list[str]:
 def build_state(config: ResolvedConfig, world: World, images: ImageIndex) -> TrainState:
     """Step 0 of a run: weights, dictionary and training step, all from the seed, the same on every rank."""
     step = build_train_step(config, world, len(images))
-    return TrainState(config, step.model, step.dictionary, step, fingerprint(images))
+    record = data_record.take(images) if world.is_main else None  # rank 0 reads and writes all checkpoints
+    return TrainState(config, step.model, step.dictionary, step, fingerprint(images), images, record)
 
 
 def build_train_step(config: ResolvedConfig, world: World, images: int) -> TrainStep[Dictionary]:

@@ -109,7 +109,7 @@ class DaliBatches:
             data = b""
             if kind != headers.OTHER:
                 try:
-                    data = self._index.read_bytes(image, length if kind else None)
+                    data = self._index.read_bytes(image)
                     if len(data) != length or not kind:
                         kind = headers.examine(image, data)
                 except DataError:

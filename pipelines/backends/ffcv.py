@@ -28,6 +28,7 @@ from torch import Tensor
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
 from pipelines.errors import BackendMissingError, DataError
+from pipelines.reads import Timed, open_regular
 from pipelines.transfer import wait_for
 from pipelines.views import BatchPlan, Crops
 
@@ -53,9 +54,9 @@ class FfcvCrops:
         self._library = _Library()
         self._index, self._records, self._side, self._device = index, index.records, side, device
         try:
-            self._file = os.open(index.records.paths[0], os.O_RDONLY)
+            self._file, _ = open_regular(index.records.paths[0])
         except OSError as error:
-            raise DataError(f"cannot read {printable(index.records.paths[0])}: {error.strerror}") from error
+            raise DataError(f"cannot read {printable(index.records.paths[0])}: {error.strerror or error}") from error
         self._memory = _Memory(pinned=device.type == "cuda")
         self._decoders: list[_Decoder] = []  # idle ones
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="crops")
@@ -113,7 +114,10 @@ class FfcvCrops:
             decoder.reserve(int(lengths[~raw].max(initial=1)), 3 * int(sizes.astype(np.int64).prod(axis=1).max()))
             calls = np.array([*self._library.addresses, decoder.handle, self._file], dtype=np.int64)
             offsets = self._records.offsets[chosen]
-            crop_task(calls, raw, offsets, lengths, sizes, boxes, decoder.encoded, decoder.pixels, out, first, status)
+            with Timed(self._records.paths[0]):
+                crop_task(
+                    calls, raw, offsets, lengths, sizes, boxes, decoder.encoded, decoder.pixels, out, first, status
+                )
         finally:
             self._decoders.append(decoder)
         for row in np.flatnonzero(status != DONE).tolist():

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -117,25 +116,6 @@ class _Decoder(Dataset):
 
     def _crop(self, images: ImageIndex, row: int, boxes: np.ndarray, out: Tensor) -> None:
         """Boxes (views, 4) of one image into (views, S, S, 3)."""
-        reduction = _reduction(boxes, self._side)
-        pixels = images.read(row, reduction)
-        if reduction > 1 and pixels.shape[0] != images.sizes[row, 0]:
-            reduced = Image.fromarray(pixels)
-            for view, (top, left, height, width) in enumerate((boxes / reduction).tolist()):
-                box = (left, top, min(left + width, reduced.width), min(top + height, reduced.height))
-                crop = reduced.resize((self._side, self._side), Image.Resampling.BILINEAR, box)  # box of floats
-                out[view] = torch.from_numpy(np.array(crop))
-            return
-        image = torch.from_numpy(np.require(pixels, requirements="W"))  # Pillow's arrays are read-only
+        image = torch.from_numpy(np.require(images.read(row), requirements="W"))  # Pillow's arrays are read-only
         for view, box in enumerate(boxes.tolist()):
             resize_box(image, box, out[view])
-
-
-def _reduction(boxes: np.ndarray, side: int) -> int:
-    """The largest r such that a JPEG may be decoded at 1/r of its size: every crop is still reduced by half or more.
-
-    On photographs the views then differ from those of a full decode by 1.3/255 in the mean, and no pixel by more than
-    12/255. If r could reduce an image to the crop's own size, it would be 3/255, and 2 % of pixels above 12/255.
-    """
-    smallest = int(boxes[:, 2:].min())
-    return next((r for r in (8, 4, 2) if smallest >= 2 * r * side), 1)

@@ -186,9 +186,9 @@ def _index(
     labels = files.labels()
     positions = limit_positions(len(files.paths), labels, limit)
     paths = [files.paths[i] for i in positions]
-    sizes, bad, opened = (*read_headers(paths), len(paths)) if known is None else known.headers(paths)
+    sizes, bad, opened, scanned = (*read_headers(paths), len(paths), None) if known is None else known.headers(paths)
     selected = None if labels is None else labels[positions]
-    index = ImageIndex(name, sizes, selected, class_names or files.class_names(), paths=tuple(paths))
+    index = ImageIndex(name, sizes, selected, class_names or files.class_names(), paths=tuple(paths), scanned=scanned)
     return _without_bad(index, bad, bad_images, skipped=files.skipped, opened=opened)
 
 

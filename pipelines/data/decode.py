@@ -38,21 +38,13 @@ _SIDES_SWAPPED = (5, 6, 7, 8)
 _RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB
 
 
-def decode(data: bytes, name: str, reduction: int = 1) -> np.ndarray:
-    """Encoded bytes → (H, W, 3) uint8 RGB, upright, contiguous. Raises DataError giving `name` and the reason.
-
-    With a reduction r of 2, 4 or 8, an upright grey or colour JPEG becomes (⌈H/r⌉, ⌈W/r⌉, 3): libjpeg-turbo then skips
-    the higher frequencies of each 8×8 block, and most of the work. Anything else is decoded at full size.
-    """
+def decode(data: bytes, name: str) -> np.ndarray:
+    """Encoded bytes → (H, W, 3) uint8 RGB, upright, contiguous. Raises DataError giving `name` and the reason."""
     try:
         with open_image(io.BytesIO(data)) as image:
             orientation = exif_orientation(image)
             plain_jpeg = is_jpeg(image) and image.mode in ("L", "RGB")
-            if plain_jpeg and reduction > 1 and orientation == 1:
-                image.draft(image.mode, (image.width // reduction, image.height // reduction))
-                pixels = rgb(image)
-            else:
-                pixels = _decode_jpeg(data, image) if plain_jpeg else rgb(image)
+            pixels = _decode_jpeg(data, image) if plain_jpeg else rgb(image)
         if image.format == "PNG":
             with open_image(io.BytesIO(data)) as again:
                 again.verify()  # checksums, which Pillow does not check when decoding

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from pipelines.data.decode import printable
 from pipelines.errors import DataError
+from pipelines.reads import Timed, check_length, open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 TEST_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists next to `train` is the test split
 
 _LIST_PROBE_BYTES = 4096
+_MAX_LIST_BYTES = 2**30  # ten million paths of a hundred letters
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,19 +100,14 @@ def read_list(path: str) -> ImageFiles:
 
     Either every line has a class or none has. Keeps order and repetitions. Raises DataError with the line number.
     """
-    with open(path, "rb") as file:
-        if b"\0" in file.read(_LIST_PROBE_BYTES):
-            raise DataError(
-                f"{printable(path)} is neither a folder nor a list; expected text with one image path per line"
-            )
-    text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    text = _text(path)
     folder = os.path.dirname(os.path.abspath(path))
     paths, classes = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         image, tab, label = line.rstrip("\r").partition("\t")
         if not image:
             continue
-        if not image.lower().endswith(EXTENSIONS):
+        if not image.lower().endswith(EXTENSIONS) or "\0" in line:
             raise DataError(
                 f"line {number} of {printable(path)} is '{printable(image[:80])}'; expected the path of an image "
                 f"({', '.join(EXTENSIONS)}), then nothing, or a tab and a class"
@@ -129,18 +125,41 @@ def read_list(path: str) -> ImageFiles:
     return ImageFiles(tuple(paths), labelled or None)
 
 
+def _text(path: str) -> str:
+    """The content of a list file. Raises DataError if it cannot be read or is no text."""
+    expected = "expected text with one image path per line"
+    try:
+        with Timed(path):
+            descriptor, status = open_regular(path)
+        with open(descriptor, "rb") as file, Timed(path):
+            if b"\0" in file.read(_LIST_PROBE_BYTES):
+                raise DataError(f"{printable(path)} is neither a folder nor a list; {expected}")
+            check_length(status.st_size, _MAX_LIST_BYTES)
+            file.seek(0)
+            return file.read(status.st_size).decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise DataError(f"cannot read {printable(path)} ({error.strerror or error}); {expected}") from error
+
+
 def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
     """(identity, folders, files) of `folder` without hidden ones. A dangling link counts as a file, bad later."""
     folders, files = [], []
     try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            for entry in entries:
+        with Timed(folder):
+            status, entries = os.stat(folder), os.scandir(folder)
+        with entries:
+            while True:
+                with Timed(folder):
+                    entry = next(entries, None)
+                if entry is None:
+                    break
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir():
+                with Timed(entry.path):  # the target of a link may be on another disk
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                if is_folder:
                     folders.append(entry.path)
-                elif entry.is_file() or entry.is_symlink():  # not a pipe, socket or device
+                elif is_file or entry.is_symlink():  # not a pipe, socket or device
                     files.append(entry.path)
     except OSError as error:
         raise DataError(

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipelines.data.decode import bad_image, decode, is_jpeg, open_image, upright_size
 from pipelines.errors import DataError
-from pipelines.platforms import open_to_read, read_at
+from pipelines.platforms import read_at
+from pipelines.reads import Timed, check_length, open_regular, read_up_to
 
 HEAD_BYTES = 65_536  # contains the header unless a large profile or preview precedes it
 TAIL_BYTES = 4_096  # the end marker may be this far from the end of a complete file: some writers append data
@@ -34,23 +35,23 @@ def read_header(path: str) -> tuple[int, int]:
     # Few system calls: each releases the interpreter lock, and 16 threads spend twice as long reacquiring it as on the
     # header itself (10,000 CIFAR JPEGs: 0.93 s through a file object, 0.46 s this way).
     try:
-        descriptor = open_to_read(path)
-        try:
-            return read_part_header(descriptor, 0, None, path)
-        finally:
-            os.close(descriptor)
+        with Timed(path):
+            descriptor, status = open_regular(path)
+            try:
+                return read_part_header(descriptor, 0, status.st_size, path)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise bad_image(path, ValueError(error.strerror or str(error))) from error
 
 
-def read_part_header(descriptor: int, start: int, length: int | None, name: str) -> tuple[int, int]:
-    """`read_header` of the image `name` in an open file, `length` bytes from `start` (None: to the end).
+def read_part_header(descriptor: int, start: int, length: int, name: str) -> tuple[int, int]:
+    """`read_header` of the image `name` in an open file, `length` bytes from `start`.
 
-    Raises DataError, and OSError if the file cannot be read.
+    Raises DataError, and OSError if the file cannot be read or the image is longer than `reading.MAX_BYTES`.
     """
-    head = read_at(descriptor, HEAD_BYTES if length is None else min(HEAD_BYTES, length), start)
-    if length is None:
-        length = os.fstat(descriptor).st_size - start
+    check_length(length)
+    head = read_at(descriptor, min(HEAD_BYTES, length), start)
     tail = head
     if length != len(head):
         tail_bytes = min(TAIL_BYTES, length)
@@ -58,9 +59,8 @@ def read_part_header(descriptor: int, start: int, length: int | None, name: str)
     size = _size_if_complete(head, tail, length)
     if size is not None:
         return size
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(start)
-        data = file.read(length)
+    os.lseek(descriptor, start, os.SEEK_SET)
+    data = read_up_to(descriptor, length)
     size = _size_if_complete(data, data, len(data))
     if size is not None:
         return size

@@ -5,7 +5,6 @@ N images · H, W height and width in pixels of the upright image
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +13,7 @@ import numpy as np
 from pipelines.data.decode import decode, printable
 from pipelines.data.quarantine import LEFT_OUT, REPLACED, Entry, Ledger, grey
 from pipelines.errors import DataError
-
-_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+from pipelines.reads import read_file, read_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +58,7 @@ class PackedRecords:
 
     def read(self, i: int) -> bytes:
         """The bytes of image i. Raises OSError, also if the file is too short."""
-        length = int(self.lengths[i])
-        data = _read(self.path(i), length, int(self.offsets[i]))
-        if len(data) != length:
-            raise OSError("the file is too short")
-        return data
+        return read_part(self.path(i), int(self.offsets[i]), int(self.lengths[i]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +72,7 @@ class ImageIndex:
     paths        N absolute paths; undecodable bytes of a name are surrogate escapes, so that `open` works
     pixels       (N, H, W, 3) uint8 RGB
     records      positions in a `.beton` file or in tar archives
+    scanned      (N, 16) uint8, BLAKE2b of files as `fastmoco scan` read them, zero if changed since; None without
     ledger       records images that have become bad, which are then replaced by grey; None: a bad image is an error
     """
 
@@ -88,6 +83,7 @@ class ImageIndex:
     paths: tuple[str, ...] | None = None
     pixels: np.ndarray | None = None
     records: PackedRecords | None = None
+    scanned: np.ndarray | None = None
     ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
@@ -115,8 +111,8 @@ class ImageIndex:
         """Whether image i is an encoded file, rather than pixels in memory or in a `.beton`."""
         return self.pixels is None and not (self.records is not None and self.records.raw[i])
 
-    def read(self, i: int, reduction: int = 1) -> np.ndarray:
-        """Image i, upright: (H, W, 3) uint8 RGB, or with a reduction r (⌈H/r⌉, ⌈W/r⌉, 3) if `decode` supports it.
+    def read(self, i: int) -> np.ndarray:
+        """Image i, upright: (H, W, 3) uint8 RGB.
 
         Raises DataError if the file is unreadable, bad or has changed. With a ledger, such an image is recorded and
         replaced by grey, and DataError is raised only if there are too many.
@@ -124,44 +120,42 @@ class ImageIndex:
         if self.pixels is not None:
             return self.pixels[i]
         try:
-            return self._read(i, reduction)
+            return self._read(i)
         except DataError as error:
             if self.ledger is None:
                 raise
             self.ledger.note(Entry(self.display_name(i), str(error), REPLACED))
             return grey(*self.sizes[i].tolist())
 
-    def _read(self, i: int, reduction: int) -> np.ndarray:
+    def _read(self, i: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
         if not self.is_encoded(i):
-            return np.frombuffer(bytearray(self._bytes(i)), dtype=np.uint8).reshape(height, width, 3)
-        image = decode(self._bytes(i), self.display_name(i), reduction)
-        if image.shape[:2] not in ((height, width), (-(-height // reduction), -(-width // reduction))):
+            return np.frombuffer(bytearray(self.stored_bytes(i)), dtype=np.uint8).reshape(height, width, 3)
+        image = decode(self.stored_bytes(i), self.display_name(i))
+        if image.shape[:2] != (height, width):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
                 f"data set was indexed; restart, and do not change the files while training"
             )
         return image
 
-    def read_bytes(self, i: int, expected: int | None = None) -> bytes:
-        """The encoded bytes of image i. Raises DataError if it is unreadable, or stored as pixels in a `.beton`.
-
-        expected  its length when it was last read: not asking for it saves a fifth of the time of a small file
-        """
+    def read_bytes(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises DataError if it is unreadable, or stored as pixels in a `.beton`."""
         if not self.is_encoded(i):
             raise DataError(
                 f"{self.display_name(i)} is stored as raw pixels, and this pipeline needs encoded images: use "
                 f"--pipeline ffcv, torch or resident, or convert with --mode jpg --quality 95"
             )
-        return self._bytes(i, expected)
+        return self.stored_bytes(i)
 
-    def _bytes(self, i: int, expected: int | None = None) -> bytes:
+    def stored_bytes(self, i: int) -> bytes:
+        """The bytes of image i as they are stored, encoded or not. Raises DataError if it is unreadable."""
         assert self.pixels is None, "images in memory have no encoded bytes"
         try:
             if self.records is not None:
                 return self.records.read(i)
             assert self.paths is not None
-            return _read_all(self.paths[i], expected)
+            return read_file(self.paths[i])
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(
@@ -188,6 +182,7 @@ class ImageIndex:
             paths=None if self.paths is None else tuple(self.paths[i] for i in positions.tolist()),
             pixels=None if self.pixels is None else self.pixels[positions],
             records=None if self.records is None else self.records.select(positions),
+            scanned=None if self.scanned is None else self.scanned[positions],
         )
 
     @cached_property
@@ -252,32 +247,3 @@ class Dataset:
         test = None if self.test is None else replace(self.test, ledger=ledger)
         bank = None if self.bank is None else replace(self.bank, ledger=ledger)
         return replace(self, train=train, test=test, bank=train if self.bank is self.train else bank)
-
-
-def _read_all(path: str, expected: int | None = None) -> bytes:
-    """The content of a file, in under a third of the time of `Path.read_bytes`; `expected` is its probable length."""
-    descriptor = os.open(path, _READ)
-    try:
-        size = os.fstat(descriptor).st_size if expected is None else expected
-        data = os.read(descriptor, size + 1)
-        if len(data) == size:  # one byte more was asked for: this is the end
-            return data
-        parts = [data]
-        while parts[-1]:
-            parts.append(os.read(descriptor, 1 << 20))
-        return b"".join(parts)
-    finally:
-        os.close(descriptor)
-
-
-def _read(path: str, length: int, offset: int) -> bytes:
-    """At most `length` bytes of a file, from `offset`; fewer if it ends before."""
-    descriptor = os.open(path, _READ)
-    try:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        parts = [os.read(descriptor, length)]
-        while parts[-1] and (length := length - len(parts[-1])):
-            parts.append(os.read(descriptor, length))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-    finally:
-        os.close(descriptor)

@@ -25,6 +25,7 @@ from pipelines.data.decode import printable
 from pipelines.data.headers import FILES_PER_TASK, MAX_THREADS, read_headers
 from pipelines.errors import DataError
 from pipelines.files import replacing
+from pipelines.reads import Timed
 
 FORMAT = 1  # increment when `decode` changes its result for any file, or when the columns change
 FILE_NAME = ".fastmoco-manifest.npz"  # hidden, so that it is not listed with the images
@@ -60,8 +61,10 @@ class ScanManifest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rows", {path: row for row, path in enumerate(self.paths)})
 
-    def headers(self, paths: list[str]) -> tuple[np.ndarray, Bad, int]:
-        """The result of `headers.read_headers` for `paths`, and the number of files opened for it.
+    def headers(self, paths: list[str]) -> tuple[np.ndarray, Bad, int, np.ndarray]:
+        """The result of `headers.read_headers` for `paths`, the number of files opened for it, and (N, 16) digests.
+
+        The digest of a file that was opened is zero.
 
         Opens the files that are not in the manifest, or whose size or time has changed since the scan.
         """
@@ -77,7 +80,9 @@ class ScanManifest:
         if len(stale):
             sizes[stale], newly_bad = read_headers([paths[i] for i in stale.tolist()])
             bad = sorted(bad + [(int(stale[i]), reason) for i, reason in newly_bad])
-        return sizes, bad, len(stale)
+        digests = np.zeros((len(paths), 16), dtype=np.uint8)
+        digests[known] = self.digests[rows[known]]
+        return sizes, bad, len(stale), digests
 
 
 def file_stats(paths: Sequence[str]) -> np.ndarray:
@@ -90,7 +95,8 @@ def file_stats(paths: Sequence[str]) -> np.ndarray:
     def stat_some(first: int) -> None:
         for i in range(first, min(first + task, len(paths))):
             try:
-                status = os.stat(paths[i])
+                with Timed(paths[i]):
+                    status = os.stat(paths[i])
             except OSError:
                 continue
             stats[i] = status.st_size, status.st_mtime_ns

@@ -50,7 +50,7 @@ class Ledger:
             raise DataError(f"{entry.reason}; and it cannot be recorded in {self.path} ({error.strerror})") from error
         raise DataError(
             f"{entry.reason}; {self.path} already lists {self.most:,} bad images, the maximum: check the disk, fix the "
-            f"files, and resume with --resume"
+            f"files, and resume with --resume --allow-changed-data"
         )
 
     def entries(self) -> list[Entry]:

@@ -11,16 +11,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipelines import reads
 from pipelines.data.decode import bad_image, decode, open_image, printable
 from pipelines.data.manifest import ScanManifest
 from pipelines.errors import DataError
-from pipelines.platforms import clean_context, open_to_read
-from pipelines.workers import start_worker
+from pipelines.platforms import clean_context
+from pipelines.reads import Timed, check_length, open_regular, read_up_to
+from pipelines.workers import StuckRead, start_worker
 
 FILES_PER_TASK = 64  # at least a few milliseconds of work, against 0.2 ms of overhead
 DIGEST_BYTES = 16
@@ -96,13 +99,17 @@ def _run(tasks: list[Sequence[str]], workers: int) -> Iterator[_TaskScan]:
         yield from map(_scan_task, tasks)
         return
     context = clean_context(["pipelines.data.scan"])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=start_worker, initargs=(0,))
+    stuck = StuckRead()
+    start = partial(start_worker, stuck=stuck, limit_s=reads.LIMIT_S)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=start, initargs=(0,))
     done = 0
     try:
         for result in pool.map(_scan_task, tasks):
             yield result
             done += 1
     except BrokenProcessPool as error:
+        if line := stuck.line():
+            raise DataError(line) from error
         first = printable(tasks[done][0])
         raise DataError(
             f"a process that reads images died, at {first} or soon after: check whether memory ran out, or find the "
@@ -129,14 +136,15 @@ def _scan_file(path: str) -> _FileScan:
     """Never raises: any defect of the file becomes its reason."""
     stat, digest = (-1, -1), bytes(DIGEST_BYTES)
     try:
-        descriptor = open_to_read(path)
-        try:
-            status = os.fstat(descriptor)  # before the content, so that a file written to meanwhile counts as changed
-            stat = status.st_size, status.st_mtime_ns
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read()
-        finally:
-            os.close(descriptor)
+        with Timed(path):
+            descriptor, status = open_regular(path)
+            try:
+                # of before the content, so that a file written to meanwhile counts as changed
+                stat = status.st_size, status.st_mtime_ns
+                check_length(status.st_size)
+                data = read_up_to(descriptor, status.st_size)
+            finally:
+                os.close(descriptor)
         digest = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
         pixels = decode(data, path)
     except OSError as error:

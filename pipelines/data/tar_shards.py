@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from pipelines.data.files import EXTENSIONS, TEST_FOLDERS, ImageFiles
 from pipelines.data.headers import MAX_THREADS, read_part_header
 from pipelines.data.index import PackedRecords
 from pipelines.errors import DataError
+from pipelines.reads import Timed, read_file
 
 CLASS_NAMES = "classes.txt"  # next to the archives: the names of class 0, class 1, …, one per line
 MAX_LABEL_BYTES = 256
@@ -159,7 +160,8 @@ def read_sizes(records: PackedRecords) -> tuple[np.ndarray, list[tuple[int, str]
                 name = f"{records.names[i]} in {path}"
                 try:
                     length = int(records.lengths[i])
-                    sizes[i] = read_part_header(archive.fileno(), int(records.offsets[i]), length, name)
+                    with Timed(name):
+                        sizes[i] = read_part_header(archive.fileno(), int(records.offsets[i]), length, name)
                 except OSError as error:
                     reasons.append((i, str(bad_image(name, ValueError(error.strerror or str(error))))))
                 except DataError as error:
@@ -186,7 +188,7 @@ def _list_archive(path: str) -> tuple[list[_Image], int]:
     skipped = 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
-            for member in archive:
+            for member in _members(archive, path):
                 folder, name = os.path.split(member.name)
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}"
@@ -209,6 +211,15 @@ def _list_archive(path: str) -> tuple[list[_Image], int]:
     if not complete:
         raise DataError(f"{printable(path)} has no end-of-archive marker: it is truncated; copy it again")
     return [_Image(m.name, m.offset_data, m.size, labels.get(key)) for key, m in images], skipped
+
+
+def _members(archive: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
+    while True:
+        with Timed(path):  # one header at a time: an archive of many images may take longer than a read
+            member = archive.next()
+        if member is None:
+            return
+        yield member
 
 
 def _ends_with_zeros(path: str) -> bool:
@@ -245,7 +256,10 @@ def labels_of(archives: Sequence[str], files: ImageFiles) -> tuple[np.ndarray | 
     path = Path(archives[0]).with_name(CLASS_NAMES)
     if files.classes is None or not path.is_file():
         return files.labels(), files.class_names()
-    names = tuple(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+    try:
+        names = tuple(read_file(str(path)).decode("utf-8", "surrogateescape").splitlines())
+    except OSError as error:
+        raise DataError(f"cannot read {printable(str(path))} ({error.strerror or error}); fix or remove it") from error
     number_of = {str(number): number for number in range(len(names))}
     odd = sorted(set(files.classes) - number_of.keys())
     if odd or len(set(names)) != len(names):

@@ -32,7 +32,7 @@ from pipelines.errors import DataError
 from pipelines.plan.planner import Planner, eval_plans
 from pipelines.views import BatchPlan, CropSource, Views
 from tests.oddities import bad_files, encode, good_files, picture, write_files
-from tests.reference_crops import errors, reference
+from tests.reference_crops import errors
 from tools.make_ffcv import Settings, convert
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -368,21 +368,3 @@ def test_dataloader_shuffles_its_keys_like_the_others(uniform: ImageIndex) -> No
     views = next(DataLoaderPipeline(uniform, planner_of(uniform, 16, plain), 16, CPU, torch.float32, 0).views(0, 1))
     assert not torch.equal(views.key_order, torch.arange(16))
     assert torch.equal(views.key, views.query[views.key_order])
-
-
-@pytest.mark.parametrize("side", [24, 48])
-def test_a_large_jpeg_decoded_at_reduced_size_gives_the_same_views(side: int, tmp_path: Path) -> None:
-    """Smooth and sharp content, with sides not divisible by 8, cropped to a small fraction of its size."""
-    height, width = 803, 1010
-    smooth = np.kron(picture(51, 64), np.ones((16, 16, 1)))[:height, :width].astype(np.uint8)
-    (tmp_path / "large.jpg").write_bytes(encode(smooth, "JPEG"))
-    index = index_of([tmp_path / "large.jpg"] * 8)
-    plan = planner_of(index, 8).plan(0)
-    shortest = plan.boxes[..., 2:].min(axis=(0, 2))
-    assert (shortest >= 4 * side).any(), "no box allows a reduced decode"
-    (crops,) = TorchCrops(index, side, CPU, 0).crops([plan])
-    pixels = index.read(0)
-    for view, row in itertools.product(range(2), range(8)):
-        error = np.abs(crops.images[view, row].numpy() - reference(pixels, plan.boxes[view, row], side))
-        assert error.mean() <= 2
-        assert (error > 12).mean() <= 1e-3
