@@ -53,6 +53,7 @@ FORGERIES = {
     "a step that is not that of the name": ({"step": 3}, "expected the 4 of its name"),
     "no data": ({"data": ABSENT}, "data is None"),
     "a list as data": ({"data": ["x"]}, "data is ['x']"),
+    "a number as the content of the data": ({"data_content": 7}, "data_content is 7"),
     "no versions": ({"versions": ABSENT}, "versions is None"),
     "numbers as versions": ({"versions": {"torch": 2}}, "versions is {'torch': 2}"),
     "no config": ({"config": ABSENT}, "config is None"),
