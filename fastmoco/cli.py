@@ -15,6 +15,7 @@ from fastmoco.config.arguments import parse, suggestion
 from fastmoco.distributed.launch import is_launched, launch, report_to_torchrun
 from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_code
 from fastmoco.recipes import check_data, recipe
+from fastmoco.run.preemption import StopFlag
 
 USAGE = """usage: fastmoco COMMAND [--debug]
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
-        COMMANDS[argv[0]](argv[1:])
+        with StopFlag(repeats=is_launched()):
+            COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
     except AlreadyReportedError as error:

@@ -7,12 +7,14 @@ characters are escaped.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -21,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.data.decode import printable
+from pipelines.platforms import silence
 
 # Time between two progress lines that are not on a terminal.
 MIN_LINE_INTERVAL_S = 10.0
@@ -51,7 +54,35 @@ def make_console() -> Console:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
-    return Console(highlight=False)
+    return Console(highlight=False, file=cast(IO[str], _Terminal(sys.stdout)) if sys.stdout.isatty() else None)
+
+
+class _Terminal:
+    """A text stream to a terminal, which may be closed while a run goes on: what is printed then is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._closing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._closing():
+            self._stream.flush()
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            silence(self._stream.fileno())
 
 
 def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:

@@ -39,7 +39,14 @@ class RankLostError(RuntimeError):
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
-    """The run received SIGTERM or SIGINT, has saved its state and can be resumed."""
+    """The command received SIGTERM, SIGINT or SIGHUP: a run that has begun is saved and can be resumed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has interrupted something that needs no saving; it becomes Preempted where the command ends.
+
+    Code that lets Ctrl-C pass lets this pass too.
+    """
 
 
 class AlreadyReportedError(Exception):
@@ -58,6 +65,7 @@ _CODES: dict[type[BaseException], ExitCode] = {
     DivergedError: ExitCode.DIVERGED,
     DeviceError: ExitCode.DEVICE,
     Preempted: ExitCode.PREEMPTED,
+    Interrupted: ExitCode.PREEMPTED,
     RankLostError: ExitCode.PREEMPTED,
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from fastmoco.console import StepMetrics, TrainingProgress, duration, say, show_
 from fastmoco.device import DTYPES, out_of_memory
 from fastmoco.distributed.watchdog import Watchdog
 from fastmoco.distributed.world import StopVote
-from fastmoco.errors import CheckpointError, DivergedError, Preempted, RankLostError
+from fastmoco.errors import Interrupted, Preempted, RankLostError
 from fastmoco.evaluation.online import OnlineEvaluator
+from fastmoco.run.divergence import LossWatch
 from fastmoco.run.forecast import Forecast
 from fastmoco.run.recorder import RunRecorder
 from fastmoco.run.report import show_selection, start_facts
@@ -107,7 +109,9 @@ class Trainer:
         self.forecast = Forecast(self.total_steps, self.steps_per_epoch, config.run.knn_every)
         candidates = model.moco_k + (model.mechanism != "end-to-end")  # end-to-end: the positive is among the K
         self.chance_loss = self.state.train_step.objective.chance_loss(candidates) * (2 if model.symmetric else 1)
-        self._stopped, self._began = False, time.monotonic()
+        most_skipped = min(config.run.max_skipped_steps, self.total_steps)
+        self.watch = LossWatch(max_skipped=most_skipped, chance_loss=self.chance_loss, amp=config.run.amp)
+        self._stopped, self._unevaluated, self._began = False, False, time.monotonic()
 
     @property
     def epoch(self) -> int:
@@ -118,8 +122,9 @@ class Trainer:
         """Train to the end of the last epoch, from the newest checkpoint with --resume."""
         try:
             self._resume() if self.config.run.resume else self._begin()
-            self._steps()
-            self.world.on_main(lambda: self._finish(time.monotonic() - self._began))
+            with self.stop.deferred():
+                self._steps()
+                self.world.on_main(lambda: self._finish(time.monotonic() - self._began))
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.world.device, self.config.optim.batch_size, self.config.model.bn_splits) from error
         finally:
@@ -151,6 +156,17 @@ class Trainer:
         self.forecast.evaluation_s = time.monotonic() - began
         return results
 
+    def _evaluate_epoch(self) -> None:
+        """Evaluate, unless a signal arrives before the end: the resumed run does it then. Ranks would wait for it."""
+        try:
+            with self.stop.interrupting() if self.world.size == 1 else nullcontext():
+                results = self._evaluate()
+        except Interrupted:
+            self._unevaluated = True
+            return
+        if self.recorder is not None:
+            self.recorder.evaluation(self.state.step, self.epoch, results)
+
     def _first_views(self) -> Views:
         """Views of the first images of step 0, all on this rank, with the keys in the order of the queries."""
         dtype, planner = DTYPES[self.config.run.amp], self.planner.preview(MAX_DRAWN)
@@ -164,16 +180,14 @@ class Trainer:
 
     def _resume(self) -> None:
         path = Path(self.world.on_main(lambda: "" if self.recorder is None else self.recorder.find_checkpoint()))
-        for note in self.state.load(path):
+        for note in self.state.load(path, self.total_steps):
             say(self.console, f"resumed although {note}", "yellow")
-        if self.state.step > self.total_steps:
-            raise CheckpointError(
-                f"{path} is from step {self.state.step:,}, and --epochs {self.config.optim.epochs} are "
-                f"{self.total_steps:,} steps: use more --epochs, or start again with --overwrite"
-            )
         if self.recorder is not None:
             self.recorder.resumed(path, self.state.step, self.epoch, self.total_steps)
             self.recorder.images(self.state.data_record)
+        evaluated = self.world.on_main(lambda: self.recorder is None or self.recorder.has_evaluated(self.state.step))
+        if self._evaluation_is_due() and not evaluated:
+            self._evaluate_epoch()
 
     def _steps(self) -> None:
         config, state, clock = self.config, self.state, self.clock
@@ -202,13 +216,11 @@ class Trainer:
                 if metrics is not None:
                     progress.update(state.step, metrics, self.forecast.left_s)
                 with clock.paused(), watchdog.paused():
-                    if epoch_ends and self._evaluation_is_due():
-                        results = self._evaluate()
-                        if self.recorder is not None:
-                            self.recorder.evaluation(state.step, self.epoch, results)
+                    if self._evaluation_is_due():
+                        self._evaluate_epoch()
                     if self._save_is_due(epoch_ends):
                         self._save()
-        if self._stopped and state.step < self.total_steps:
+        if self._stopped and (state.step < self.total_steps or self._unevaluated):
             self.world.on_main(lambda: self._save(last_chance=True))
             signal = self.stop.name if self.stop else "a signal to another rank"
             raise Preempted(f"stopped by {signal} at step {state.step:,}, saved: resume with --resume")
@@ -243,11 +255,9 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.log_step(self.state.step, self.epoch, metrics, int(latest["skipped_steps"]))
             self.recorder.replaced(self._images.ledger)
-        if latest["consecutive_skipped"] >= min(self.config.run.max_skipped_steps, self.total_steps):
-            raise DivergedError(
-                f"the loss or a gradient was not finite for {latest['consecutive_skipped']} steps up to step "
-                f"{self.state.step:,}: lower --lr, or use --amp fp32; the last checkpoint is from before them"
-            )
+        warning = self.watch.check(self.state.step, latest)
+        if warning:
+            say(self.console, warning, "yellow")
         if self.config.scale.paranoid:
             self.world.check_same(self.state.digests())
         return metrics
@@ -260,8 +270,10 @@ class Trainer:
             say(self.console, f"{'the rest takes ' * resumed}about {duration(total_s)} on this machine")
 
     def _evaluation_is_due(self) -> bool:
-        every = self.config.run.knn_every
-        return bool(every) and (self.epoch % every == 0 or self.state.step == self.total_steps)
+        every, step = self.config.run.knn_every, self.state.step
+        if not every or not step or step % self.steps_per_epoch:
+            return False
+        return self.epoch % every == 0 or step == self.total_steps
 
     def _save_is_due(self, epoch_ends: bool) -> bool:
         """Whether to save now; never on ranks other than 0, whose state is the same."""

@@ -152,3 +152,13 @@ def clean_context(preload: list[str]) -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     return context
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def silence(descriptor: int) -> None:
+    """Let what is written to an open descriptor, such as a closed terminal, vanish from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

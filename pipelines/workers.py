@@ -108,15 +108,16 @@ def worker_options(workers: int, device: torch.device) -> dict[str, Any]:
 def start_server() -> None:
     """Starts the server that forks the workers, without waiting for it; Windows has none, and no signals.
 
-    The server and its workers block SIGTERM, which torchrun sends to whole process groups: a rank whose workers died
-    would have no more batches, and the others would wait for it in vain. SIGKILL still ends a worker.
+    The server and its workers block SIGTERM, which torchrun sends to whole process groups, and SIGHUP, which a closed
+    terminal does: a rank whose workers died would have no more batches, and the others would wait for it in vain.
+    SIGKILL still ends a worker.
     """
     if not has_fork_server():
         return
     from multiprocessing import forkserver
 
     forkserver.set_forkserver_preload(PRELOADED)
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
     try:
         forkserver.ensure_running()  # its signal mask is inherited
     finally:

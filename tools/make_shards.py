@@ -26,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastmoco.errors import ConfigError, ExitCode
+from fastmoco.errors import ConfigError, ExitCode, Preempted
+from fastmoco.run.preemption import StopFlag
 from pipelines.data.dataset import BadImages, load_dataset
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
@@ -142,15 +143,16 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
-        make(tyro.cli(Settings, args=argv, description=Settings.__doc__), console)
+        with StopFlag():
+            make(tyro.cli(Settings, args=argv, description=Settings.__doc__), console)
     except ConfigError as error:
         return _fail(str(error), ExitCode.CONFIG)
     except DataError as error:
         return _fail(str(error), ExitCode.DATA)
     except OSError as error:
         return _fail(f"cannot write ({error.strerror or error})", ExitCode.DATA)
-    except KeyboardInterrupt:
-        return 130
+    except Preempted as error:
+        return _fail(str(error), ExitCode.PREEMPTED)
     return ExitCode.DONE
 
 

@@ -29,7 +29,7 @@ def check_types(config: Any) -> None:
         if not _matches(value, hint):
             match = closest(value, _choices(hint)) if isinstance(value, str) else None
             advice = f"; did you mean {match}?" if match else ""
-            raise ConfigError(f"{flag(name)} is {_shorten(value)}, expected {_describe(hint)}{advice}")
+            raise ConfigError(f"{flag(name)} is {shorten(value)}, expected {_describe(hint)}{advice}")
         if isinstance(value, int) and float in _alternatives(hint):
             object.__setattr__(config, name, float(value))
 
@@ -38,7 +38,7 @@ def require(config: Any, name: str, valid: Callable[[Any], bool], expected: str,
     """Reject a value that is neither None nor valid."""
     value = getattr(config, name)
     if value is not None and not valid(value):
-        raise ConfigError(f"{flag(name)} is {_shorten(value)}, expected {expected}" + (f": {advice}" if advice else ""))
+        raise ConfigError(f"{flag(name)} is {shorten(value)}, expected {expected}" + (f": {advice}" if advice else ""))
 
 
 def known(name: str, names: Iterable[str], kind: str) -> None:
@@ -46,7 +46,7 @@ def known(name: str, names: Iterable[str], kind: str) -> None:
     if name not in names:
         match = closest(name, names)
         raise ConfigError(
-            f"the configuration has no {kind} {_shorten(name)}" + (f"; did you mean {match!r}?" * bool(match))
+            f"the configuration has no {kind} {shorten(name)}" + (f"; did you mean {match!r}?" * bool(match))
         )
 
 
@@ -70,7 +70,7 @@ def parse_json(text: str) -> Any:
 def as_object(value: Any, name: str) -> dict[str, Any]:
     """Reject JSON that is not an object."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} is {_shorten(value)}, expected a JSON object of fields")
+        raise ConfigError(f"{name} is {shorten(value)}, expected a JSON object of fields")
     return value
 
 
@@ -106,7 +106,8 @@ def _describe(hint: Any) -> str:
     return " or ".join(names.get(t, "an object") for t in _alternatives(hint) if t is not types.NoneType)
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A value of any kind for a message: at most 80 characters, without control characters."""
     try:
         text = ascii(value)  # names from a file may contain control and bidirectional characters
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, 1,000 nested lists

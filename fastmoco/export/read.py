@@ -34,6 +34,7 @@ from fastmoco.model.architectures import check_wanted, family, identify
 from fastmoco.model.encoder import feature_dim
 from fastmoco.model.family import COUNTERS
 from fastmoco.run import checkpoint
+from fastmoco.run.checkpoint_meta import CheckpointMeta
 from fastmoco.run.directory import read_config
 from pipelines.augment.presets import AUGMENTATIONS, CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.decode import printable
@@ -193,8 +194,8 @@ def _read_safetensors(path: Path) -> _Found:
             metadata = file.metadata() or {}
             said, prefix = _Found(), ""
             if "meta" in metadata:
-                config = checkpoint.verify(path).get("config")
-                said, prefix = _from_config(config if isinstance(config, dict) else {}, origin), _CHECKPOINT_PREFIX
+                config = CheckpointMeta.of(path, checkpoint.verify(path)).config
+                said, prefix = _from_config(config.flat(), origin), _CHECKPOINT_PREFIX
             elif RECORD in metadata:
                 said = from_record(metadata[RECORD], origin)
             elif path.name == "backbone.safetensors" and (path.parent / "config.json").is_file():

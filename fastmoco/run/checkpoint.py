@@ -124,6 +124,11 @@ def verify(path: Path) -> dict[str, Any]:
             return _meta(path, file.metadata())
 
 
+def is_named(path: Path) -> bool:
+    """Whether a file has the name of a checkpoint, rather than one that a user gave it."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def step_of(path: Path) -> int:
     """The global step in a checkpoint's file name. Raises CheckpointError for other names."""
     match = _NAME.fullmatch(path.name)

@@ -9,8 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmoco.errors import DivergedError
 from fastmoco.run import checkpoint
+from fastmoco.run.divergence import not_finite
 from fastmoco.run.snapshot import HostBuffers, Snapshot
+
+SKIPPED = "step/sums/consecutive_skipped"  # name in a checkpoint of the count of steps up to it that changed nothing
 
 
 class CheckpointWriter:
@@ -18,6 +22,10 @@ class CheckpointWriter:
 
     `start` copies the tensors and returns; `wait` returns when the file is complete, or raises the error of writing it.
     A process that ends without `wait` or `close` may lose the checkpoint in progress, but no earlier one.
+
+    State that is not finite is not written, so that the earlier checkpoints stay. Nor, unless it is the last chance, is
+    state that no step has changed since the checkpoint before: a run whose steps are all skipped would replace those
+    from before it diverged.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -25,6 +33,7 @@ class CheckpointWriter:
         self._directory, self._keep = directory, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._written_step = -1
 
     @property
     def is_pending(self) -> bool:
@@ -36,14 +45,25 @@ class CheckpointWriter:
         return self._writing is not None and not self._writing.done()
 
     def start(
-        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], saved: Callable[[], None]
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        saved: Callable[[], None],
+        *,
+        last_chance: bool = False,
     ) -> None:
         """Save the tensors as they are now; `saved` is called in the background once the file is complete."""
         assert self._writing is None, "the buffers are in use until `wait` returns"
-        self._writing = self._thread.submit(self._write, step, self.buffers.take(tensors), meta, saved)
+        snapshot = self.buffers.take(tensors)
+        self._writing = self._thread.submit(self._write, step, snapshot, meta, saved, last_chance)
 
     def wait(self) -> None:
-        """Wait for the save in progress, if any. Raises CheckpointError if it failed; another may be started then."""
+        """Wait for the save in progress, if any.
+
+        Raises CheckpointError if it failed, after which another may be started, and DivergedError if the state is not
+        finite.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -52,7 +72,18 @@ class CheckpointWriter:
         """Wait, whatever the result, and end the thread."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, step: int, snapshot: Snapshot, meta: Mapping[str, Any], saved: Callable[[], None]) -> None:
-        checkpoint.save(self._directory, step, snapshot.wait(), meta)
-        checkpoint.prune(self._directory, self._keep)
+    def _write(
+        self, step: int, snapshot: Snapshot, meta: Mapping[str, Any], saved: Callable[[], None], last_chance: bool
+    ) -> None:
+        tensors = snapshot.wait()
+        skipped = int(tensors[SKIPPED]) if SKIPPED in tensors else 0
+        if bad := not_finite(tensors):
+            raise DivergedError(
+                f"the state is not finite since step {step - skipped:,} ({bad[0]}{' and others' * (len(bad) > 1)}): "
+                f"lower --lr; it is not saved, and the checkpoints from before it stay in {self._directory}"
+            )
+        if last_chance or self._written_step < step - skipped:
+            checkpoint.save(self._directory, step, tensors, meta)
+            self._written_step = step
+            checkpoint.prune(self._directory, self._keep)
         saved()

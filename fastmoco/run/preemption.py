@@ -1,16 +1,29 @@
-"""Handlers that turn SIGTERM and SIGINT into a flag, which the training loop checks after every step."""
+"""What SIGTERM, SIGINT and SIGHUP do: they end a command at once, or set a flag that the training loop checks.
+
+A step or a save must not be interrupted, and the loop checks the flag after each. All else that takes long, such as
+reading a data set, an evaluation or an export, is interrupted where it is: by an exception, so that files are closed,
+temporary ones deleted and processes ended. There is nothing to poll, and nothing that a long loop could forget.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from fastmoco.errors import Interrupted, Preempted
+from pipelines.platforms import silence
+
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 class StopFlag:
-    """Set by the first signal inside its `with` block; a second signal ends the process at once.
+    """Set by the first signal inside its `with` block, which ends with Preempted; a second ends the process at once.
+
+    The first also raises Interrupted in the main thread, except inside `deferred`. SIGHUP, the end of the terminal, is
+    left alone where it is ignored, as under nohup.
 
     repeats  ignore repetitions of the first signal: under torchrun, a rank gets it from the scheduler and again from
              torchrun, which forwards its own
@@ -19,21 +32,59 @@ class StopFlag:
     def __init__(self, *, repeats: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self._repeats = repeats
+        self._interrupts = True
         self._previous: dict[signal.Signals, object] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopFlag:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        if isinstance(error, Interrupted):
+            raise Preempted(str(error)) from None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals only set the flag in this block."""
+        with self._interrupting(False):
+            yield
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Signals interrupt this block, though it is inside `deferred`. Raises Interrupted."""
+        with self._interrupting(True):
+            yield
+
+    @contextmanager
+    def _interrupting(self, interrupts: bool) -> Iterator[None]:
+        before, self._interrupts = self._interrupts, interrupts
+        try:
+            if interrupts and self.signal is not None:
+                raise self._interrupted()
+            yield
+        finally:
+            self._interrupts = before
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None and not (self._repeats and self.signal == number):
-            os._exit(128 + number)
+        if self.signal is not None:
+            if not (self._repeats and self.signal == number):
+                os._exit(128 + number)
+            return
         self.signal = signal.Signals(number)
+        if self.name == "SIGHUP":
+            for descriptor in self._terminals:  # there is nobody to read what is still printed, which would fail
+                silence(descriptor)
+        if self._interrupts:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"stopped by {self.name} with nothing to save: start again")
 
     def __bool__(self) -> bool:
         return self.signal is not None

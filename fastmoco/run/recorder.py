@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmoco.config import ResolvedConfig
 from fastmoco.console import StepMetrics, say, show_facts, shown_path
-from fastmoco.errors import CheckpointError, ConfigError, ExitCode, exit_code
+from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode, exit_code
 from fastmoco.run import checkpoint, data_record
 from fastmoco.run.checkpoint_writer import CheckpointWriter
 from fastmoco.run.data_record import DataRecord
@@ -46,7 +46,7 @@ class RunRecorder:
         """Wait for the save in progress. If it fails, that is only printed: the run has ended for another reason."""
         try:
             self._writer.wait()
-        except CheckpointError as error:
+        except (CheckpointError, DivergedError) as error:
             say(self.console, str(error), "yellow")
         finally:
             self._writer.close()
@@ -107,6 +107,11 @@ class RunRecorder:
         if numbers:
             say(self.console, evaluation_line(f"epoch {epoch}" if step else "before training", numbers))
 
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the metrics have an evaluation of that step, rather than a signal having stopped it."""
+        records = read_metrics(self.metrics.path) if self.metrics.path.exists() else []
+        return any(record["step"] == step and "loss" not in record for record in records)
+
     def replaced(self, ledger: Ledger | None) -> None:
         """Warn about images that turned bad and were replaced, whenever there are new ones."""
         entries = [] if ledger is None else ledger.entries()
@@ -130,11 +135,13 @@ class RunRecorder:
         """Save a checkpoint of the state as it is now, in the background unless it is the `last_chance`.
 
         Raises CheckpointError if the save before it was the third in a row to fail, or if this one fails on the last
-        chance. Earlier checkpoints stay.
+        chance; DivergedError if the state is not finite. Earlier checkpoints stay.
         """
         self.finish_saving(attempts=math.inf if last_chance else SAVE_ATTEMPTS)
         self._saving, self._saving_since = (state.step, epoch), time.monotonic()
-        self._writer.start(state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving))
+        self._writer.start(
+            state.step, state.tensors(), state.meta(), lambda: self.status(*self._saving), last_chance=last_chance
+        )
         reason = self._writer.buffers.not_pinned
         if reason and not self._warned_not_pinned:
             self._warned_not_pinned = True

@@ -63,13 +63,14 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     opened: list[RunDirectory] = []
     with (
+        StopFlag(repeats=is_launched()) as stop,
         World.join(config.run.device, config.scale.dist_timeout) as world,
         ended_by_stuck_reads(lambda error: _report(error, opened, world)),
     ):
         try:
-            context = _create_context(config, console, world, opened)
+            context = _create_context(config, console, world, stop, opened)
             threads = context.config.run.cpu_threads if world.device.type == "cpu" else None
-            with threads_restored(threads), context.stop:
+            with threads_restored(threads):
                 yield context
         except BaseException as error:
             for directory in opened:
@@ -83,7 +84,9 @@ def run_context(config: RunConfig, console: Console) -> Iterator[RunContext]:
                 directory.close()
 
 
-def _create_context(config: RunConfig, console: Console, world: World, opened: list[RunDirectory]) -> RunContext:
+def _create_context(
+    config: RunConfig, console: Console, world: World, stop: StopFlag, opened: list[RunDirectory]
+) -> RunContext:
     """Create the context; on rank 0, append the open folder to `opened`."""
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -116,7 +119,7 @@ def _create_context(config: RunConfig, console: Console, world: World, opened: l
         world=world,
         folder=folder,
         directory=opened[0] if opened else None,
-        stop=StopFlag(repeats=is_launched()),
+        stop=stop,
         console=console if world.is_main else Console(quiet=True),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco.config import FREE_ON_RESUME, ResolvedConfig, RunConfig, differences
+from fastmoco.config import FREE_ON_RESUME, ResolvedConfig, differences
 from fastmoco.device import DTYPES
 from fastmoco.distributed.world import World
 from fastmoco.errors import CheckpointError
@@ -19,7 +19,9 @@ from fastmoco.model.encoder import build_encoder, feature_dim
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
 from fastmoco.run import checkpoint, data_record
+from fastmoco.run.checkpoint_meta import CheckpointMeta
 from fastmoco.run.data_record import DataRecord
+from fastmoco.run.divergence import not_finite
 from fastmoco.run.environment import versions
 from fastmoco.run.fingerprint import fingerprint
 from fastmoco.run.snapshot import HostBuffers
@@ -73,42 +75,52 @@ class TrainState:
             "versions": versions(),
         }
 
-    def load(self, path: Path) -> list[str]:
+    def load(self, path: Path, total_steps: int) -> list[str]:
         """Load a checkpoint, and return what differs from it and was allowed to, one line each.
 
         Only rank 0 reads, and broadcasts its tensors, so that the others need no access to its disk. A checkpoint does
         not depend on the number of ranks that wrote it.
 
-        Raises CheckpointError: damaged, or of another architecture or configuration; DataError: of other images.
+        Raises CheckpointError: damaged, after the last of `total_steps`, or of another architecture or configuration;
+        DataError: of other images.
         """
         world = self.train_step.world
-        self.step, notes = world.on_main(lambda: self._read(path))
+        self.step, notes = world.on_main(lambda: self._read(path, total_steps))
         with torch.no_grad():
             for tensor in self.tensors().values():
                 world.broadcast(tensor)
         return notes
 
-    def _read(self, path: Path) -> tuple[int, list[str]]:
+    def _read(self, path: Path, total_steps: int) -> tuple[int, list[str]]:
         """Reads the tensors and returns the step they belong to, and the differences that were allowed."""
         own = self.tensors()
         try:
-            saved, meta = checkpoint.load(path, own)
+            saved, said = checkpoint.load(path, own)
         except CheckpointError:
-            self._check(path, checkpoint.verify(path))  # settings that differ explain tensors that do
+            self._check(path, CheckpointMeta.of(path, checkpoint.verify(path)))  # settings explain other tensors
             raise
+        meta = CheckpointMeta.of(path, said)
         notes = self._check(path, meta)
+        if meta.step > total_steps:
+            raise CheckpointError(
+                f"{path} is from step {meta.step:,}, and --epochs {self.config.optim.epochs} are {total_steps:,} "
+                "steps: use more --epochs, or start again with --overwrite"
+            )
+        if bad := not_finite(saved):
+            raise CheckpointError(
+                f"{path} has values in {bad[0]} that are not finite: delete it to resume from the one before"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        return meta["step"], notes
+        return meta.step, notes
 
-    def _check(self, path: Path, meta: dict[str, Any]) -> list[str]:
+    def _check(self, path: Path, meta: CheckpointMeta) -> list[str]:
         """Differences that are allowed. Raises CheckpointError or DataError for any other."""
-        theirs = RunConfig().replace(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         changed = {
             name: f"{name} is {ours!r} and was {before!r}"
-            for name, ours, before in differences(self.config, theirs)
-            if name not in FREE_ON_RESUME and name in meta["config"]  # else the field is newer than the checkpoint
+            for name, ours, before in differences(self.config, meta.config)
+            if name not in FREE_ON_RESUME and name in meta.named  # else the field is newer than the checkpoint
         }
         allowed = {name.replace("-", "_") for name in self.config.run.allow_changed}
         if changed.keys() - allowed:
@@ -117,18 +129,16 @@ class TrainState:
                 f"{path} belongs to another run: {'; '.join(changed.values())}; resume with the same settings, or add "
                 f"--allow-changed {names}"
             )
-        return [*changed.values(), *self._changed_data(path, meta), *_changed_versions(meta["versions"])]
+        return [*changed.values(), *self._changed_data(path, meta), *_changed_versions(meta.versions)]
 
-    def _changed_data(self, path: Path, meta: dict[str, Any]) -> list[str]:
+    def _changed_data(self, path: Path, meta: CheckpointMeta) -> list[str]:
         """The difference of the images, if there is one and it is allowed. Raises DataError if it is not."""
-        note = ""
-        if meta["data"] != self.data_fingerprint:
-            difference = f"the images are {self.data_fingerprint} and were {meta['data']}"
+        difference = note = ""
+        if meta.data != self.data_fingerprint:
+            difference = f"the images are {self.data_fingerprint} and were {meta.data}"
         elif self.data_record is not None:
             before = data_record.read(path.parent.parent / data_record.FILE_NAME)
-            difference, note = data_record.difference(before, meta.get("data_content"), self.data_record, self.images)
-        else:
-            difference = ""
+            difference, note = data_record.difference(before, meta.data_content, self.data_record, self.images)
         if not difference:
             return [note] if note else []
         if not self.config.run.allow_changed_data:
@@ -141,7 +151,9 @@ class TrainState:
 
 def _changed_versions(before: dict[str, str | None]) -> list[str]:
     """The libraries of other versions than those that wrote a checkpoint, in one line if there are any."""
-    changed = [f"{name} is {now} and was {before[name]}" for name, now in versions().items() if before[name] != now]
+    changed = [
+        f"{name} is {now} and was {before.get(name)}" for name, now in versions().items() if before.get(name) != now
+    ]
     return [", ".join(changed)] if changed else []
 
 

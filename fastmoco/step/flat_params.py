@@ -93,6 +93,13 @@ class FlatParameters:
         assert flat.shape == self.values.shape, (flat.shape, self.values.shape)
         return {slot.name: slot.view(flat) for slot in self.slots}
 
+    def move_buffers(self, buffers: Tensor) -> None:
+        """Keep the floating-point buffers in (Q,) memory that has their values already."""
+        assert buffers.shape == self.buffers.shape, (buffers.shape, self.buffers.shape)
+        self.buffers = buffers
+        for slot in self.buffer_slots:
+            self._module.get_buffer(slot.name).data = slot.view(buffers)
+
     def is_intact(self) -> bool:
         """Whether all parameters, gradients and buffers of the module are still views of the flat buffers."""
         pairs: list[tuple[Tensor | None, Tensor]] = []
@@ -104,6 +111,14 @@ class FlatParameters:
         for slots, flat in ((self.buffer_slots, self.buffers), (self.counter_slots, self.counters)):
             pairs += [(self._module.get_buffer(slot.name), slot.view(flat)) for slot in slots]
         return all(tensor is not None and tensor.data_ptr() == view.data_ptr() for tensor, view in pairs)
+
+
+def join_buffers(*modules: FlatParameters) -> Tensor:
+    """Move the floating-point buffers of several modules into one, (ΣQ,), so that one operation reads them all."""
+    joined = torch.cat([flat.buffers for flat in modules])
+    for flat, part in zip(modules, joined.split([len(flat.buffers) for flat in modules]), strict=True):
+        flat.move_buffers(part)
+    return joined
 
 
 def _lay_out(tensors: dict[str, Tensor] | dict[str, nn.Parameter], offset: int) -> tuple[tuple[Slot, ...], int]:

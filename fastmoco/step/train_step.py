@@ -16,7 +16,7 @@ from fastmoco.model.batchnorm.split import use_kernels
 from fastmoco.model.dictionaries import Dictionary
 from fastmoco.model.moco import MoCo
 from fastmoco.registry import OBJECTIVES, OPTIMIZERS
-from fastmoco.step.flat_params import FlatParameters
+from fastmoco.step.flat_params import FlatParameters, join_buffers
 from fastmoco.step.gradients import GradientReducer
 from fastmoco.step.kernels import check_kernels
 from fastmoco.step.loss_scaler import LossScaler
@@ -55,8 +55,9 @@ class TrainStep(Generic[D]):
     gradients, batch norm statistics and losses are averaged and keys gathered, so that the step is that of one rank on
     the whole batch.
 
-    A step whose loss or gradient is not finite changes no bit of parameters, momentum buffer, batch norm statistics and
-    dictionary, and is counted as skipped. That is decided on the device; `read_metrics` reports it.
+    A step whose loss, gradient or batch norm statistics are not finite changes no bit of parameters, momentum buffer,
+    batch norm statistics and dictionary, and is counted as skipped. That is decided on the device; `read_metrics`
+    reports it. A learning rate that makes parameters overflow in the update itself shows in the loss of the next step.
 
     If the encoders are tied, their gradients are added, and the key encoder gets the query encoder's new weights
     whatever ema_momentum is.
@@ -100,6 +101,7 @@ class TrainStep(Generic[D]):
         self.dtype = dtype
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
+        self._statistics = join_buffers(self.query, self.key)
         self.world = model.world
         self._gradient_reducer = GradientReducer(
             model.query, self.query, self.world, half=half_gradients, overlap=not model.tied
@@ -143,7 +145,7 @@ class TrainStep(Generic[D]):
         The gradients must be zero before, and are zero afterwards.
         """
         assert self.query.grads is not None
-        statistics = [flat.buffers.clone() for flat in (self.query, self.key)]
+        statistics = self._statistics.clone()
 
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             batches = self.dictionary.contrast_batches(self.model, views, self.symmetric)
@@ -158,14 +160,15 @@ class TrainStep(Generic[D]):
             self.key.grads.zero_()
         self._gradient_reducer.finish()
         loss = averages()
-        # All ranks decide alike, from the same mean loss and sums of gradients. The largest magnitude takes one pass
-        # without a temporary, and NaN and infinity propagate. The gradients are still scaled, which changes nothing,
-        # because the scale is 1 or more.
-        ok = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(self.query.grads, ord=float("inf")))
+        # All ranks decide alike, from the same mean loss, mean statistics and sums of gradients. The largest magnitude
+        # takes one pass without a temporary, and NaN and infinity propagate. The gradients are still scaled, which
+        # changes nothing, because the scale is 1 or more. Statistics can be infinite while loss and gradient are
+        # finite: what batch norm divides by an infinite deviation is 0, and the loss that of chance.
+        largest = [torch.linalg.vector_norm(flat, ord=float("inf")) for flat in (self.query.grads, self._statistics)]
+        ok = torch.isfinite(torch.stack([loss, *largest])).all()
 
         self.update(self.lr, self._no_momentum if self.model.tied else self.ema_momentum, ok, scale)
-        for flat, before in zip((self.query, self.key), statistics, strict=True):
-            flat.buffers.copy_(torch.where(ok, flat.buffers, before))
+        self._statistics.copy_(torch.where(ok, self._statistics, statistics))
         self.dictionary.update(batches, views, ok)
         if self.scaler is not None:
             self.scaler.update(ok)
@@ -178,14 +181,12 @@ class TrainStep(Generic[D]):
         """
         if self.world.size == 1:
             return lambda: loss
-        tensors = [self.query.buffers, self.key.buffers, loss[None]]
-        pending = self.world.all_reduce(torch.cat(tensors))
+        pending = self.world.all_reduce(torch.cat([self._statistics, loss[None]]))
 
         def finish() -> Tensor:
-            means = pending.wait().div_(self.world.size).split([len(tensor) for tensor in tensors])
-            for flat, mean in zip((self.query, self.key), means, strict=False):
-                flat.buffers.copy_(mean)
-            return means[-1][0]
+            means = pending.wait().div_(self.world.size)
+            self._statistics.copy_(means[:-1])
+            return means[-1]
 
         return finish
 
@@ -193,7 +194,7 @@ class TrainStep(Generic[D]):
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
         tensors = [*self.update.state().values(), *self.dictionary.state_dict().values()]
         tensors += [flat.grads for flat in (self.query, self.key) if flat.grads is not None]
-        tensors += [tensor for flat in (self.query, self.key) for tensor in (flat.values, flat.buffers)]
+        tensors += [self.query.values, self.key.values, self._statistics]
         tensors += self._sums.values()
         if self.scaler is not None:
             tensors += [self.scaler.scale, self.scaler.good_steps]

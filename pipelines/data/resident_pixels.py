@@ -5,6 +5,7 @@ N images · H, W sides of an image in pixels
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -77,15 +78,21 @@ def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers:
     """All decoded images, concatenated: flat uint8 on the host."""
     if index.pixels is not None:
         return torch.from_numpy(index.pixels).flatten()
-    flat = np.empty(total_bytes, dtype=np.uint8)
+    flat, stopped = np.empty(total_bytes, dtype=np.uint8), threading.Event()
 
     def read(chunk: range) -> None:
         for i in chunk:
+            if stopped.is_set():
+                return
             pixels = index.read(i)
             flat[offsets[i] : offsets[i] + pixels.size] = pixels.reshape(-1)
 
     starts = range(0, len(index), _IMAGES_PER_TASK)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for _ in pool.map(read, [range(start, min(start + _IMAGES_PER_TASK, len(index))) for start in starts]):
-            pass
+        try:
+            for _ in pool.map(read, [range(start, min(start + _IMAGES_PER_TASK, len(index))) for start in starts]):
+                pass
+        except BaseException:  # a bad image or a signal: tasks that have begun would take seconds
+            stopped.set()
+            raise
     return torch.from_numpy(flat)
