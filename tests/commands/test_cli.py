@@ -218,7 +218,11 @@ def test_a_bad_image_in_mid_training_is_3_and_training_resumes_once_it_is_fixed(
     assert path.name in status["message"]
 
     path.write_bytes(good)
-    code, output = run(*flags, "--out", out, "--resume")
+    code, line = run(*flags, "--out", out, "--resume")
+    assert code == ExitCode.DATA
+    assert path.name in line
+    assert "--allow-changed-data" in line
+    code, output = run(*flags, "--out", out, "--resume", "--allow-changed-data")
     assert code == ExitCode.DONE
     assert "resumed at step 1 of 4" in output
     assert (out / "backbone.safetensors").read_bytes() == (uninterrupted / "backbone.safetensors").read_bytes()
