@@ -183,9 +183,19 @@ def _killed(out: Path, settings: Settings) -> dict[str, Any]:
         "kills_during_a_save": partial,
         "kills_before_a_new_checkpoint": repeated,
         "files_left": len(list((out / "checkpoints").iterdir())) - 4,  # two checkpoints and their hashes
-        "shared_memory_left": len(set(SHM.iterdir()) - shared_before),
+        "shared_memory_left": len(set(SHM.iterdir()) - shared_before - _in_use()),
         "descriptors_left": max(0, psutil.Process().num_fds() - descriptors_before - 4),  # of the fork server
     }
+
+
+def _in_use() -> set[Path]:
+    """Shared memory that a process has mapped, such as that of other programs."""
+    found: set[Path] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            lines = maps.read_text().splitlines()
+            found |= {Path(line.split(None, 5)[5]) for line in lines if f" {SHM}/" in line}
+    return found
 
 
 def _wait_for_checkpoint_after(step: int, process: ForkServerProcess, out: Path) -> None:

@@ -54,6 +54,8 @@ def _run(argv: list[str]) -> int:
             COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        return ExitCode.DONE
     except AlreadyReportedError as error:
         return error.code
     except Exception as error:

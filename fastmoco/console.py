@@ -51,7 +51,10 @@ class StepMetrics(NamedTuple):
 
 
 class _Output:
-    """Standard output that may be lost: what is printed after its terminal was closed, or on a disk that is full."""
+    """Standard output that may be lost: what is printed after its terminal was closed.
+
+    That of a log also where the disk is full, or the program that read it has ended.
+    """
 
     def __init__(self, stream: TextIO, is_log: bool) -> None:
         self._stream, self._is_log = stream, is_log
@@ -73,7 +76,7 @@ class _Output:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.EIO:
+            if error.errno == errno.EIO or (self._is_log and error.errno == errno.EPIPE):
                 silence(self._stream.fileno())
             elif not (self._is_log and is_full(error)):
                 raise
@@ -82,7 +85,7 @@ class _Output:
 def make_console(*, is_log: bool = False) -> Console:
     """Console on standard output that escapes characters which the terminal's encoding lacks.
 
-    is_log  whether lines are lost where the disk is full, instead of an OSError: all results are in files
+    is_log  whether lines that cannot be written are lost, instead of an OSError: all results are in files
     """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
