@@ -169,7 +169,7 @@ def test_what_a_stopped_converter_leaves_is_removed(data, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", CONVERT, str(data)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["-9", "-9", "143", "143"], done.stderr
+    assert done.stdout.split() == ["-9", "-9", "75", "75"], done.stderr
     assert names(tmp_path / "SIGTERM") == set()
     assert names(tmp_path / "SIGKILL") == {"out.beton.partial", "out.part"}
     for name, convert in CONVERTERS.items():
