@@ -6,7 +6,6 @@ instant: modules that parse arguments do not import torch, torchvision or matplo
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_co
 from fastmoco.recipes import check_data, recipe
 from fastmoco.run.preemption import StopFlag
 from pipelines.files import is_full
+from pipelines.platforms import silence
 
 USAGE = """usage: fastmoco COMMAND [--debug]
 
@@ -89,7 +89,7 @@ def _end_output(code: int, *, is_log: bool) -> int:
             stream.flush()
         except OSError as error:  # or BrokenPipeError: whoever read it, such as `head`, has seen enough
             with suppress(OSError, ValueError):  # a stream without a descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                silence(stream.fileno())
             if is_full(error) and code == ExitCode.DONE and not is_log:
                 code = ExitCode.CHECKPOINT
                 _say(f"error: cannot write the output ({error.strerror}): free space")

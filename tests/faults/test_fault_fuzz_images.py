@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,53 +17,15 @@ from pipelines.data.plain_jpeg import plain_jpeg
 from pipelines.data.scan import scan
 from pipelines.errors import DataError
 from tests.oddities import good_files
+from tools.fuzz import changed
 
 ROUNDS = 30  # of each file: 1,300 files in all
 MAX_PIXELS = 1_000_000  # a header with another size then costs little
 
-Random = np.random.Generator
-
-
-def flip(data: bytearray, random: Random) -> None:
-    for at in random.integers(0, len(data), random.integers(1, 9)):
-        data[at] ^= 1 << random.integers(0, 8)
-
-
-def flip_in_header(data: bytearray, random: Random) -> None:
-    for at in random.integers(0, min(64, len(data)), random.integers(1, 4)):
-        data[at] = random.integers(0, 256)
-
-
-def cut(data: bytearray, random: Random) -> None:
-    del data[random.integers(0, len(data)) :]
-
-
-def remove(data: bytearray, random: Random) -> None:
-    start = random.integers(0, len(data))
-    del data[start : start + random.integers(1, 200)]
-
-
-def repeat(data: bytearray, random: Random) -> None:
-    start = random.integers(0, len(data))
-    data[start:start] = data[start : start + random.integers(1, 200)]
-
-
-def erase(data: bytearray, random: Random) -> None:
-    start = random.integers(0, len(data))
-    length = min(int(random.integers(1, 64)), len(data) - start)
-    data[start : start + length] = bytes([random.choice([0x00, 0xFF])]) * length
-
-
-MUTATIONS: tuple[Callable[[bytearray, Random], None], ...] = (flip, flip_in_header, cut, remove, repeat, erase)
-
 
 def mutated(index: int, data: bytes, round_: int) -> bytes:
-    random = np.random.Generator(np.random.Philox(key=[index, round_]))
-    changed = bytearray(data[:4000])  # the rest is padding behind the image or a profile
-    for _ in range(random.integers(1, 3)):
-        if changed:
-            MUTATIONS[random.integers(len(MUTATIONS))](changed, random)
-    return bytes(changed)
+    # the rest is padding behind the image or a profile
+    return changed(data[:4000], random.Random(f"{index} {round_}"))
 
 
 def outcome(read: Callable[[], object]) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from hypothesis import settings
@@ -69,8 +70,11 @@ def disk_is_full() -> None:
 class Runs(RuleBasedStateMachine):
     """A run whose process and disk may fail at any time.
 
-    intact  steps of the checkpoints that must verify
+    intact    steps of the checkpoints that must verify
+    happened  what any of these runs has met
     """
+
+    happened: ClassVar[set[str]] = set()
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +115,7 @@ class Runs(RuleBasedStateMachine):
     @rule(call=st.integers(0, 4))
     def save_on_a_full_disk(self, call: int) -> None:
         """The save fails, or it was complete before: what was there stays, and nothing partial does."""
+        self.happened.add("full disk")
         before = set(self.intact)
         with at_call(call, disk_is_full), suppress(CheckpointError):
             self.write()
@@ -125,6 +130,7 @@ class Runs(RuleBasedStateMachine):
     @rule(call=st.integers(0, 8), torn=st.booleans())
     def killed_while_saving(self, call: int, torn: bool) -> None:
         """A SIGKILL leaves the folder as it was before the nth rename or flush."""
+        self.happened.add("kill")
         frozen = self.root / "frozen"
 
         def freeze() -> None:
@@ -149,6 +155,7 @@ class Runs(RuleBasedStateMachine):
     @precondition(lambda self: len(self.intact) > 1)
     @rule(choice=st.randoms(use_true_random=False), how=st.sampled_from(["flip", "cut", "empty", "no hash", "gone"]))
     def damage(self, choice: random.Random, how: str) -> None:
+        self.happened.add("damage")
         step = choice.choice(sorted(self.intact))
         path = self.path(step)
         content = bytearray(path.read_bytes())
@@ -163,12 +170,14 @@ class Runs(RuleBasedStateMachine):
 
     @rule(keep=st.integers(1, 3))
     def prune(self, keep: int) -> None:
+        self.happened.add("prune")
         checkpoint.prune(self.folder, keep)
         self.intact = {step for step in self.intact if self.path(step).exists()}
 
     @rule()
     def resume(self) -> None:
         """The process is killed; another one continues from the newest checkpoint that verifies."""
+        self.happened.add("resume")
         self.writer.close()
         path, _ = checkpoint.newest(self.folder)
         assert path is not None
@@ -191,4 +200,6 @@ class Runs(RuleBasedStateMachine):
 
 def test_any_sequence_of_faults_continues_exactly() -> None:
     """After any sequence of saves, kills, damage and full disks, a run continues exactly from its newest checkpoint."""
+    Runs.happened.clear()
     run_state_machine_as_test(Runs, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))
+    assert Runs.happened == {"full disk", "kill", "damage", "prune", "resume"}
