@@ -1,5 +1,7 @@
 """Time to accuracy: training minutes until kNN on CIFAR-10 reaches the accuracy of the authors' demo after 200 epochs.
 
+Both are on the encoder's output (`knn_output_top1_percent`).
+
     uv run python benchmarks/accuracy.py --data cifar10 --out DIR
     uv run python benchmarks/accuracy.py --data cifar10.tar.xz --seeds 0 --recipes cifar10-demo     # one run of the six
     uv run python benchmarks/accuracy.py --epochs 20 --width 0.25 --limit 10000 --batch-size 128 --targets 35,40
@@ -36,7 +38,7 @@ from fastmoco.errors import ConfigError, Preempted
 from fastmoco.recipes import recipe
 from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.metrics import read_metrics
-from fastmoco.train import train
+from fastmoco.trainer import train
 
 PUBLISHED = {"cifar10-demo": (80.0, 82.6), "cifar10-demo-symmetric": (85.3,)}  # after 200 epochs, in the notebook
 
@@ -230,7 +232,7 @@ def _read(config: RunConfig) -> dict[str, Any]:
     if not (folder / "config.json").is_file() or not (folder / "metrics.jsonl").is_file():
         return {"state": "not begun", "evaluations": [], "best_percent": None, "final_percent": None}
     resolved, records = read_config(folder), read_metrics(folder / "metrics.jsonl")
-    assert resolved.optim.batch_size is not None
+    assert isinstance(resolved.optim.batch_size, int)
     curve = evaluations(records, resolved.optim.batch_size)
     rates = [record["images_per_s"] for record in records if "images_per_s" in record]
     seconds = Sessions(folder).seconds()

@@ -1,6 +1,6 @@
 """End to end from the same image files, compared with other trainers: lightly, and the authors' own code.
 
-    uv sync --group bench
+    uv sync --inexact --group bench
     uv run python benchmarks/compare_peers.py --config cifar --data cifar10 --out DIR
     uv run python benchmarks/compare_peers.py --config r50 --data imagenette --out DIR
     uv run python benchmarks/compare_peers.py --quick

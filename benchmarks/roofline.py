@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import step as step_script
+from benchmarks.measure.ceilings import MATRIX_SIDES, format_of, formats_on, matrix_product
 from benchmarks.measure.harness import (
     Reading,
     Summary,
@@ -38,18 +38,15 @@ from benchmarks.measure.harness import (
 from benchmarks.measure.plain import Task
 from benchmarks.measure.traffic import Ceilings, Group, count_step, group_of, groups_of
 from benchmarks.measure.turns import attempt, describe, interleave, save
-from benchmarks.measure.variants import VARIANTS
 from benchmarks.reporting.collected import read
 from benchmarks.reporting.headlines import PLAIN
 from benchmarks.reporting.page import make_console, pictures, print_blocks
 from benchmarks.reporting.sections import section
-from benchmarks.step import MATRIX_SIDES
 from fastmoco.device import DTYPES, pick_device
 from fastmoco.errors import ConfigError
 
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
 COPY = "copy"
-_SHORT = {str(dtype): name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,36 +141,28 @@ def _measured(settings: Settings, device: torch.device) -> list[Measured]:
 
 
 def _from_step(result: dict[str, Any], device: torch.device) -> Measured:
-    """The variants of an ablation."""
-    low, known = _SHORT[result["dtype"]], {variant.name: variant for variant in VARIANTS}
-    rates = []
-    for name, readings in result["rungs"].items():
-        variant = known.get(name)
-        if variant is None:  # of an earlier version
-            continue
-        dtype = low if variant.dtype is None else _SHORT[str(variant.dtype)]
-        number_format = dtype if variant.low_precision else _float32(device)
-        rates.append((name, number_format, readings["images_per_s"]["median"]))
-    return Measured(result["benchmark"], Task(**result["task"]), low, rates)
+    """The variants of an ablation, unless they are of an earlier version, which noted no formats."""
+    rates = [
+        (name, readings["format"], readings["images_per_s"]["median"])
+        for name, readings in result["rungs"].items()
+        if "format" in readings
+    ]
+    dtype = getattr(torch, result["dtype"].removeprefix("torch."))
+    return Measured(result["benchmark"], Task(**result["task"]), format_of(dtype, device), rates)
 
 
 def _from_training(result: dict[str, Any], device: torch.device) -> Measured:
     """All pipelines end to end, and the step alone."""
-    amp = result["step"]["amp"]
+    dtype = DTYPES[result["step"]["amp"]]
     names = {"ours": "step alone", PLAIN: "plain step alone"}
     cases = {names[key]: (key, readings) for key, readings in result["step_only"].items()}
     cases |= {f"{name}, from files": (name, readings) for name, readings in result["cases"].items()}
     rates = []
     for name, (key, readings) in cases.items():
-        number_format = amp if key != PLAIN and amp != "fp32" else _float32(device)
+        number_format = format_of(torch.float32 if key == PLAIN else dtype, device)
         rates.append((name, number_format, readings["images_per_s"]["median"]))
     task = {key: value for key, value in result["task"].items() if key != "width"}
-    return Measured(result["benchmark"], Task(**task), amp, rates)
-
-
-def _float32(device: torch.device) -> str:
-    """cuDNN uses TF32 for float32 by default."""
-    return "tf32" if device.type == "cuda" else "fp32"
+    return Measured(result["benchmark"], Task(**task), format_of(dtype, device), rates)
 
 
 def measure_ceilings(
@@ -187,9 +176,8 @@ def measure_ceilings(
     The reasons of those that fail go into `left_out`; `after_round` gets the ceilings so far. Raises ConfigError if
     none is left.
     """
-    formats = ("fp32", "tf32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
     cases: dict[str, Callable[[], Reading]] = {}
-    for name in formats:
+    for name in formats_on(device):
         case = attempt(lambda name=name: _product(name, device, settings), name, left_out)
         if case is not None:
             cases[name] = case
@@ -210,13 +198,8 @@ def _ceilings(readings: dict[str, list[Reading]]) -> dict[str, Summary]:
 def _product(name: str, device: torch.device, settings: Settings) -> Callable[[], Reading]:
     """A case: a product in a number format."""
     side = 256 if settings.quick else MATRIX_SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(DTYPES.get(name, torch.float32)) for _ in range(2))
-
-    def product() -> Reading:
-        with _precision("high" if name == "tf32" else "highest"):
-            return {"per_s": 2 * side**3 / _seconds(lambda: a @ b, device, settings.seconds)}
-
-    return product
+    product = matrix_product(name, device, side)
+    return lambda: {"per_s": 2 * side**3 / _seconds(product, device, settings.seconds)}
 
 
 def _copy(device: torch.device, settings: Settings) -> Callable[[], Reading]:
@@ -230,17 +213,6 @@ def _copy(device: torch.device, settings: Settings) -> Callable[[], Reading]:
 def _seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     once_s = seconds_per_call(call, 1, device)
     return seconds_per_call(call, max(1, round(seconds / once_s)), device, warm_up=0)
-
-
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    """Set the precision of float32 matrix products on CUDA: `highest` is float32, `high` is TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _place(measured: Measured, summaries: dict[str, Summary]) -> dict[str, Any] | None:

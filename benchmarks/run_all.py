@@ -21,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -42,14 +43,15 @@ from benchmarks.measure.suites import DATA, OUT, SUITE_OUT, SUITES, Part, Suite
 from benchmarks.reporting.collected import PART, SUITE
 from fastmoco.errors import ConfigError
 from fastmoco.run.environment import git_commit
+from pipelines.errors import how_to_install
 
 SCRIPTS = Path(__file__).resolve().parent
 LOG = "log.txt"
 DEFAULT_DATA = "FASTMOCO_TEST_DATA"
 _OPTIONAL = {
-    "nvidia.dali": "DALI (uv sync --extra dali)",
-    "ffcv": "FFCV (uv sync --extra ffcv)",
-    "lightly": "lightly (uv sync --group bench)",
+    "nvidia.dali": f"DALI ({how_to_install('dali')})",
+    "ffcv": f"FFCV ({how_to_install('ffcv')})",
+    "lightly": "lightly (uv sync --inexact --group bench)",
 }
 
 
@@ -224,7 +226,8 @@ def _run(
 def find_images(name: str, data: Sequence[str]) -> str | None:
     """The images `name`, from a folder that contains it, a folder of that name, or a tar file; None if there are none.
 
-    A folder `cifar10` and a file `cifar10-jpeg.tar.xz` are both cifar10. Tar files are unpacked once, into the cache.
+    A folder `cifar10` and a file `cifar10-jpeg.tar.xz` are both cifar10, and `cifar100` is not. Tar files are unpacked
+    once, into the cache.
     """
     found = _find(name, data)
     return unpacked(found) if found is not None and _is_archive(found) else found
@@ -236,7 +239,8 @@ def _find(name: str, data: Sequence[str]) -> str | None:
         path = Path(entry).expanduser()
         if (path / name).is_dir():
             return str((path / name).absolute())
-        if path.name.startswith(name) and (path.is_dir() or _is_archive(entry)):
+        named = re.match(rf"{re.escape(name)}(?![a-z0-9])", path.name, re.IGNORECASE)
+        if named and (path.is_dir() or _is_archive(entry)):
             return str(path.absolute())
     return None
 

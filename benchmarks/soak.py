@@ -109,7 +109,7 @@ def _train(arguments: list[str], log: str) -> None:
 
 def _start(out: Path, settings: Settings, *, resume: bool) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.soak", "fastmoco.train"])
+    context.set_forkserver_preload(["benchmarks.soak", "fastmoco.trainer"])
     flags = ["--out", str(out), "--epochs", str(settings.steps // EPOCH), "--pipeline", settings.pipeline]
     flags += ["--checkpoint-every", str(settings.checkpoint_every), *(["--resume"] if resume else [])]
     process = context.Process(target=_train, args=(["train", *TINY.split(), *flags], f"{out}.log"))

@@ -1,12 +1,16 @@
 """The training step alone, on synthetic views: an ablation from the plain step to ours, one change per variant.
 
     uv run python benchmarks/step.py --suite gpu --out DIR     # both configurations, under 9 minutes
-    uv run python benchmarks/step.py --suite cpu
+    uv run python benchmarks/step.py --suite cpu               # a few minutes on two cores
     uv run python benchmarks/step.py --config r50 --rungs plain,compile --profile --out /tmp/profile
 
 images/s are images, two views each. Variants are interleaved; the time to build, compile and warm up is reported
 separately. TFLOP/s are the FLOPs of the plain step's convolutions and matrix products, for every variant, over the
-time; the roofline is a square matrix product in the 16-bit dtype, measured in the same run.
+time; the roofline of a variant is a square matrix product in its own number format, measured in the same run.
+
+On a CPU, `kept-memory` is the step of `fastmoco train`. A processor without bf16 instructions trains in fp32: `amp` is
+left out there, and `winograd` elsewhere, which does fewer multiplications than are counted. The suite's batch is the
+recipe's 512 in bf16 and 128 in fp32.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import tyro
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure.ceilings import MATRIX_SIDES, format_of, matrix_product
 from benchmarks.measure.harness import (
     Reading,
     environment,
@@ -42,8 +47,7 @@ from benchmarks.reporting.sections import section
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.errors import ConfigError
 
-ROOFLINE = "roofline"
-MATRIX_SIDES = {"cuda": 8192, "cpu": 1024}
+FP32_CPU_BATCH = 128  # instead of the recipe's 512, whose steps take too long in fp32 for five rounds in minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,8 @@ def _ablations(settings: Settings) -> list[Ablation]:
     cifar, r50 = CONFIGS["cifar"], CONFIGS["r50"]
     if settings.suite == "cpu" and not settings.quick:
         uncompiled = tuple(v for v in VARIANTS if v.name != "compile")  # three minutes, for a gain of 1 %
+        if pick_amp("auto", pick_device(settings.device)) == "fp32":
+            cifar = replace(cifar, batch_size=FP32_CPU_BATCH)
         return [Ablation("cifar-cpu", cifar, uncompiled)]
     if settings.suite == "gpu" and not settings.quick:  # within nine minutes, with 40 s of readings per ablation
         return [
@@ -142,8 +148,7 @@ def _ablations(settings: Settings) -> list[Ablation]:
 
 
 def _run(ablation: Ablation, settings: Settings, device: torch.device, console: Console) -> dict[str, Any]:
-    task, amp = ablation.task, pick_amp("auto", device)
-    dtype = DTYPES[amp] if amp != "fp32" else torch.bfloat16
+    task, dtype = ablation.task, DTYPES[pick_amp("auto", device)]
     result: dict[str, Any] = {
         "benchmark": f"step-{ablation.name}",
         "environment": environment(device),
@@ -172,7 +177,10 @@ def _build(
     """The variants that run here, within the time limit; the reasons why others do not go into `left_out`."""
     runners, began = {}, time.monotonic()
     for variant in ablation.variants:
-        if variant.only_on not in (None, device.type):
+        if not variant.exists(ablation.task, device):
+            continue
+        if (why := variant.missing(device, dtype)) is not None:
+            left_out[variant.name] = why
             continue
         left_s = None if ablation.build_limit_s is None else ablation.build_limit_s - (time.monotonic() - began)
 
@@ -190,44 +198,51 @@ def _measure(
 ) -> None:
     """Fill in `rungs` and write the result after every round.
 
-    The roofline is measured between the variants, under the same conditions.
+    The rooflines are measured between the variants, under the same conditions.
     """
-    dtype = getattr(torch, result["dtype"].split(".")[1])
-    roofline = attempt(lambda: _roofline(settings, device, dtype), ROOFLINE, result["left_out"])
+    rooflines: dict[str, Callable[[], Reading]] = {}
+    for number_format in dict.fromkeys(format_of(runner.dtype, device) for runner in runners.values()):
+        name = f"{number_format} product"
+        case = attempt(lambda f=number_format: _roofline(settings, device, f), name, result["left_out"])
+        if case is not None:
+            rooflines[name] = case
 
     def write(readings: dict[str, list[Reading]], rounds: int) -> None:
-        result["rungs"] = _rungs(readings, runners, result)
+        result["rungs"] = _rungs(readings, runners, result, device)
         save(path, result, rounds, settings.repetitions)
 
-    cases: dict[str, Callable[[], Reading]] = {**runners} if roofline is None else {**runners, ROOFLINE: roofline}
+    cases: dict[str, Callable[[], Reading]] = {**runners, **rooflines}
     interleave(cases, settings.repetitions, left_out=result["left_out"], after_round=write)
 
 
-def _roofline(settings: Settings, device: torch.device, dtype: torch.dtype) -> Callable[[], Reading]:
+def _roofline(settings: Settings, device: torch.device, number_format: str) -> Callable[[], Reading]:
     """A case: a square matrix product."""
     side = 256 if settings.quick else MATRIX_SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product_s = seconds_per_call(lambda: a @ b, 1, device, warm_up=2)
+    product = matrix_product(number_format, device, side)
+    product_s = seconds_per_call(product, 1, device, warm_up=2)
     calls = max(1, round(min(0.3, settings.seconds) / product_s))
-    return lambda: {"tflop_per_s": 2 * side**3 / seconds_per_call(lambda: a @ b, calls, device) / 1e12}
+    return lambda: {"tflop_per_s": 2 * side**3 / seconds_per_call(product, calls, device) / 1e12}
 
 
-def _rungs(readings: dict[str, list[Reading]], runners: dict[str, Runner], result: dict[str, Any]) -> dict[str, Any]:
-    """Readings of every variant by name; the roofline goes into the result itself."""
-    result.pop("roofline_tflop_per_s", None)
-    if ROOFLINE in readings:
-        result["roofline_tflop_per_s"] = summarise(values_of(readings[ROOFLINE], "tflop_per_s"))
-    rates = {name: values_of(of_case) for name, of_case in readings.items() if name != ROOFLINE}
-    peak = result["roofline_tflop_per_s"].median if ROOFLINE in readings else None
+def _rungs(
+    readings: dict[str, list[Reading]], runners: dict[str, Runner], result: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Readings of every variant by name; the rooflines go into the result itself, by number format."""
+    peaks = {name.split()[0]: of_case for name, of_case in readings.items() if name not in runners}
+    result["peaks_tflop_per_s"] = {name: summarise(values_of(peak, "tflop_per_s")) for name, peak in peaks.items()}
+    rates = {name: values_of(of_case, "images_per_s") for name, of_case in readings.items() if name in runners}
     described: dict[str, Any] = {}
     for name, of_case in rates.items():
         ms = summarise(values_of(readings[name], "ms"))
         achieved = result["step_flops"] / ms.median / 1e9
+        number_format = format_of(runners[name].dtype, device)
+        peak = result["peaks_tflop_per_s"].get(number_format)
         described[name] = {
+            "format": number_format,
             "ms": ms,
             "images_per_s": summarise(of_case),
             "tflop_per_s": achieved,
-            "share_of_roofline": None if peak is None else achieved / peak,
+            "share_of_roofline": None if peak is None else achieved / peak.median,
             "ratio_to_plain": ratios(of_case, rates["plain"]) if "plain" in rates else None,
             "warm_up_s": runners[name].warm_up_s,
             "memory": runners[name].memory,

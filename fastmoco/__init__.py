@@ -1,38 +1,34 @@
-"""Momentum Contrast (MoCo) pretraining as fast as the hardware allows."""
+"""Momentum Contrast (MoCo) pretraining as fast as the hardware allows.
+
+    from fastmoco import Run, embed, evaluate, export, load_backbone, open_images, train
+
+`help(fastmoco.train)` and so on explain each of them, with examples.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch takes seconds to import, so the package imports it only when needed
-    from pathlib import Path
+if TYPE_CHECKING:
+    from fastmoco.api.functions import embed, evaluate, export, load_backbone, train
+    from fastmoco.api.images import open_images
+    from fastmoco.api.run import Run
 
-    from torch import nn
+__all__ = ["Run", "embed", "evaluate", "export", "load_backbone", "open_images", "train"]
 
-    from fastmoco.export.preprocessing import Preprocessing
-
-__all__ = ["load_backbone"]
+_MODULES = {"Run": "run", "open_images": "images"}
 
 
-def load_backbone(
-    path: str | Path, *, arch: str | None = None, stem: str | None = None, side: int | None = None
-) -> tuple[nn.Module, Preprocessing]:
-    """Load a pretrained backbone and the preprocessing of its input images.
+def __getattr__(name: str) -> Any:
+    """What is public is imported when it is first used, since torch takes seconds (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        backbone, preprocess = load_backbone("runs/NAME")
-        features = backbone(preprocess(image)[None])            (1, D) float32
+    value = getattr(import_module(f"fastmoco.api.{_MODULES.get(name, 'functions')}"), name)
+    globals()[name] = value
+    return value
 
-    path         a run directory, a checkpoint, a file of `fastmoco export`, a checkpoint of facebookresearch/moco, or a
-                 torchvision state dict of a ResNet
-    arch, stem   the expected architecture and stem: anything else is an error
-    side         side of the views in pixels, instead of the one used in training
 
-    The backbone is torchvision's `ResNet` with an identity as `fc`, in evaluation mode, float32, on the CPU; the
-    preprocessing is an `export.preprocessing.Preprocessing`. Raises CheckpointError or ConfigError, both ValueErrors
-    with a message of one line.
-    """
-    from fastmoco.export.preprocessing import Preprocessing
-    from fastmoco.export.read import read_backbone
-
-    backbone = read_backbone(path, arch=arch, stem=stem, side=side)
-    return backbone.module, Preprocessing(backbone.side, backbone.mean, backbone.std)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,50 +8,71 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from importlib.metadata import version
 
+from fastmoco.commands.train_arguments import parse_train, train_arguments
 from fastmoco.config import RunConfig
-from fastmoco.config.arguments import parse, suggestion
+from fastmoco.config.arguments import suggestion
+from fastmoco.config.flags import HELP
 from fastmoco.distributed.launch import is_launched, launch, report_to_torchrun
 from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, exit_code
-from fastmoco.recipes import check_data, recipe
+from fastmoco.model.architectures import check_installed
+from fastmoco.output import Form, announce, end_output, output_form, output_in, say_error, take_form, write_event
+from fastmoco.recipes import check_data
 from fastmoco.run.preemption import StopFlag
-from pipelines.files import is_full
-from pipelines.platforms import silence
 
-USAGE = """usage: fastmoco COMMAND [--debug]
+USAGE = """usage: fastmoco COMMAND [--quiet | --json] [--debug]
 
-  train [RECIPE] [FLAGS]   pretrain a backbone; by default on a generated data set
-  recipes [NAME]           list the recipes and their expected accuracy, or show one in full
-  sweep RECIPE --vary ...  train once for each value of a flag; write a table and a plot
-  export RUN --to LIBRARY  export the backbone to torchvision, timm, detectron2, main_lincls.py or ONNX
-  scan DATA                check every image: unreadable files, duplicates, mean and std; makes later starts fast
-  eval RUN_OR_CHECKPOINT   evaluate features: kNN, linear probe, few labels, fine-tuning, collapse, plots
+  train [RECIPE] [DATA]    pretrain a backbone; by default on a generated data set
+  recipes [NAME]           list recipes with their expected accuracy, or show one
+  sweep RECIPE --vary ...  train once for each value of a flag: a table, a plot
+  scan DATA                check every image, measure mean and std; faster starts
   views DATA               draw the augmented views of a data set
-  doctor                   try all that this machine has: kernels, pipelines, graph, compile, NCCL; what is missing
+  watch RUN                follow a run from another terminal, or list all runs
+  eval RUN                 evaluate features: kNN, probes, fine-tuning, plots
+  report RUN [RUN ...]     one HTML page on a run; on several, a comparison
+  export RUN --to LIBRARY  the backbone for torchvision, timm, detectron2, ONNX, ...
+  embed DATA --backbone RUN -o FILE
+                           features of every image; neighbours, near-duplicates
+  doctor                   try all that this machine has; how to install the rest
+  completion SHELL         complete what is typed in bash, zsh or fish
 
-Flags of a command: fastmoco COMMAND --help
-Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device, 75 stopped and resumable"""
+--quiet leaves warnings and the result in one line; --json writes one JSON object
+a line, and text to standard error.
+Flags of a command: fastmoco COMMAND --help, all: --help-all; fastmoco --version
+Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 6 device,
+75 stopped and resumable"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return _end_output(_run(argv), is_log=argv[:1] in (["train"], ["sweep"]))
+    return end_output(_run(argv), is_log=argv[:1] in (["train"], ["sweep"]))
 
 
 def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return ExitCode.DONE if argv else ExitCode.CONFIG
+    form, argv = take_form([argument for argument in argv if argument != "--debug"])
+    with output_in(form):
+        return _run_command(argv, debug)
+
+
+def _run_command(argv: list[str], debug: bool) -> int:
     try:
+        if argv[:1] == ["help"] and argv[1:] in ([command] for command in COMMANDS):
+            argv = [argv[1], "--help"]
+        if not argv or argv[0] in (*HELP, "help"):
+            print(USAGE)
+            return ExitCode.DONE if argv else ExitCode.CONFIG
+        if argv[0] in ("-V", "--version"):
+            print(f"fastmoco {version('fastmoco')}")
+            return ExitCode.DONE
         if argv[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
-        with StopFlag(repeats=is_launched()):
+            raise ConfigError(f"unknown command {argv[0]!r}; {suggestion(argv[0], [*COMMANDS, '--help', '--version'])}")
+        with StopFlag(launched=is_launched()):
             COMMANDS[argv[0]](argv[1:])
+    except SystemExit:  # after --help
+        return ExitCode.DONE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
@@ -66,47 +87,42 @@ def _run(argv: list[str]) -> int:
         message = str(error)
         if isinstance(error, OSError):
             message = f"cannot write {error.filename or 'the output'} ({error.strerror}): free space"
-        label = "stopped" if code == ExitCode.PREEMPTED else "error"
-        _say(f"{label}: {' '.join(message.split())}")
+        stopped, line = code == ExitCode.PREEMPTED, " ".join(message.split())
+        say_error(("stopped: " * (not line.startswith("stopped")) if stopped else "error: ") + line)
+        if output_form() == Form.JSON:
+            write_event("stopped" if stopped else "error", {"exit_code": int(code), "message": line})
         return code
     return ExitCode.DONE
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # a log on a full disk must not change the exit code
-        print(f"fastmoco: {line}", file=sys.stderr)
-
-
-def _end_output(code: int, *, is_log: bool) -> int:
-    """Write what was printed, and return the exit code: 4 if a full disk does not take the result of a command.
-
-    What cannot be written is thrown away: Python would try again when it ends, and exit with 120.
-
-    is_log  whether the result is in files, so that the code stays
-    """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError as error:  # or BrokenPipeError: whoever read it, such as `head`, has seen enough
-            with suppress(OSError, ValueError):  # a stream without a descriptor
-                silence(stream.fileno())
-            if is_full(error) and code == ExitCode.DONE and not is_log:
-                code = ExitCode.CHECKPOINT
-                _say(f"error: cannot write the output ({error.strerror}): free space")
-    return code
-
-
 def _train(argv: list[str]) -> None:
-    config = parse_train(argv)
-    if argv and not argv[0].startswith("-"):
-        check_data(argv[0], config)
+    given = train_arguments(argv)
+    config = given.config
+    check_installed(config.model.arch)
+    if given.recipe is not None:
+        check_data(given.recipe, config)
+    if given.repeats_a_run:
+        config, argv = _repeated(config, argv)
+    announce(f"training on {', '.join(config.data.data)}", is_log=True)
     if (config.scale.gpus or 1) > 1 and not is_launched():
-        launch(config.scale.gpus or 1, ["train", *argv])
+        launch(config.scale.gpus or 1, ["train", *argv, *filter(None, [output_form().value])])
         return
     from fastmoco.console import make_console
-    from fastmoco.train import train
+    from fastmoco.trainer import train
 
-    train(config, make_console(is_log=True))
+    train(config, make_console(is_log=True), given.from_recipe)
+
+
+def _repeated(config: RunConfig, argv: list[str]) -> tuple[RunConfig, list[str]]:
+    """Settings from the config.json of a run, and the arguments, with a folder of their own if that run has it."""
+    from fastmoco.run.folder_names import folder_of, unused_folder
+
+    taken = folder_of(config)
+    if not (taken / "config.json").is_file():
+        return config, argv
+    folder = str(unused_folder(config))
+    print(f"the run in {taken} stays as it is: its settings again in {folder}")
+    return config.replace(out=folder), [*argv, "--out", folder]
 
 
 def _recipes(argv: list[str]) -> None:
@@ -122,9 +138,10 @@ def _sweep(argv: list[str]) -> None:
 
 
 def _export(argv: list[str]) -> None:
-    from fastmoco.export.options import parse_export
+    from fastmoco.backbones.options import parse_export
 
     options = parse_export(argv)
+    announce(f"exporting {options.run}")
     from fastmoco.commands.export import export_command
 
     export_command(options)
@@ -134,6 +151,7 @@ def _scan(argv: list[str]) -> None:
     from fastmoco.commands.scan_options import parse_scan
 
     options = parse_scan(argv)
+    announce(f"scanning {', '.join(options.data)}")
     from fastmoco.commands.scan import scan_command
 
     scan_command(options)
@@ -143,6 +161,7 @@ def _views(argv: list[str]) -> None:
     from fastmoco.commands.views_options import parse_views
 
     options = parse_views(argv)
+    announce(f"drawing views of {', '.join(options.data)}")
     from fastmoco.commands.views import views_command
 
     views_command(options)
@@ -152,20 +171,57 @@ def _eval(argv: list[str]) -> None:
     from fastmoco.evaluation.options import parse_eval
 
     options = parse_eval(argv)
+    announce(f"evaluating {options.run}")
     from fastmoco.commands.eval import eval_command
 
     eval_command(options)
+
+
+def _report(argv: list[str]) -> None:
+    from fastmoco.commands.report_options import parse_report
+
+    options = parse_report(argv)
+    announce(f"reading {', '.join(map(str, options.runs))}")
+    from fastmoco.commands.report import report_command
+
+    report_command(options)
+
+
+def _embed(argv: list[str]) -> None:
+    from fastmoco.evaluation.embed_options import parse_embed
+
+    options = parse_embed(argv)
+    announce(f"embedding {', '.join(options.data)}")
+    from fastmoco.commands.embed import embed_command
+
+    embed_command(options)
+
+
+def _watch(argv: list[str]) -> None:
+    from fastmoco.commands.watch_options import parse_watch
+
+    options = parse_watch(argv)
+    from fastmoco.commands.watch import watch_command
+
+    watch_command(options)
 
 
 def _doctor(argv: list[str]) -> None:
     from fastmoco.commands.doctor_options import parse_doctor
 
     options = parse_doctor(argv)
+    announce("trying what this machine has")
     from fastmoco.commands.doctor import doctor_command
 
     code = doctor_command(options)
     if code != ExitCode.DONE:
         raise AlreadyReportedError(code)
+
+
+def _completion(argv: list[str]) -> None:
+    from fastmoco.commands.completion import completion_command
+
+    completion_command(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -176,56 +232,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "scan": _scan,
     "views": _views,
     "eval": _eval,
+    "report": _report,
+    "embed": _embed,
+    "watch": _watch,
     "doctor": _doctor,
+    "completion": _completion,
 }
-
-
-def parse_train(argv: list[str]) -> RunConfig:
-    """Parse `[RECIPE] [--config FILE] [FLAGS]`.
-
-    Fields without a flag are those of FILE, else with --resume of the run's config.json, else of RECIPE, else the
-    defaults. Raises ConfigError; exits for --help.
-    """
-    default = RunConfig()
-    if argv and not argv[0].startswith("-"):
-        default, argv = recipe(argv[0]), argv[1:]
-    argv, file = _take_value(argv, "--config")
-    _, out = _take_value(argv, "--out")
-    if file is not None:
-        default = _read(Path(file))
-    elif "--resume" in argv and out is not None and (Path(out) / "config.json").is_file():
-        default = _read(Path(out) / "config.json")
-    return parse(
-        RunConfig,
-        argv,
-        command="train",
-        description="Pretrain a backbone with momentum contrast (MoCo). RECIPE (see fastmoco recipes) or --config FILE "
-        "sets the defaults; flags override them. Values that are None are set to suit the data, most of them as in the "
-        "closest of the recipes shapes, cifar10-demo and imagenet-v1.",
-        flags=[*("--" + name.replace("_", "-") for name in default.flat()), "--config"],
-        default=default.replace(resume=False, overwrite=False, allow_changed=(), allow_changed_data=False),
-    )
-
-
-def _read(path: Path) -> RunConfig:
-    try:
-        return RunConfig.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config {path} cannot be read ({error}): expected the JSON of a run's config.json"
-        ) from error
-
-
-def _take_value(argv: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Remove `flag VALUE` or `flag=VALUE`; return the remaining arguments and the value."""
-    for i, argument in enumerate(argv):
-        if argument == flag:
-            if i + 1 == len(argv):
-                raise ConfigError(f"{flag} needs a value")
-            return argv[:i] + argv[i + 2 :], argv[i + 1]
-        if argument.startswith(flag + "="):
-            return argv[:i] + argv[i + 1 :], argument.removeprefix(flag + "=")
-    return argv, None
 
 
 if __name__ == "__main__":

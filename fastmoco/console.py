@@ -1,30 +1,29 @@
-"""Terminal output: a panel at the start, progress during training, a summary at the end.
+"""Terminal output: settings at the start, progress during training, a summary at the end.
 
 On a terminal, progress is a block that is redrawn at every update. Elsewhere, in a file or under a scheduler, it is a
 few plain lines without control characters. Names come from the data, so no string is parsed as rich markup, and control
-characters are escaped.
+characters are escaped. With --quiet and --json the console of a command has another `Form`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import shlex
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self, TextIO, cast
+from typing import IO, Any, NamedTuple, Self, cast
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from pipelines.data.decode import printable
-from pipelines.files import is_full
-from pipelines.platforms import silence
+from fastmoco.output import Form, LossyOutput, output_form, write_event
+from pipelines.data.printable import printable
 
 # Time between two progress lines that are not on a terminal.
 MIN_LINE_INTERVAL_S = 10.0
@@ -32,7 +31,7 @@ MAX_LINE_INTERVAL_S = 60.0  # for epochs that take longer
 
 
 class Fact(NamedTuple):
-    """A row of the start panel or of the summary; `why` is the reason for the value, if worth showing."""
+    """A row of the settings or of the summary; `why` is the reason for the value, if worth showing."""
 
     name: str
     value: str
@@ -48,73 +47,88 @@ class StepMetrics(NamedTuple):
     data_wait_percent: float | None = None
     device_memory_bytes: int | None = None
     cpu_threads: int | None = None
+    device_power_w: float | None = None
 
 
-class _Output:
-    """Standard output that may be lost: what is printed after its terminal was closed.
+class FormConsole(Console):
+    """A console whose output is in the form that the command was asked for."""
 
-    That of a log also where the disk is full, or the program that read it has ended.
-    """
-
-    def __init__(self, stream: TextIO, is_log: bool) -> None:
-        self._stream, self._is_log = stream, is_log
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._losing():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._losing():
-            self._stream.flush()
-
-    @contextmanager
-    def _losing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno == errno.EIO or (self._is_log and error.errno == errno.EPIPE):
-                silence(self._stream.fileno())
-            elif not (self._is_log and is_full(error)):
-                raise
+    def __init__(self, stream: IO[str], form: Form) -> None:
+        super().__init__(
+            highlight=False,
+            file=stream,
+            quiet=form == Form.QUIET,
+            force_terminal=False if form == Form.JSON else None,
+        )
+        self.form = form
 
 
 def make_console(*, is_log: bool = False) -> Console:
-    """Console on standard output that escapes characters which the terminal's encoding lacks.
+    """Console of a command, which escapes characters that the terminal's encoding lacks.
 
-    is_log  whether lines that cannot be written are lost, instead of an OSError: all results are in files
+    is_log  whether lines that a full disk does not take are lost, instead of an OSError: all results are in files
     """
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="backslashreplace")
-    may_be_lost = is_log or sys.stdout.isatty()
-    return Console(highlight=False, file=cast(IO[str], _Output(sys.stdout, is_log)) if may_be_lost else None)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            with suppress(OSError):  # of a full disk, to which something has been printed before
+                reconfigure(errors="backslashreplace")
+    form = output_form()
+    stream = sys.stderr if form == Form.JSON else sys.stdout
+    return FormConsole(cast(IO[str], LossyOutput(stream, is_log)), form)
+
+
+def form_of(console: Console) -> Form:
+    """The form of what is printed on a console."""
+    return console.form if isinstance(console, FormConsole) else Form.TEXT
+
+
+def emit(console: Console, event: str, **values: Any) -> None:
+    """With --json, print a line with these values on standard output; otherwise nothing."""
+    if form_of(console) == Form.JSON:
+        write_event(event, values)
+
+
+def show_result(console: Console, title: str, facts: Sequence[Fact], **values: Any) -> None:
+    """Print the result of a command: facts as `show_facts`, one line with --quiet, with --json the values."""
+    if form_of(console) == Form.QUIET:
+        shown = ", ".join(printable(f"{fact.name} {fact.value}".strip()) for fact in facts)
+        print(f"{title}: {shown}", flush=True)
+    show_facts(console, title, facts)
+    emit(console, "result", **values)
 
 
 def show_facts(console: Console, title: str, facts: Iterable[Fact]) -> None:
-    """Print facts as a panel on a terminal, else as one line each."""
+    """Print facts as one line each; on a terminal that is too narrow, the reasons follow on lines of their own.
+
+    Values are never broken or framed, so that a path or a command is copied as it is.
+    """
     rows = [Fact(*(printable(text) for text in fact)) for fact in facts]
-    if console.is_terminal:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        table.add_column(style="dim", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(text) for text in row))
-        console.print(Panel(table, title=Text(printable(title)), title_align="left", expand=False))
-        return
     width = max((len(row.name) for row in rows), default=0)
-    say(console, title)
+    say(console, title, "bold")
     for row in rows:
-        say(console, f"  {row.name:<{width}}  {row.value}" + (f"  ({row.why})" if row.why else ""))
+        value, why = f"  {row.name:<{width}}  {row.value}", f"({row.why})" if row.why else ""
+        fits = not console.is_terminal or cell_len(f"{value}  {why}") <= console.width
+        line = Text(f"{value}  {why}" if why and fits else value)
+        line.stylize("cyan", 0, 2 + len(row.name))
+        line.stylize("dim", len(value))
+        console.print(line, soft_wrap=True)
+        if why and not fits:
+            indent = " " * (width + 4)
+            wrapped = textwrap.wrap(
+                why, max(20, console.width - len(indent)), break_long_words=False, break_on_hyphens=False
+            )
+            console.print(Text("\n".join(indent + part for part in wrapped), "dim"), soft_wrap=True)
 
 
 def say(console: Console, line: str, style: str = "") -> None:
-    """Print one line, above the progress block if there is one; wrapped only on a terminal."""
-    console.print(Text(printable(line), style), soft_wrap=not console.is_terminal)
+    """Print one line, above the progress block if there is one; the terminal wraps it, so that it is copied whole.
+
+    Yellow is the style of warnings, which are printed with --quiet too.
+    """
+    if style == "yellow" and form_of(console) == Form.QUIET:
+        print(printable(line), file=sys.stderr, flush=True)
+    console.print(Text(printable(line), style), soft_wrap=True)
 
 
 class TrainingProgress:
@@ -191,7 +205,7 @@ class TrainingProgress:
         return f"epoch {epoch}/{epochs}  step {done:,}/{self.steps:,}"
 
     def _format(self, metrics: StepMetrics) -> str:
-        fields = [f"loss {metrics.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {metrics.lr:.3g}"]
+        fields = [f"loss {metrics.loss:.4f} (chance {self.chance_loss:.2f})", f"lr {short(metrics.lr)}"]
         if metrics.images_per_s is not None:
             fields.append(f"{metrics.images_per_s:,.0f} images/s")
         if metrics.data_wait_percent is not None:
@@ -216,6 +230,21 @@ def shown_path(path: str | os.PathLike[str]) -> str:
         return os.path.relpath(path)
     except ValueError:  # on Windows
         return os.path.abspath(path)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 thread`, `2,000 images`."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def short(value: float) -> str:
+    """A number with three significant digits, without an exponent where it is large: `1,000`, not `1e+03`."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def resume_command(run: str | os.PathLike[str]) -> str:
+    """What to type in this folder to go on with a run that has stopped."""
+    return f"fastmoco train --resume {shlex.quote(shown_path(run))}"
 
 
 def duration(seconds: float) -> str:

@@ -51,7 +51,8 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread" + "s" * (threads != 1)
 
 
 def out_of_memory(device: torch.device, batch: int, splits: int) -> DeviceError:

@@ -26,6 +26,12 @@ ARCHITECTURES = {
 }
 """Backbones, `--arch`: a `fastmoco.model.family.BackboneFamily` for each."""
 
+FAMILIES = {
+    "timm/": "fastmoco.model.timm_family:TimmFamily",
+    "own/": "fastmoco.model.own:OwnFamily",
+}
+"""Backbones of other hands, `--arch PREFIX/NAME`: a `fastmoco.model.family.NamedFamily` of all names with a prefix."""
+
 STEMS = ("imagenet", "cifar")
 """First layers of a backbone, `--stem`."""
 
@@ -39,23 +45,39 @@ OPTIMIZERS = {
 }
 """Updates of both encoders, `--optimizer`: a `fastmoco.step.optimizer.Optimizer` for each."""
 
-KERNELS = ("torch", "triton")
-"""Implementations of batch norm, loss and update, `--kernels`."""
+KERNELS = ("torch", "triton", "triton-fused")
+"""Implementations of batch norm, loss and update, `--kernels`; the last also of the 1×1 convolutions in bottlenecks."""
 
 
 class ExportTarget(NamedTuple):
-    """suffixes, what the name of its file may end with; format, the `fastmoco.export.formats.Format` behind it."""
+    """suffixes, what the name of its file may end with; format, the `fastmoco.backbones.formats.Format` behind it."""
 
     suffixes: tuple[str, ...]
     format: str
 
 
 EXPORT_TARGETS = {
-    "torchvision": ExportTarget((".pth", ".safetensors"), "fastmoco.export.formats:TORCHVISION"),
-    "timm": ExportTarget((".pth", ".safetensors"), "fastmoco.export.formats:TIMM"),
-    "detectron2": ExportTarget((".pkl",), "fastmoco.export.formats:DETECTRON2"),
-    "lincls": ExportTarget((".pth.tar", ".pth"), "fastmoco.export.formats:LINCLS"),
-    "safetensors": ExportTarget((".safetensors",), "fastmoco.export.formats:SAFETENSORS"),
-    "onnx": ExportTarget((".onnx",), "fastmoco.export.formats:ONNX"),
+    "torchvision": ExportTarget((".pth", ".safetensors"), "fastmoco.backbones.formats:TORCHVISION"),
+    "timm": ExportTarget((".pth", ".safetensors"), "fastmoco.backbones.formats:TIMM"),
+    "detectron2": ExportTarget((".pkl",), "fastmoco.backbones.formats:DETECTRON2"),
+    "lincls": ExportTarget((".pth.tar", ".pth"), "fastmoco.backbones.formats:LINCLS"),
+    "safetensors": ExportTarget((".safetensors",), "fastmoco.backbones.formats:SAFETENSORS"),
+    "onnx": ExportTarget((".onnx",), "fastmoco.backbones.formats:ONNX"),
 }
 """Libraries and formats a backbone is exported to, `--to`."""
+
+COMMAND_OPTIONS = {
+    "train": "fastmoco.config:RunConfig",
+    "recipes": "",
+    "sweep": "fastmoco.config:RunConfig",
+    "export": "fastmoco.backbones.options:ExportOptions",
+    "scan": "fastmoco.commands.scan_options:ScanOptions",
+    "eval": "fastmoco.evaluation.options:EvalOptions",
+    "report": "fastmoco.commands.report_options:ReportOptions",
+    "embed": "fastmoco.evaluation.embed_options:EmbedOptions",
+    "watch": "fastmoco.commands.watch_options:WatchOptions",
+    "views": "fastmoco.commands.views_options:ViewsOptions",
+    "doctor": "fastmoco.commands.doctor_options:DoctorOptions",
+    "completion": "",
+}
+"""Commands, in the order of `fastmoco --help`: the dataclass of the options of each, for shell completion; or none."""

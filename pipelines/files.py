@@ -8,14 +8,16 @@ Where the disk is full, the OSError says so with the bytes that are needed and t
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +42,15 @@ def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) 
         part.write_bytes(data)
 
 
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], *, shared: bool = False) -> None:
+    """`write_atomically` of a CSV file; None is empty. Raises OSError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue(), shared=shared)
+
+
 @contextmanager
 def replacing(path: Path, size_bytes: int = 0, *, shared: bool = False) -> Iterator[Path]:
     """Yield the path of a new, empty file to write to; after the block it is flushed to disk and renamed to `path`.
@@ -52,10 +63,13 @@ def replacing(path: Path, size_bytes: int = 0, *, shared: bool = False) -> Itera
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp" if shared else path.name + ".tmp")
     try:
         part.unlink(missing_ok=True)  # a leftover of a killed process, or a link
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         try:
             _check_free_space(path, size_bytes)
             yield part
+            os.chmod(part, mode)  # a library may have put a file in its place that only its owner can read
             sync(part)
             os.replace(part, path)
         except BaseException:
@@ -109,6 +123,16 @@ def _regular(descriptor: int, path: Path) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return descriptor
+
+
+def cache_folder() -> Path:
+    """$FASTMOCO_CACHE, or else fastmoco's folder of the user's cache. Raises OSError if the user has no folder."""
+    if folder := os.environ.get("FASTMOCO_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmoco"
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, str(error)) from error
 
 
 # ---- SHA-256 ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+from pipelines.cgroups import group_folders
 from pipelines.platforms import free_host_memory_bytes
 
 _V2 = ("memory.max", "memory.current", "inactive_file")
+_V2_THROTTLED = ("memory.high", *_V2[1:])  # above it a process is slowed down until it hardly runs
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _UNLIMITED = 2**60  # version 1 writes the largest number of pages for no limit
 
@@ -48,30 +52,31 @@ def meminfo(path: str = "/proc/meminfo") -> dict[str, int]:
     return {name: 1024 * int(value.split()[0]) for name, value in fields.items() if value.split()[-1:] == ["kB"]}
 
 
-def container_limits(root: str = "/") -> list[Limit]:
-    """Limits of the control groups, version 1 or 2, that this process is in, and of their parents.
-
-    In a container the path of a group is often that on the host, and the group itself is mounted at the root.
-    """
+def peak_resident_bytes() -> int | None:
+    """Peak resident set size since `reset_peak_resident`, or since the process started; None where nothing tells it."""
     try:
-        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
-    found: list[Limit] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            files, mount = _V2, Path(root, "sys/fs/cgroup")
-        elif "memory" in controllers.split(","):
-            files, mount = _V1, Path(root, "sys/fs/cgroup/memory")
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        for folder in (group, *group.parents):
-            found += _limit(folder, *files)
-            if folder == mount:
-                break
-    return found
+        return None
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return 1024 * int(peak[1]) if peak else None
+
+
+def reset_peak_resident() -> None:
+    """Return freed memory to the system and reset the peak. Raises OSError if the kernel refuses."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other allocators return memory themselves
+    if trim is not None:
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def container_limits(root: str = "/") -> list[Limit]:
+    """Limits of the control groups, version 1 or 2, that this process is in, and of their parents."""
+    first, second = group_folders("memory", root)
+    limits = [limit for folder in first for limit in _limit(folder, *_V1)]
+    for files in (_V2, _V2_THROTTLED):
+        limits += [limit for folder in second for limit in _limit(folder, *files)]
+    return limits
 
 
 def _limit(folder: Path, limit: str, usage: str, cache: str) -> list[Limit]:

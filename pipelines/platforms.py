@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import multiprocessing
 import os
+import platform
+import re
 import threading
 import time
 from contextlib import suppress
 from multiprocessing.context import BaseContext, SpawnContext
+from pathlib import Path
+
+from pipelines.cgroups import cpu_quota
 
 try:
     import fcntl
@@ -33,10 +39,25 @@ _position = threading.Lock()
 
 
 def usable_cpus() -> int:
-    """Number of processors that this process may use."""
+    """Number of processors that this process may use: by its affinity, or the quota of its container, rounded up."""
+    quota = cpu_quota()
+    return affine_cpus() if math.isinf(quota) else max(1, min(affine_cpus(), math.ceil(quota)))
+
+
+def affine_cpus() -> int:
+    """Number of processors that this process may run on, for however short a time."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """Model of the processor, from /proc/cpuinfo; elsewhere its architecture."""
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.machine()
 
 
 def free_host_memory_bytes() -> int:
@@ -127,12 +148,17 @@ def lock(descriptor: int, *, wait: bool, inherited: bool = True) -> None:
     inherited  whether a child forked meanwhile holds the lock too. If not, then only other processes are kept out,
                and closing any descriptor of the file unlocks it.
 
+    Nothing is locked on a system that has no locks of files.
+
     Raises OSError if the file is locked and `wait` is false, or if it cannot be locked.
     """
     if fcntl is not None:
         (fcntl.flock if inherited else fcntl.lockf)(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return
-    import msvcrt
+    try:
+        import msvcrt
+    except ImportError:  # neither Unix nor Windows: nothing is locked
+        return
 
     while True:
         with _position:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from pipelines.platforms import open_to_read
 
-# An uncompressed image of `decode.MAX_PIXELS` with four channels of 16 bits.
+# An uncompressed image of `formats.common.MAX_PIXELS` with four channels of 16 bits.
 MAX_BYTES = 712_000_000
 LIMIT_S = 120.0  # a slow network disk answers in seconds; one that is gone may keep a reader for ever
 

@@ -16,19 +16,23 @@ class Backend(NamedTuple):
     source    a `pipelines.views.CropSource`, called with (index, side, device, workers)
     pipeline  a `pipelines.backends.select.Pipeline` that makes the views itself, called with (index, planner, side,
               device, dtype, workers); None for the common `TwoViewPipeline` over the source
+    only_rgb  whether it reads images of three channels only
     """
 
     source: str
     pipeline: str | None = None
+    only_rgb: bool = False
 
 
 BACKENDS = {
     "resident": Backend("pipelines.backends.resident:ResidentCrops"),
     "torch": Backend("pipelines.backends.torch:TorchCrops"),
-    "dali": Backend("pipelines.backends.dali:DaliCrops"),
-    "ffcv": Backend("pipelines.backends.ffcv:FfcvCrops"),
+    "dali": Backend("pipelines.backends.dali:DaliCrops", only_rgb=True),
+    "ffcv": Backend("pipelines.backends.ffcv:FfcvCrops", only_rgb=True),
     # evaluated through the crops of `torch`
-    "dataloader": Backend("pipelines.backends.torch:TorchCrops", "pipelines.backends.baseline:DataLoaderPipeline"),
+    "dataloader": Backend(
+        "pipelines.backends.torch:TorchCrops", "pipelines.backends.baseline:DataLoaderPipeline", only_rgb=True
+    ),
 }
 """The values of `--pipeline`."""
 

@@ -1,6 +1,6 @@
 """Data types and interfaces that all pipelines share.
 
-B images per batch · R ranks that share it · S side of a crop in pixels
+B images per batch · R ranks that share it · S side of a crop in pixels · C channels
 A pair is both views of one image, view 0 the query, view 1 the key.
 """
 
@@ -29,6 +29,8 @@ class BatchPlan:
     params     (V, n, P) float32, one row of parameters for every view, columns as in `augment.params.Column`
     key_order  (B,) int64, over all ranks: row r of the key batch is the key view of the image in row key_order[r] of
                the query batch
+    shorter    if above 0, the boxes are not cropped: images are resized until their shorter side has so many pixels,
+               and cropped in the centre (`augment.resize.resize_centre`); V = 1
     """
 
     step: int
@@ -37,6 +39,7 @@ class BatchPlan:
     boxes: np.ndarray
     params: np.ndarray
     key_order: np.ndarray
+    shorter: int = 0
 
     @property
     def rows(self) -> np.ndarray:
@@ -50,7 +53,7 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """Resized crops of a plan, before colour and flip: (V, B, S, S, 3) uint8, in the plan's order."""
+    """Resized crops of a plan, before colour and flip: (V, B, S, S, C) uint8, in the plan's order."""
 
     images: Tensor
     plan: BatchPlan
@@ -74,8 +77,8 @@ class Views:
     On CUDA the next batch but one of the iterator overwrites it: before another batch is asked for, all work on it must
     be enqueued in the current stream, and what is to be kept must be copied.
 
-    query      (B/R, 3, S, S) channels-last, normalised, in the training dtype
-    key        (B/R, 3, S, S) likewise, rows shuffled: in the key batch concatenated over ranks, row r belongs to the
+    query      (B/R, C, S, S) channels-last, normalised, in the training dtype
+    key        (B/R, C, S, S) likewise, rows shuffled: in the key batch concatenated over ranks, row r belongs to the
                query in row key_order[r]
     key_order  (B,) int64 permutation on the device
     index      (B/R,) int64 positions in the ImageIndex, in the order of `query`

@@ -17,6 +17,8 @@ import torch
 import torch.utils.deterministic
 
 MODULES = {"dali": "nvidia.dali", "ffcv": "ffcv", "onnx": "onnxruntime", "triton": "triton"}
+MODULES |= {"parquet": "pyarrow", "wandb": "wandb", "mlflow": "mlflow", "lightly": "lightly", "selenium": "selenium"}
+MODULES |= {"site": "material", "notebook": "nbclient"}
 MEMORY: Any = torch.utils.deterministic
 
 
@@ -29,8 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not tests_the_gpu(config):  # before anything starts CUDA or imports Triton; subprocesses inherit it
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # its kernels then run on the CPU
-    else:
-        torch.backends.cudnn.allow_tf32 = False  # float32 is compared as on the CPU
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared as in plain torch on the CPU
 
 
 def tests_the_gpu(config: pytest.Config) -> bool:
@@ -52,6 +53,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if item.config.getoption("--require-gpu"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers of a test do not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +92,17 @@ def require_backend(request: pytest.FixtureRequest) -> Callable[[str], None]:
         pytest.skip(reason)
 
     return require
+
+
+@pytest.fixture(scope="session")
+def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A completed run on shapes: two steps of the smallest network. Tests only read it."""
+    from fastmoco.cli import main  # after `pytest_configure`
+    from tests.commands.test_cli import TINY
+
+    out = tmp_path_factory.mktemp("runs") / "shapes"
+    assert main(["train", *TINY, "--cpu-threads", "1", "--crop-size", "16", "--out", str(out)]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.tiff_writer import tiff
+
 HEIGHT, WIDTH = 40, 56
 
 
@@ -85,7 +87,7 @@ def exif(orientation: int) -> Image.Exif:
 
 @cache
 def good_files() -> list[GoodFile]:
-    return [*_good_jpeg(), *_good_png(), *_good_others(), *_good_names()]
+    return [*_good_jpeg(), *_good_png(), *_good_others(), *_good_names(), *_good_but_faulty()]
 
 
 def _good_jpeg() -> list[GoodFile]:
@@ -174,6 +176,38 @@ def _good_names() -> list[GoodFile]:
     return [GoodFile(name, encode(rgb, "PNG"), rgb) for name in names]
 
 
+def _good_but_faulty() -> list[GoodFile]:
+    """Files whose pixels are whole, and with them what Pillow decodes wrongly or refuses."""
+    rgb = picture()
+    best: dict[str, Any] = {"quality": 95, "subsampling": 0}
+    jpeg, flat = encode(rgb, "JPEG", **best), encode(rgb, "PNG")
+    tables, text = jpeg.index(b"\xff\xdb"), bytearray(png_with(flat, b"tEXt", b"Comment\0text"))
+    text[text.index(b"tEXt") + 8] ^= 1
+    webp = bytearray(encode(rgb, "WEBP", lossless=True))
+    webp[4:8] = b"\xff\xff\xff\x7f"
+    deep = rgb.astype(np.uint16) * 257
+    return [
+        GoodFile("faulty-end.jpg", jpeg[:-2], rgb, 2),
+        GoodFile("faulty-half-end.jpg", jpeg[:-1], rgb, 2),
+        GoodFile("faulty-end-progressive.jpg", encode(rgb, "JPEG", progressive=True, **best)[:-2], rgb, 2),
+        GoodFile("faulty-segments.jpg", jpeg[:tables] + b"\0\1\2" + jpeg[tables:], rgb, 2),
+        GoodFile("faulty-text.png", png_with(flat, b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20))), rgb),
+        GoodFile("faulty-profile.png", png_with(flat, b"iCCP", b"icc\0\0" + zlib.compress(bytes(3 << 20))), rgb),
+        GoodFile("faulty-checksum.png", bytes(text), rgb),
+        GoodFile("faulty-end.png", flat[:-12], rgb),
+        GoodFile("faulty-half-end.png", flat[:-5], rgb),
+        GoodFile("faulty-size.webp", bytes(webp), rgb),
+        GoodFile("faulty-planar16.tif", tiff(deep, 2, planar=True), rgb),
+        GoodFile("faulty-bands.tif", tiff(rgb, 1, planar=True, compression="deflate"), rgb),
+        GoodFile("faulty-12.ppm", b"P6 56 40 4080\n" + (rgb.astype(np.uint16) * 16).astype(">u2").tobytes(), rgb),
+    ]
+
+
+def png_with(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk, after its header."""
+    return data[:33] + _chunk(kind, content) + data[33:]
+
+
 @cache
 def bad_files() -> list[BadFile]:
     rgb = picture(200, 300)
@@ -187,18 +221,18 @@ def bad_files() -> list[BadFile]:
     return [
         *cut,
         BadFile("cut-by-half.jpg", jpeg[: len(jpeg) // 2], "trunca"),
-        BadFile("cut-in-header.jpg", jpeg[:100], "Truncated"),
-        BadFile("start-of-image-alone.jpg", jpeg[:2], "none of JPEG"),
+        BadFile("cut-in-header.jpg", jpeg[:100], "truncated: its header"),
+        BadFile("start-of-image-alone.jpg", jpeg[:2], "truncated: its header"),
         BadFile("empty.jpg", b"", "empty"),
         BadFile("text.jpg", b"this is not an image\n" * 20, "begins with b'this is not an i'"),
-        BadFile("page.png", b"<!DOCTYPE html><html><body>404</body></html>", "<!DOCTYPE html>"),
-        BadFile("zeros.png", bytes(5000), "none of JPEG"),
+        BadFile("page.png", b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page: the download failed"),
+        BadFile("zeros.png", bytes(5000), "zeros alone"),
         BadFile("noise.jpg", np.random.Generator(np.random.Philox(5)).bytes(5000), "none of JPEG"),
-        BadFile("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
+        BadFile("postscript.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript: convert it"),
         BadFile("bomb.png", _bomb(20_000), "20000×20000 pixels|more than 89,000,000 pixels"),
         BadFile("claim.jpg", _claim(jpeg, 65_000), "65000×65000 pixels|more than 89,000,000 pixels"),
         BadFile("float.tif", encode(rgb[..., 0].astype(np.float32), "TIFF"), "32-bit floats"),
-        BadFile("integer.tif", encode(rgb[..., 0].astype(np.int32), "TIFF"), "32-bit integers"),
+        BadFile("integer.tif", encode(rgb[..., 0].astype(np.int32), "TIFF"), "32-bit signed integers"),
         BadFile("bit-flipped.png", bytes(damaged), "", in_header=False),
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["fastmoco.train", "pipelines.backends.torch", "pipelines.backends.baseline"]
+PRELOAD = ["fastmoco.trainer", "pipelines.backends.torch", "pipelines.backends.baseline"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def _rank(
     sender: Connection, environment: dict[str, Any], threads: int, function: Callable[..., Any], arguments: tuple
 ) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()}
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a fork server that was started for loader workers blocks signals
     torch.set_num_threads(threads)
     try:
         outcome = function(*arguments)

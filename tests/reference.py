@@ -6,7 +6,7 @@ add up when symmetric, batch norm per group with running statistics averaged ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ class LoopBatchNorm(nn.Module):
         return torch.cat(outputs)
 
 
-def narrow_resnet(arch: str, width: float, splits: int) -> nn.Module:
-    """torchvision's model with every channel count scaled, `LoopBatchNorm` inside, and the CIFAR stem."""
+def narrow_resnet(arch: str, width: float, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """torchvision's model with every channel count scaled, `norm(channels)` for batch norm, and the CIFAR stem."""
     model = torchvision.models.get_model(arch)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Conv2d):
@@ -55,7 +55,7 @@ def narrow_resnet(arch: str, width: float, splits: int) -> nn.Module:
                 bias=False,
             )
         elif isinstance(layer, nn.BatchNorm2d):
-            narrow = LoopBatchNorm(int(layer.num_features * width), splits)
+            narrow = norm(int(layer.num_features * width))
         else:
             continue
         model.set_submodule(name, narrow)

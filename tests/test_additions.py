@@ -106,7 +106,7 @@ def test_all_five_train_together(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_help_and_errors_know_them(copy: Path) -> None:
-    said = fastmoco(copy, "train", "--help").stdout
+    said = fastmoco(copy, "train", "--help-all").stdout
     for flag, name in KINDS.values():
         assert flag in said
         assert name in said

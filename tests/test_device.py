@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
+from fastmoco.console import counted
 from fastmoco.device import describe, make_deterministic, pick_amp, pick_device
 from tests.run.test_train import RESIDENT, newest, trained
 
@@ -40,7 +41,7 @@ def test_a_cpu_uses_bfloat16_where_it_multiplies_it(unit: str, monkeypatch: pyte
 
 def test_without_cuda_the_device_is_the_cpu() -> None:
     assert pick_device("auto") == CPU
-    assert describe(CPU) == f"CPU, {torch.get_num_threads()} threads"
+    assert describe(CPU) == f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def test_deterministic_runs_do_not_fill_new_memory() -> None:

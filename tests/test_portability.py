@@ -25,6 +25,8 @@ from fastmoco.cli import main
 from fastmoco.errors import ConfigError
 from fastmoco.run.directory import RunDirectory
 from tests.run.test_train import RESIDENT
+from tools.make_ffcv import main as make_ffcv
+from tools.make_shards import main as make_shards
 
 def run(*arguments):
     assert main([str(argument) for argument in arguments]) == 0, arguments
@@ -44,6 +46,10 @@ if __name__ == "__main__":
     assert (out / "backbone.safetensors").read_bytes() == weights
     run("eval", out, "--probes", "knn", "--device", "cpu", *data)
     run("export", out, "--to", "safetensors", "--out", folder / "exported.safetensors")
+    run("sweep", *train[1:], "--vary", "moco-m=0.9", "--out", folder / "sweep", *data)
+    assert make_shards([str(images), str(folder / "shards")]) == 0
+    assert make_ffcv([str(images), str(folder / "images.beton")]) == 0
+    assert main(["train", "--data", str(images), "--device", "mps"]) == 2
     if system == "windows":
         opened = RunDirectory.open(out, resume=True)
         try:
@@ -55,6 +61,14 @@ if __name__ == "__main__":
         opened.close()
         RunDirectory.open(out, resume=True).close()
     print("all commands ran")
+"""
+
+DOCTOR = """
+from fastmoco.cli import main
+
+if __name__ == "__main__":
+    assert main(["doctor", "--only", "machine", "--device", "cpu"]) == 0
+    print("nothing fails")
 """
 
 WORKERS = """
@@ -110,7 +124,14 @@ def test_every_command_runs_on_the_cpu(system: str, tmp_path: Path) -> None:
         Image.effect_noise((12 + i, 20), 40.0 + i).convert("RGB").save(folder / f"{i:02}.png")
     assert run_on(system, COMMANDS, tmp_path) == "all commands ran"
     written = ["views.png", "exported.safetensors", "run/backbone.safetensors", "run/eval/eval.json"]
+    written += ["sweep/sweep.json", "images.beton", "images.beton.json"]
     assert [name for name in written if not (tmp_path / name).is_file()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_doctor_finds_no_fault(system: str, tmp_path: Path) -> None:
+    assert run_on(system, DOCTOR, tmp_path) == "nothing fails"
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import itertools
 import json
+import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -16,9 +19,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from fastmoco.backbones.read import read_backbone
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError
-from fastmoco.export.read import read_backbone
 from fastmoco.model.architectures import family
 from fastmoco.run import checkpoint
 from fastmoco.run.directory import read_config, read_status
@@ -38,11 +41,13 @@ from pipelines.data.beton_format import (
 )
 from pipelines.data.beton_manifest import BetonManifest, manifest_path, sealed_manifest
 from pipelines.data.decode import decode
-from pipelines.data.files import read_list
+from pipelines.data.decoding import DEFAULT
 from pipelines.data.headers import read_header
+from pipelines.data.lists import read_list
 from pipelines.data.record_digests import RecordDigests, digest
 from pipelines.data.scan import scan
-from pipelines.data.tar_shards import labels_of, list_members, read_sizes
+from pipelines.data.tar_classes import labels_of
+from pipelines.data.tar_shards import inspect_members, list_members
 from pipelines.errors import DataError
 from pipelines.files import record_digests, sha256
 
@@ -94,11 +99,15 @@ def _read_checkpoint(path: Path) -> None:
 def _backbones(folder: Path) -> list[bytes]:
     state = family("resnet18").build("resnet18", width=0.125, stem="cifar").state_dict()
     files = [sealed_bytes(state), safetensors.torch.save(state, {"fastmoco": '{"side": 32}'})]
-    for zipped in (True, False):
+    settings = argparse.Namespace(lr=0.1, seen=np.arange(3), names={"a"}, model=torch.nn.Linear(2, 2))
+    other = {"student": {f"module.{name}": tensor for name, tensor in state.items()}, "args": settings}
+    other["teacher"] = {f"backbone.{name}": torch.nn.Parameter(t.float()) for name, t in state.items()}
+    for zipped, content in itertools.product((True, False), ({"arch": "resnet18", "state_dict": state}, other)):
         buffer = io.BytesIO()
-        torch.save({"arch": "resnet18", "state_dict": state}, buffer, _use_new_zipfile_serialization=zipped)
+        torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
         files.append(buffer.getvalue())
-    return files
+    arrays = {f"backbone.{name}": tensor.numpy() for name, tensor in state.items()}
+    return [*files, *(pickle.dumps({"model": arrays}, protocol) for protocol in (2, 4))]
 
 
 def _beton() -> bytes:
@@ -170,7 +179,7 @@ def _tars(folder: Path) -> list[bytes]:
 def _read_tar(path: Path) -> None:
     members = list_members([str(path)])
     labels_of([str(path)], members.files)
-    read_sizes(members.records)
+    inspect_members(members.records, DEFAULT)
 
 
 def _scans(folder: Path) -> list[bytes]:

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,20 +29,28 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmoco.config import ImagesConfig
+from fastmoco.config.arguments import parse_tool
+from fastmoco.config.positional import ONE
 from fastmoco.errors import ConfigError, ExitCode, Preempted
+from fastmoco.output import run_tool
+from fastmoco.progress import Counted, reported
+from fastmoco.run.data_facts import choice_lines, classes_of
 from fastmoco.run.environment import version
 from fastmoco.run.preemption import StopFlag
 from pipelines.data.beton import is_whole_jpeg
 from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
-from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
-from pipelines.data.decode import exif_orientation, is_jpeg, open_image, printable
+from pipelines.data.dataset import MAX_BAD_FRACTION, load_dataset
+from pipelines.data.decode import printable
+from pipelines.data.formats import jpeg
 from pipelines.data.index import ImageIndex
+from pipelines.data.notes import decoding_lines
 from pipelines.data.space import check_space, pixel_bytes, stored_bytes
 from pipelines.errors import DataError
 from pipelines.files import is_full
+from pipelines.platforms import usable_cpus
 from pipelines.randomness import Domain, philox, uniform
 
 RESIZED_QUALITY = 95
@@ -50,20 +58,18 @@ Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ImagesConfig):
     """Convert a data set into one .beton file for --pipeline ffcv.
 
     Plain JPEGs are copied byte for byte; other images are stored as raw pixels, unless --quality is given.
     """
 
-    data: Positional[str]
-    """A folder, a list of paths, or the name of a data set."""
+    data: Annotated[tuple[str, ...], Positional, ONE]
+    """Folder of images, list file, tar archives, or the name of a data set."""
     out: Positional[str]
     """The file to write, ending in .beton; its manifest is written next to it."""
     split: Literal["train", "test"] = "train"
     """Which split of the data set."""
-    data_root: str = "~/.cache/fastmoco"
-    """The folder of named data sets."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
     """Store JPEGs, raw pixels (several times larger, nothing to decode), or a share as JPEG."""
     proportion: float = 0.5
@@ -74,10 +80,8 @@ class Settings:
     """Shrink images whose shorter side exceeds this. Changes the content of random crops."""
     quality: Annotated[int | None, tyro.conf.arg(metavar="1-100")] = None
     """JPEG quality for images that cannot be copied. Unset: raw pixels, and 95 for shrunk images."""
-    workers: int = len(os.sched_getaffinity(0))
-    """Decoding threads."""
-    bad_images: BadImages = "error"
-    """Stop at a bad image, or leave it out and list it in the manifest."""
+    workers: int | None = None
+    """Decoding threads (None: one for every core that this process may use)."""
 
 
 def check(settings: Settings) -> None:
@@ -88,7 +92,7 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"--proportion {settings.proportion}: expected a share from 0 to 1")
     if settings.quality is not None and not 1 <= settings.quality <= 100:
         raise ConfigError(f"--quality {settings.quality}: expected 1 to 100")
-    if settings.workers < 1:
+    if settings.workers is not None and settings.workers < 1:
         raise ConfigError(f"--workers {settings.workers}: expected 1 or more")
     if settings.max_resolution is not None and settings.min_resolution is not None:
         raise ConfigError("--max-resolution and --min-resolution both set the size; give one of them")
@@ -147,26 +151,28 @@ def plain_jpeg(index: ImageIndex, i: int) -> bytes | None:
     if not index.is_encoded(i):
         return None
     data = index.read_bytes(i)
-    with open_image(io.BytesIO(data)) as image:
-        plain = is_jpeg(image) and image.mode in ("L", "RGB") and exif_orientation(image) == 1
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    header = jpeg.read_header(data)
+    plain = header.components != 4 and header.oriented()[0] == 1 and data.rfind(jpeg.END, header.scan) >= 0
     height, width = index.sizes[i].tolist()
     return data if plain and is_whole_jpeg(data, (height, width)) else None
 
 
-def relative_names(index: ImageIndex, data: str) -> list[str]:
+def relative_names(index: ImageIndex, data: Sequence[str]) -> list[str]:
     """Names of the images in the manifest: paths relative to the converted folder, or numbers."""
     if index.records is not None:
         return list(index.records.names)
     if index.paths is None:
         return [f"image {i}" for i in range(len(index))]
-    root = os.path.abspath(os.path.expanduser(data))
+    root = os.path.abspath(os.path.expanduser(data[0]))
     inside = os.path.isdir(root) and all(path.startswith(root + os.sep) for path in index.paths)
     base = root if inside else os.path.commonpath([os.path.dirname(path) for path in index.paths])
     return [os.path.relpath(path, base) for path in index.paths]
 
 
 def convert(
-    index: ImageIndex, settings: Settings, progress: Progress, quarantine: tuple[tuple[str, str], ...] = ()
+    index: ImageIndex, settings: Settings, console: Console, quarantine: tuple[tuple[str, str], ...] = ()
 ) -> BetonManifest:
     """Write `settings.out` and its manifest from an index. On DataError, neither is left."""
     names = relative_names(index, settings.data)
@@ -183,14 +189,14 @@ def convert(
     least = pixels if settings.mode == "raw" else np.minimum(stored_now, pixels)
     if settings.max_resolution or settings.min_resolution or settings.quality:
         least = np.zeros_like(least)
-    bar = progress.add_task(printable(index.name), total=len(index))
     with (
+        Counted(console, f"converting {index.name}", len(index)) as progress,
         BetonWriter(settings.out, len(index), largest) as writer,
-        ThreadPoolExecutor(settings.workers) as pool,
+        ThreadPoolExecutor(threads := settings.workers or usable_cpus()) as pool,
     ):
         try:
             check_space(Path(settings.out).absolute(), int(least.sum() - allowed * least.max()))
-            for i, future in _in_order(pool, index, settings):
+            for i, future in _in_order(pool, index, settings, 4 * threads):
                 try:
                     image = future.result()
                     label = None if index.labels is None else int(index.labels[i])
@@ -200,7 +206,7 @@ def convert(
                     left_out.append([names[i], str(error)])
                     if len(left_out) - len(quarantine) > allowed:
                         raise
-                progress.advance(bar)
+                progress.advance()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -223,12 +229,14 @@ def convert(
         )
 
 
-def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -> Iterator[tuple[int, Future[Encoded]]]:
+def _in_order(
+    pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings, ahead: int
+) -> Iterator[tuple[int, Future[Encoded]]]:
     """Images in the order of the index, with a few decoded ahead."""
     waiting: deque[tuple[int, Future[Encoded]]] = deque()
     positions = iter(range(len(index)))
     while True:
-        for i in islice(positions, 4 * settings.workers - len(waiting)):
+        for i in islice(positions, ahead - len(waiting)):
             waiting.append((i, pool.submit(encode, index, i, settings)))
         if not waiting:
             return
@@ -238,18 +246,27 @@ def _in_order(pool: ThreadPoolExecutor, index: ImageIndex, settings: Settings) -
 def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True)
     started = time.perf_counter()
-    settings = tyro.cli(Settings, args=arguments)
+    try:
+        settings = parse_tool(Settings, arguments, "make_ffcv.py")
+    except ConfigError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.CONFIG
     try:
         with StopFlag():
             check(settings)
             torch.set_num_threads(1)  # the workers are the threads
-            dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
+            with reported(console, "reading headers") as progress:
+                dataset = load_dataset(settings.data, **settings.loading(), progress=progress)
+            for line in choice_lines(dataset.choices, classes_of(dataset)):
+                console.print(line, markup=False, soft_wrap=True)
+            for line in decoding_lines(dataset):
+                console.print(line, style="yellow", markup=False, soft_wrap=True)
             index = dataset.train if settings.split == "train" else dataset.test
             if index is None:
-                raise ConfigError(f"{printable(settings.data)} has no test split; expected a folder with train and val")
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=console) as progress:
-                manifest = convert(index, settings, progress, dataset.quarantine if settings.split == "train" else ())
+                raise ConfigError(
+                    f"{printable(settings.data[0])} has no test split; expected a folder with train and val"
+                )
+            manifest = convert(index, settings, console, dataset.quarantine if settings.split == "train" else ())
     except ConfigError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.CONFIG
@@ -277,4 +294,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -18,19 +18,26 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastmoco.config import ImagesConfig
+from fastmoco.config.arguments import parse_tool
+from fastmoco.config.positional import ONE
 from fastmoco.errors import ConfigError, ExitCode, Preempted
+from fastmoco.output import run_tool
+from fastmoco.progress import Counted, reported
+from fastmoco.run.data_facts import choice_lines, classes_of
 from fastmoco.run.preemption import StopFlag
-from pipelines.data.dataset import MAX_BAD_FRACTION, BadImages, load_dataset
+from pipelines.data.dataset import MAX_BAD_FRACTION, load_dataset
 from pipelines.data.decode import printable
+from pipelines.data.file_kinds import EXTENSIONS, extension
 from pipelines.data.index import ImageIndex
+from pipelines.data.notes import decoding_lines
 from pipelines.data.shard_writer import ShardWriter
 from pipelines.data.space import check_space, stored_bytes
 from pipelines.errors import DataError
@@ -43,23 +50,19 @@ Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ImagesConfig):
     """Pack a data set into tar archives, for network disks and for disks that allow few files."""
 
-    data: Positional[str]
-    """A folder, a list of paths, or the name of a data set."""
+    data: Annotated[tuple[str, ...], Positional, ONE]
+    """Folder of images, list file, tar archives, or the name of a data set."""
     out: Positional[Path]
     """The folder of archives to create; end it in /train or /val to have both splits in one folder."""
     split: Literal["train", "test"] = "train"
     """Which split of the data set."""
-    data_root: str = "~/.cache/fastmoco"
-    """The folder of named data sets."""
     shard_mib: float = 256.0
     """An archive is closed when it reaches this size."""
     shuffle: int | None = None
     """Shuffle the images with this seed, for --order archives. Unset: keep their order, so that runs are the same."""
-    bad_images: BadImages = "error"
-    """Stop at a bad image, or leave it out and print its name."""
 
 
 def make(settings: Settings, console: Console) -> None:
@@ -70,11 +73,16 @@ def make(settings: Settings, console: Console) -> None:
     if settings.shard_mib <= 0:
         raise ConfigError(f"--shard-mib {settings.shard_mib}: expected a size above 0")
     began = time.monotonic()
-    dataset = load_dataset(settings.data, data_root=settings.data_root, bad_images=settings.bad_images)
+    with reported(console, "reading headers") as progress:
+        dataset = load_dataset(settings.data, **settings.loading(), progress=progress)
+    for line in choice_lines(dataset.choices, classes_of(dataset)):
+        console.print(line, markup=False, soft_wrap=True)
+    for line in decoding_lines(dataset):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     index = dataset.train if settings.split == "train" else dataset.test
     if index is None:
-        raise DataError(f"{printable(settings.data)} has no test split; expected --split train")
-    with ShardWriter(out, settings.shard_mib * 2**20) as writer:
+        raise DataError(f"{printable(settings.data[0])} has no test split; expected --split train")
+    with ShardWriter(out, settings.shard_mib * 2**20, dataset.train.decoding) as writer:
         bad = _write(index, writer, settings, console)
         writer.finish(index.class_names if index.labels is not None else ())
     count, length = writer.archives, writer.total_bytes
@@ -98,9 +106,7 @@ def _write(index: ImageIndex, writer: ShardWriter, settings: Settings, console: 
         members = stored_bytes(index) + tarfile.BLOCKSIZE
         check_space(writer.path, int(members.sum() - allowed * members.max()))
     bad: list[tuple[str, str]] = []
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(index))
+    with Counted(console, f"packing {index.name}", len(index)) as progress:
         for i, content in _contents(index, order):
             if isinstance(content, DataError):
                 bad.append((index.path(i), str(content)))
@@ -109,7 +115,7 @@ def _write(index: ImageIndex, writer: ShardWriter, settings: Settings, console: 
             else:
                 height, width = index.sizes[i].tolist()
                 writer.add(*content, (height, width), None if index.labels is None else int(index.labels[i]))
-            progress.advance(task)
+            progress.advance()
     if len(bad) == len(index):
         raise DataError(f"no image of {printable(index.name)} is left to write")
     return bad
@@ -129,7 +135,8 @@ def _content(index: ImageIndex, i: int) -> tuple[str, bytes] | DataError:
         pixels = index.read(i)
         if index.is_encoded(i):
             name = index.paths[i] if index.paths is not None else index.records.names[i] if index.records else ""
-            return os.path.splitext(name)[1].lower() or ".jpg", index.read_bytes(i)
+            kind = extension(os.path.basename(name))
+            return kind if kind in EXTENSIONS else ".jpg", index.read_bytes(i)
     except DataError as error:
         return error
     buffer = io.BytesIO()
@@ -139,7 +146,10 @@ def _content(index: ImageIndex, i: int) -> tuple[str, bytes] | DataError:
 
 def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=True)
-    settings = tyro.cli(Settings, args=argv, description=Settings.__doc__)
+    try:
+        settings = parse_tool(Settings, argv, "make_shards.py")
+    except ConfigError as error:
+        return _fail(str(error), ExitCode.CONFIG)
     try:
         with StopFlag():
             make(settings, console)
@@ -162,4 +172,4 @@ def _fail(message: str, code: ExitCode) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -125,7 +125,7 @@ def parse_names(text: str, known: Sequence[str], flag: str) -> list[str]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, driver, versions, commit, command, date and load: what the results depend on."""
     described: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -148,15 +148,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             described["gpu_power_limit_w"] = nvml.power_limit_w
             described["gpu_max_sm_clock_mhz"] = nvml.max_sm_clock_mhz
     return described
-
-
-def _cpu_model() -> str:
-    """The marketing name, which on Linux neither `platform` nor psutil reports."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(names: Sequence[str]) -> str | None:

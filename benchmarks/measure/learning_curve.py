@@ -33,15 +33,18 @@ class Evaluation(NamedTuple):
 def evaluations(records: Sequence[Record], batch_size: int) -> list[Evaluation]:
     """The evaluations of a run, oldest first, from the records of `read_metrics`.
 
+    The accuracy is that on the encoder's output, as in the authors' demo, or on features if there is no other.
     A record has the images/s since the one before, on the trainer's clock: n steps of B images took n·B / rate seconds.
     """
+    output, features = "knn_output_top1_percent", "knn_top1_percent"
+    name = output if any(output in record for record in records) else features
     curve, seconds, last_step = [], 0.0, 0
     for record in records:
         if "images_per_s" in record:
             seconds += (record["step"] - last_step) * batch_size / record["images_per_s"]
             last_step = record["step"]
-        if "knn_top1_percent" in record:
-            curve.append(Evaluation(record["epoch"], seconds / 60, record["knn_top1_percent"]))
+        if name in record:
+            curve.append(Evaluation(record["epoch"], seconds / 60, record[name]))
     return curve
 
 

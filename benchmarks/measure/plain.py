@@ -129,9 +129,8 @@ class PlainStep:
             loss.backward()
             self.optimiser.step()
         else:
-            assert self.update.query.grads is not None
-            self.update.query.grads.zero_()
             loss.backward()
+            self.update.query.collect_gradients()
             self.update(*self._numbers)
         self._enqueue(k)
         self._last_loss = loss.item()

@@ -6,20 +6,19 @@ Some sandboxes lack /proc/PID/smaps_rollup or NVML; `memory_sources` says what t
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pynvml
 import torch
+
+from pipelines import host_memory
 
 
 def process_tree() -> list[psutil.Process]:
@@ -85,23 +84,8 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident set size since `reset_peak_resident`, or since the process started. psutil does not report it.
-
-    Where the kernel does not either, the size now.
-    """
-    peak = None
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return max(1024 * int(peak[1]) if peak else 0, resident_bytes())
-
-
-def reset_peak_resident() -> None:
-    """Return freed memory to the system and reset the peak. Raises OSError if the kernel refuses."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other allocators return memory themselves
-    if trim is not None:
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    """Peak resident set size since `reset_peak_resident`, or since the process started; else the size now."""
+    return max(host_memory.peak_resident_bytes() or 0, resident_bytes())
 
 
 def release_caches(device: torch.device) -> None:
@@ -109,7 +93,7 @@ def release_caches(device: torch.device) -> None:
     gc.collect()
     _release_dali()
     with suppress(OSError):  # refused in some sandboxes: the peak is then that of the whole process so far
-        reset_peak_resident()
+        host_memory.reset_peak_resident()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

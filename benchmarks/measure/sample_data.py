@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import Progress
+from rich.console import Console
 
 from benchmarks.measure.archives import CACHE
 from fastmoco.errors import ConfigError
@@ -66,9 +66,8 @@ def as_beton(index: ImageIndex, scratch: Path, workers: int) -> ImageIndex:
     if index.records is not None:
         return index
     path = str(scratch / BETON)
-    settings = ConverterSettings(data=index.name, out=path, workers=max(1, workers))
-    with Progress(disable=True) as progress:
-        convert(index, settings, progress)
+    settings = ConverterSettings(data=(index.name,), out=path, workers=max(1, workers))
+    convert(index, settings, Console(quiet=True))
     return read_index(path)
 
 

@@ -10,16 +10,25 @@ moves more; activations that fit in a cache move less.
     kernel                  FLOPs                   bytes
     convolution, linear     F = 2·y·w/outputs       forward e(x+y+w); gradient of x e(y+w+x); of w e(x+y+w)
                             each of the three       (none of x for the first layer; the key encoder: forward only)
-    weights                 –                       a cast to 16 bits (4+e)w per forward and (e+4)w back; gradients are
-                                                    added to a zeroed buffer, 12w
+    weights                 –                       gradients are collected in float32, (e+4)w
     batch norm              –                       forward: statistics ex, then e(x+y), +e·y with a residual
-                                                    backward: sums e(y+x), then e(y+x+x), +e·y with a residual
-    residual block          –                       the sum of the two gradients of its input 3ex
-    max pooling             –                       e(x+y) and an 8-byte index per value of y; the same backward
+                                                    backward: sums e(y+x), +2e·y with a residual, whose output they
+                                                    read and whose gradient they write; then e(y+x+x)
+    residual block          –                       the second gradient of its input is read by the sums, ex; after the
+                                                    stem their total is written, too, 2ex
+    max pooling             –                       part of batch norm, whose y is pooled: one byte for each of y is
+                                                    written once and read twice, but not by the key encoder
     average pooling         –                       e(x+y), the same backward
+    with fused 1×1 convolutions, in a bottleneck, what differs from the above:
+    conv3                   –                       gradient of x e(y+w+x+x): with the sums of bn2
+    conv1 after a block     –                       forward e(x+x+x+y+w): it applies that block's bn3
+                                                    gradient of x e(y+w+x+x+x): with the sums of that bn3
+    bn1, bn3                –                       forward: ex less, their statistics are summed where x is computed
+    bn2, bn3 before conv1   –                       forward: their output ex+ey (and its residual) less
+                                                    backward: e(y+x+x), without the sums
     loss                    2NKC + 2NC              4KC and e·NC per pass: forward, and the gradient of the queries
-    update                  –                       gradients read twice and zeroed, momentum buffer, query and key
-                                                    read and written: 9·4P
+    update                  –                       gradients read twice, momentum buffer, query and key read and
+                                                    written, the last two in 16 bits too: 8·4P, + 4P where e is 2
     queue                   –                       2·4NC
 """
 
@@ -28,7 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +48,6 @@ from fastmoco.model.batchnorm.split import SplitBatchNorm2d
 from fastmoco.model.encoder import Encoder, build_encoder
 
 FLOAT = 4  # bytes of a parameter, a gradient and a key
-INDEX = 8  # bytes of an index of max pooling
 
 
 @dataclass(frozen=True)
@@ -52,30 +60,64 @@ class Kernel:
     bytes: float
 
 
-def count_step(task: Task, element_bytes: int) -> list[Kernel]:
-    """All kernels of one asymmetric step, with activations of `element_bytes`."""
+def count_step(task: Task, element_bytes: int, *, fused: bool = False) -> list[Kernel]:
+    """All kernels of one asymmetric step, with activations of `element_bytes`.
+
+    fused  with the 1×1 convolutions of bottlenecks as `--kernels triton-fused` computes them
+    """
     encoder = build_encoder(task.arch, stem=task.stem, dim=task.dim, bn_splits=task.bn_splits).to("meta").train()
     kernels: list[Kernel] = []
     for name, module, x, y, residual in _calls(encoder, task):
-        kernels += _layer_kernels(name, module, x, y, residual, element_bytes)
+        fusion = _fusion_of(encoder, name) if fused else _Fusion()
+        kernels += _layer_kernels(name, module, x, y, residual, element_bytes, fusion)
     n, keys = task.batch_size * task.dim, task.queue * task.dim
     for direction in ("forward", "gradient of the queries"):
         flops = 2 * task.batch_size * keys + 2 * n
         kernels.append(Kernel("loss", direction, flops, FLOAT * keys + element_bytes * n))
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    kernels.append(Kernel("update", "SGD and EMA in one pass", 0, 9 * FLOAT * parameters))
+    rounded = 2 * element_bytes if element_bytes < FLOAT else 0
+    kernels.append(Kernel("update", "SGD and EMA in one pass", 0, (8 * FLOAT + rounded) * parameters))
     kernels.append(Kernel("queue", "enqueue", 0, 2 * FLOAT * n))
     return kernels
+
+
+class _Fusion(NamedTuple):
+    """What a layer of a bottleneck leaves to a product, or a product does for batch norms; see the table above.
+
+    measured, applied   a batch norm: its statistics, its output and the sums of its gradients are made by a product
+    forward, gradient   a product: further passes over x, forward and in the gradient of x
+    """
+
+    measured: bool = False
+    applied: bool = False
+    forward: int = 0
+    gradient: int = 0
+
+
+def _fusion_of(encoder: Encoder, name: str) -> _Fusion:
+    block, _, layer = name.rpartition(".")
+    if not isinstance(encoder.get_submodule(block), resnet.Bottleneck):
+        return _Fusion()
+    stage, _, index = block.rpartition(".")
+    is_first, is_last = index == "0", int(index) == len(list(encoder.get_submodule(stage).children())) - 1
+    return {
+        "conv1": _Fusion() if is_first else _Fusion(forward=2, gradient=2),
+        "bn1": _Fusion(measured=True),
+        "bn2": _Fusion(applied=True),
+        "conv3": _Fusion(gradient=1),
+        "bn3": _Fusion(measured=True, applied=not is_last),
+    }.get(layer, _Fusion())
 
 
 def _calls(encoder: Encoder, task: Task) -> list[tuple[str, nn.Module, Tensor, Tensor, bool]]:
     """Layers in the order of the forward pass: name, module, input, output, whether a residual is added."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor, bool]] = []
-    counted = (nn.Conv2d, nn.Linear, SplitBatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, resnet.BasicBlock)
+    counted = (nn.Conv2d, nn.Linear, SplitBatchNorm2d, nn.AdaptiveAvgPool2d, resnet.BasicBlock)
 
     def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
-            calls.append((name, module, inputs[0], output, named.get("residual") is not None))
+        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+            x, y = (value[0] if isinstance(value, tuple) else value for value in (inputs[0], output))
+            calls.append((name, module, x, y, named.get("residual") is not None))
 
         return hook
 
@@ -88,7 +130,7 @@ def _calls(encoder: Encoder, task: Task) -> list[tuple[str, nn.Module, Tensor, T
 
 
 def _layer_kernels(
-    name: str, module: nn.Module, x: Tensor, y: Tensor, residual: bool, element_bytes: int
+    name: str, module: nn.Module, x: Tensor, y: Tensor, residual: bool, element_bytes: int, fusion: _Fusion
 ) -> Iterator[Kernel]:
     """Kernels of a layer: query forward and backward, key forward."""
     e, stage = element_bytes, _stage(name)
@@ -99,26 +141,26 @@ def _layer_kernels(
         group = stage
         if isinstance(module, nn.Conv2d):
             group += f", {module.kernel_size[0]}×{module.kernel_size[1]} convolutions"
-        passes = ["query forward", "key forward", "gradient of the weight"]
+        passes = {"query forward": fusion.forward, "key forward": fusion.forward, "gradient of the weight": 0}
         if x.shape[1] != 3:  # the views need no gradient
-            passes.append("gradient of the input")
-        for direction in passes:
-            yield Kernel(group, direction, flops, nx + ny + e * w)
-        cast = (FLOAT + e) * w if e < FLOAT else 0
-        yield Kernel("weights", "casts and sums of gradients", 0, 3 * cast + 3 * FLOAT * w)
+            passes["gradient of the input"] = fusion.gradient
+        for direction, further in passes.items():
+            yield Kernel(group, direction, flops, (1 + further) * nx + ny + e * w)
+        yield Kernel("weights", "gradients in float32", 0, (e + FLOAT) * w)
     elif isinstance(module, SplitBatchNorm2d):
         group, residual_bytes = f"{stage}, batch norm", ny if residual else 0
-        for direction in ("query forward", "key forward"):
-            yield Kernel(group, direction, 0, 2 * nx + ny + residual_bytes)
-        yield Kernel(group, "backward", 0, 2 * ny + 3 * nx + residual_bytes)
-    elif isinstance(module, nn.MaxPool2d):
-        for direction in ("query forward", "key forward", "backward"):
-            yield Kernel(f"{stage}, pooling", direction, 0, nx + ny + INDEX * y.numel())
+        taps = y.numel() if y.shape != x.shape else 0  # of the pooling
+        statistics = 0 if fusion.measured else nx
+        normalisation, sums = (0 if fusion.applied else nx + ny + count * residual_bytes for count in (1, 2))
+        yield Kernel(group, "query forward", 0, statistics + normalisation + taps)
+        yield Kernel(group, "key forward", 0, statistics + normalisation)
+        yield Kernel(group, "backward", 0, sums + ny + 2 * nx + 2 * taps)
     elif isinstance(module, nn.AdaptiveAvgPool2d):
         for direction in ("query forward", "key forward", "backward"):
             yield Kernel(f"{stage}, pooling", direction, 0, nx + ny)
     else:
-        yield Kernel(f"{stage}, batch norm", "sum of the gradients of a block's input", 0, 3 * nx)
+        passes = 2 if name == "backbone.layer1.0" else 1
+        yield Kernel(f"{stage}, batch norm", "sum of the gradients of a block's input", 0, passes * nx)
 
 
 def _stage(name: str) -> str:

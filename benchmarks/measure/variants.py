@@ -23,6 +23,8 @@ from fastmoco.distributed.world import World
 from fastmoco.model.encoder import build_encoder
 from fastmoco.model.key_queue import KeyQueue
 from fastmoco.model.moco import MoCo
+from fastmoco.model.resnet import has_bottlenecks
+from fastmoco.model.winograd import use_winograd, winograd_is_used
 from fastmoco.run.malloc import keep_freed_memory
 from fastmoco.step.cuda_graph import CudaGraph, GraphedStep
 from fastmoco.step.train_step import TrainStep
@@ -41,11 +43,14 @@ _SLOW_STEP_S = 2.0  # such a step is not warmed up before each reading
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of the step; `build` takes the task, the device, the 16-bit dtype and the compile mode.
+    """One variant of the step; `build` takes the task, the device, the dtype to train in and the compile mode.
 
-    dtype         another 16-bit dtype than the ablation's
-    keeps_memory  whether malloc keeps freed memory (`fastmoco.run.malloc`), as in `fastmoco train` on a CPU
-    only_on       "cuda" or "cpu", if the change exists on one of them only
+    low_precision  whether it trains in the ablation's dtype, which is float32 where the device has nothing faster
+    missing        why its change does not exist on a device that trains in a dtype, or None if it does
+    dtype          another 16-bit dtype than the ablation's
+    keeps_memory   whether malloc keeps freed memory (`fastmoco.run.malloc`), as in `fastmoco train` on a CPU
+    only_on        "cuda" or "cpu", if the change exists on one of them only
+    bottlenecks    whether the change exists in backbones with bottleneck blocks only
     """
 
     name: str
@@ -53,9 +58,15 @@ class Variant:
     build: Callable[[Task, torch.device, torch.dtype, str], Step]
     channels_last: bool = True
     low_precision: bool = True
+    missing: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     dtype: torch.dtype | None = None
     keeps_memory: bool = False
     only_on: str | None = None
+    bottlenecks: bool = False
+
+    def exists(self, task: Task, device: torch.device) -> bool:
+        """Whether the change exists for this task on this device."""
+        return self.only_on in (None, device.type) and (has_bottlenecks(task.arch) or not self.bottlenecks)
 
 
 def train_step(task: Task, world: World, dtype: torch.dtype, **options: Any) -> TrainStep[KeyQueue]:
@@ -81,9 +92,11 @@ def _ours(
     *,
     kernels: str = "torch",
     graph: bool = False,
+    winograd: bool = True,
 ) -> Step:
     """`train_step` on one rank; a CUDA graph is captured at the first batch."""
     step = train_step(task, World(device), dtype, compile=compile, kernels=kernels)
+    use_winograd(step.model, winograd)
     if graph:
         return _Graphed(step, task)
     return lambda views: step(views, task.lr, task.ema_momentum)
@@ -124,14 +137,31 @@ class _Graphed:
         self._captured(views, self._task.lr, self._task.ema_momentum)
 
 
+def _plain(task: Task, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any) -> Step:
+    """`PlainStep` with our encoder, channels-last, and torch's own convolutions."""
+    step = PlainStep(task, device, channels_last=True, dtype=dtype, **options)
+    for encoder in (step.query, step.key):
+        use_winograd(encoder, False)
+    return step
+
+
+def _no_16_bits(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "this processor has no 16-bit matrix products: it trains in fp32" if dtype == torch.float32 else None
+
+
+def _no_winograd(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if winograd_is_used(device, dtype) else "used in fp32 on a processor with AVX2, without AVX-512"
+
+
 VARIANTS = (
     Variant("plain", "eager, fp32, NCHW", lambda t, d, h, c: PlainStep(t, d), channels_last=False, low_precision=False),
-    Variant("channels-last", "+ channels-last, our split BN", lambda t, d, h, c: PlainStep(t, d, channels_last=True),
+    Variant("channels-last", "+ channels-last, our split BN", lambda t, d, h, c: _plain(t, d),
          low_precision=False),
-    Variant("amp", "+ 16-bit autocast", lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h)),
-    Variant("one-pass", "+ SGD and EMA in one pass",
-         lambda t, d, h, c: PlainStep(t, d, channels_last=True, dtype=h, one_pass=True)),
-    Variant("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h)),
+    Variant("amp", "+ 16-bit autocast", lambda t, d, h, c: _plain(t, d, h), missing=_no_16_bits),
+    Variant("one-pass", "+ SGD and EMA in one pass", lambda t, d, h, c: _plain(t, d, h, one_pass=True)),
+    Variant("trainstep", "+ no stored logits, no host read", lambda t, d, h, c: _ours(t, d, h, winograd=False)),
+    Variant("winograd", "+ Winograd's convolutions", lambda t, d, h, c: _ours(t, d, h), missing=_no_winograd,
+         only_on="cpu"),
     Variant("kept-memory", "+ freed memory kept", lambda t, d, h, c: _ours(t, d, h), keeps_memory=True, only_on="cpu"),
     Variant("compile", "+ compiled encoders", lambda t, d, h, c: _ours(t, d, h, c), keeps_memory=True),
     Variant("triton", "TrainStep with Triton kernels", lambda t, d, h, c: _ours(t, d, h, kernels="triton"),
@@ -140,7 +170,9 @@ VARIANTS = (
          only_on="cuda"),
     Variant("graph-fp16", "the same in float16", lambda t, d, h, c: _ours(t, d, h, kernels="triton", graph=True),
          dtype=torch.float16, only_on="cuda"),
-    Variant("compile-graph", "compiled encoders, one CUDA graph",
+    Variant("graph-fused", "one CUDA graph, 1×1 convolutions fused with batch norm",
+         lambda t, d, h, c: _ours(t, d, h, kernels="triton-fused", graph=True), only_on="cuda", bottlenecks=True),
+    Variant("compile-graph", "compiled encoders and Triton kernels, one CUDA graph",
          lambda t, d, h, c: _ours(t, d, h, c, kernels="triton", graph=True), only_on="cuda"),
 )  # fmt: skip
 
@@ -153,13 +185,12 @@ class Runner:
     ) -> None:
         self._task, self._device, self._keeps_memory = task, device, variant.keeps_memory
         dtype = variant.dtype or dtype
+        self.dtype = dtype if variant.low_precision else torch.float32
         before = _idle_memory(device)
         began = time.perf_counter()
         torch.manual_seed(0)
         self._step = variant.build(task, device, dtype, compile)
-        views = synthetic_views(
-            task, device, dtype if variant.low_precision else torch.float32, channels_last=variant.channels_last
-        )
+        views = synthetic_views(task, device, self.dtype, channels_last=variant.channels_last)
         self._views = itertools.cycle(views)
         # On a GPU the first step selects kernels, or captures a graph, and the second allocates their workspace.
         step_s = seconds_per_call(self.step, 1, device, warm_up=2 if device.type == "cuda" else 0)

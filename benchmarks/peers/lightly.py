@@ -28,7 +28,7 @@ def require_lightly() -> None:
     try:
         import lightly.transforms  # noqa: F401
     except ImportError as error:
-        raise BackendMissingError(f"lightly cannot be imported ({error}): uv sync --group bench") from error
+        raise BackendMissingError(f"lightly cannot be imported ({error}): uv sync --inexact --group bench") from error
 
 
 class LightlyStep:

@@ -5,17 +5,17 @@ Text may contain `code` and **bold**; everything else is literal.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup, escape
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
+
+from fastmoco.report_page.render import render
+from fastmoco.report_page.svg import embedded
 
 
 @dataclass(frozen=True)
@@ -85,27 +85,9 @@ def _markdown(block: Block, picture_file: Callable[[str], str]) -> str:
 
 def as_html(title: str, blocks: Sequence[Block]) -> str:
     """A self-contained HTML file: style and pictures are embedded."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"inline": _inline, "embedded_svg": _embedded_svg}
-    template = environment.get_template("page.html.j2")
-    return template.render(title=title, blocks=[(type(block).__name__, block) for block in blocks])
-
-
-def _inline(text: str) -> Markup:
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))
-
-
-def _embedded_svg(picture: Picture) -> Markup:
-    """The SVG with its ids prefixed: ids are global in an HTML page, and two pictures may use the same."""
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{picture.name}-\1"', picture.svg)
-    return Markup(re.sub(r"(url\(#|href=\"#)", rf"\1{picture.name}-", svg))
+    drawn = {picture.name: embedded(picture.svg, picture.name, picture.caption) for picture in pictures(blocks)}
+    kinds = [(type(block).__name__, block) for block in blocks]
+    return render("page.html.j2", Path(__file__).parent, title=title, blocks=kinds, drawn=drawn)
 
 
 def make_console() -> Console:

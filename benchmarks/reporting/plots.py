@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.measure.harness import short
+from fastmoco.report_page.svg import svg_text
 
 _INK, _FAINT, _OURS, _BASELINE = "#333333", "#777777", "#2f5d9b", "#b0b7c0"
 _COLOURS = {"fp32": "#8a5a2b", "tf32": "#6d4c8d", "bf16": "#2f5d9b", "fp16": "#2e7d4f"}
-_RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmoco", "font.family": "sans-serif", "font.size": 9}
 
 
 def bars(rows: Sequence[tuple[str, float, float, float]], baseline: str) -> str:
@@ -37,7 +34,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]], baseline: str) -> str:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    return _svg(figure, "Bars: " + "; ".join(f"{name} {short(median)} images/s" for name, median, _, _ in rows))
+    return svg_text(figure, "Bars: " + "; ".join(f"{name} {short(median)} images/s" for name, median, _, _ in rows))
 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], targets: Sequence[float], x: str, y: str) -> str:
@@ -51,7 +48,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], targets: Sequence
     axes.set_ylabel(y, color=_FAINT)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.legend(loc="lower right", fontsize=8, frameon=False)
-    return _svg(figure, f"{y} over {x}: " + "; ".join(f"{n} {points[-1][1]:.1f}" for n, points in lines.items()))
+    return svg_text(figure, f"{y} over {x}: " + "; ".join(f"{n} {points[-1][1]:.1f}" for n, points in lines.items()))
 
 
 def roofline_plot(step: Mapping[str, Any], ceilings: Mapping[str, float]) -> str:
@@ -86,7 +83,7 @@ def roofline_plot(step: Mapping[str, Any], ceilings: Mapping[str, float]) -> str
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{short(value / 1e12)} T"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(color="#eeeeee", linewidth=0.8)
-    return _svg(figure, "Roofline: " + "; ".join(f"{p['name']} {p['share_of_roof']:.0%}" for p in step["points"]))
+    return svg_text(figure, "Roofline: " + "; ".join(f"{p['name']} {p['share_of_roof']:.0%}" for p in step["points"]))
 
 
 def _roof(axes: Axes, flop_per_s: float, bandwidth: float, left: float, right: float, name: str, above_pt: int) -> None:
@@ -132,12 +129,3 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=_FAINT, labelsize=8)
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """Deterministic SVG on one line, with a description for screen readers."""
-    out = io.StringIO()
-    with mpl.rc_context(_RC):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Description": description})
-    svg = out.getvalue()
-    return re.sub(r"\s*\n\s*", " ", svg[svg.index("<svg") :]).replace("> <", "><").strip() + "\n"

@@ -71,6 +71,7 @@ def _step(name: str, result: dict[str, Any]) -> Iterator[Block]:
         "vs plain": lambda variant: format_ratio(variant["ratio_to_plain"]),
         "ms": median_of("ms"),
         "TFLOP/s": lambda variant: short(variant["tflop_per_s"]),
+        "format": lambda variant: variant.get("format", ""),
         "of peak": lambda variant: (
             "–" if variant["share_of_roofline"] is None else f"{variant['share_of_roofline']:.0%}"
         ),
@@ -79,9 +80,12 @@ def _step(name: str, result: dict[str, Any]) -> Iterator[Block]:
     }
     yield table("step", {n: v | {"change": _CHANGES.get(n, "")} for n, v in variants.items()}, columns)
     yield from bar_chart(name, variants, PLAIN, "the training step alone, one change per bar")
-    if "roofline_tflop_per_s" in result:
-        peak, flops = spread(result["roofline_tflop_per_s"]), result["step_flops"]
-        yield Text(f"Peak: a matrix product in {result['dtype']}, {peak} TFLOP/s; a step has {flops:.3g} FLOPs.")
+    peaks = dict(result.get("peaks_tflop_per_s", {}))
+    if "roofline_tflop_per_s" in result:  # of an earlier version: the product in the 16-bit dtype for all variants
+        peaks[result["dtype"]] = result["roofline_tflop_per_s"]
+    if peaks:
+        products = ", ".join(f"{spread(peak)} in {name}" for name, peak in peaks.items())
+        yield Text(f"Peak: TFLOP/s of a matrix product, {products}; a step has {result['step_flops']:.3g} FLOPs.")
     yield from _memory(result)
     yield from notes(result)
 

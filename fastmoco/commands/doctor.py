@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 
 from fastmoco.commands.doctor_options import DoctorOptions
+from fastmoco.console import make_console
 from fastmoco.doctor.findings import CHECKS, DEVICE, Check, Result, Status, Target
 from fastmoco.doctor.isolation import run_check
 from fastmoco.doctor.report import as_json, show
@@ -30,7 +31,7 @@ def doctor_command(
 ) -> ExitCode:
     """Run the checks, print the findings and return the exit code."""
     began = time.monotonic()
-    console = Console(highlight=False, stderr=options.json)
+    console = Console(highlight=False, stderr=True) if options.json else make_console()
     with tempfile.TemporaryDirectory(prefix="fastmoco-doctor-") as scratch:
         target = Target(options.device, os.path.abspath(options.data), scratch)
         results, device = _run_all(console, options, checks, target, run)

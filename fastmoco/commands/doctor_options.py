@@ -23,11 +23,11 @@ class DoctorOptions:
     """Device and disk to try, and form of the report."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to try: auto takes a GPU if there is one."""
+    """Device to try (auto: cuda if available)."""
     data: str = "."
     """Folder whose disk is measured: where the images are. Writes up to 64 MiB there and removes them."""
     only: Literal[GROUPS] | None = None  # pyright: ignore[reportInvalidTypeForm]
-    """Only the checks of one group."""
+    """Only the checks of one group (None: all)."""
     json: bool = False
     """Print one JSON object instead of tables: fastmoco, device, ok, exit_code, seconds, use, and in checks a list of
     group, name, status (ok, failed, missing or skipped), text, advice, figures and seconds."""
@@ -39,5 +39,4 @@ class DoctorOptions:
 
 def parse_doctor(argv: list[str]) -> DoctorOptions:
     """Parse the arguments of `fastmoco doctor`. Raises ConfigError; exits for --help."""
-    flags = ["--" + name for name in DoctorOptions.__dataclass_fields__]
-    return parse(DoctorOptions, argv, command="doctor", description=DESCRIPTION, flags=flags)
+    return parse(DoctorOptions, argv, command="doctor", description=DESCRIPTION)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 
-from fastmoco.console import Fact, make_console, show_facts, shown_path
-from fastmoco.export.formats import call_in, detectron2_settings
-from fastmoco.export.options import ExportOptions
-from fastmoco.export.read import LoadedBackbone, read_backbone
-from fastmoco.export.write import IMAGES, export
+from fastmoco.backbones.detectron2 import detectron2_settings
+from fastmoco.backbones.formats import call_in, loads_whole
+from fastmoco.backbones.options import ExportOptions
+from fastmoco.backbones.read import LoadedBackbone, read_backbone
+from fastmoco.backbones.write import IMAGES, export
+from fastmoco.console import Fact, make_console, show_result, shown_path
+from fastmoco.model.timm_family import PREFIX
 
 
 def export_command(options: ExportOptions) -> None:
     """Export a backbone and print a summary. Raises what `read_backbone` and `export` raise."""
     path = options.path
-    backbone = read_backbone(options.run)
+    backbone = read_backbone(options.run, prefix=options.prefix)
     exported = export(backbone, options.to, path, overwrite=options.overwrite)
     facts = [
         Fact("from", backbone.origin),
@@ -28,7 +30,19 @@ def export_command(options: ExportOptions) -> None:
         Fact("written", str(path), f"{exported.size_bytes / 2**20:.1f} MiB"),
         Fact("load it", load_lines(backbone, options.to, shown_path(path))),
     ]
-    show_facts(make_console(), "fastmoco export", facts)
+    show_result(
+        make_console(),
+        "fastmoco export",
+        facts,
+        out=str(path),
+        to=options.to,
+        arch=backbone.arch,
+        feature_dim=backbone.feature_dim,
+        side=backbone.side,
+        mean=backbone.mean,
+        std=backbone.std,
+        largest_difference=exported.apart,
+    )
 
 
 def describe(backbone: LoadedBackbone) -> str:
@@ -43,6 +57,10 @@ def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
 
     Python code runs as it is, except that `batch`, the images for ONNX, must be defined.
     """
+    if target == "timm" and loads_whole(backbone):
+        model = backbone.arch.removeprefix(PREFIX)
+        channels = f", in_chans={backbone.channels}" if backbone.channels != 3 else ""
+        return f"import timm; model = timm.create_model({model!r}, checkpoint_path={name!r}, num_classes=0{channels})"
     if target in ("torchvision", "timm"):
         return _load_state(backbone, target, name)
     if target == "detectron2":
@@ -59,6 +77,7 @@ def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
 def _load_state(backbone: LoadedBackbone, library: str, name: str) -> str:
     model, options = call_in(library, backbone.arch)
     arguments = [f"{key}={value}" for key, value in options.items()]
+    arguments += [f"in_chans={backbone.channels}"] if backbone.channels != 3 else []  # of timm: torchvision refuses
     if library == "torchvision":
         build = f"torchvision.models.{model}({', '.join(arguments)})"
     else:
@@ -71,11 +90,11 @@ def _load_state(backbone: LoadedBackbone, library: str, name: str) -> str:
     ]
     if backbone.stem == "cifar":
         lines[2:2] = [
-            "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
+            f"model.conv1 = torch.nn.Conv2d({backbone.channels}, 64, 3, padding=1, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
     return "; ".join(lines)
 
 
-def _format(colour: tuple[float, float, float]) -> str:
+def _format(colour: tuple[float, ...]) -> str:
     return ", ".join(f"{value:.6g}" for value in colour)

@@ -6,21 +6,26 @@ import textwrap
 
 from fastmoco.config import RunConfig, differences
 from fastmoco.config.checks import flag
+from fastmoco.config.flags import HELP
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import RECIPES, Recipe, entry
 
 USAGE = """usage: fastmoco recipes [NAME]
 
-The recipes with expected and measured accuracies; or one of them in detail, with sources."""
+The recipes with expected and measured accuracies; or one of them in detail,
+with sources."""
 WIDTH = 110
 NOT_RUN = "not run yet"
 
 
 def recipes_command(argv: list[str]) -> None:
     """Print all recipes, or the named one. Raises ConfigError for an unknown name."""
-    if "--help" in argv or "-h" in argv:
+    if {*HELP} & {*argv}:
         print(USAGE)
         return
+    flags = [word for word in argv if word.startswith("-")]
+    if flags:
+        raise ConfigError(f"unknown argument {flags[0]!r}: fastmoco recipes takes a name or nothing")
     if len(argv) > 1:
         raise ConfigError(f"fastmoco recipes takes at most one name, got {' '.join(argv)!r}")
     print(in_full(argv[0]) if argv else table())

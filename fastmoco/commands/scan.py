@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmoco.commands.scan_options import ScanOptions
-from fastmoco.console import Fact, duration, make_console, say, show_facts
+from fastmoco.console import Fact, duration, make_console, say, show_result
 from fastmoco.errors import ConfigError
+from fastmoco.progress import Counted
+from fastmoco.run.data_facts import choice_facts
 from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from pipelines.backends.select import default_workers
 from pipelines.data import manifest
 from pipelines.data.dataset import MAX_BAD_FRACTION, DataFiles, find_files
+from pipelines.data.decode import printable
 from pipelines.data.manifest import ScanManifest
+from pipelines.data.notes import lines_of
 from pipelines.data.scan import duplicates, mean_and_std, scan
+from pipelines.data.splits import within
 from pipelines.errors import DataError
 from pipelines.files import is_full
 
@@ -30,48 +35,50 @@ MAX_BAD_SHOWN, MAX_DUPLICATES_SHOWN = 10, 3
 @ended_by_stuck_reads()
 def scan_command(options: ScanOptions) -> None:
     """Scan, save the manifest and print a summary. Raises ConfigError and DataError, the latter also for bad images."""
+    for data in options.data:
+        _scan(data, options)
+
+
+def _scan(data: str, options: ScanOptions) -> None:
     console, began = make_console(), time.monotonic()
-    files = find_files(options.data, data_root=options.data_root)
+    files = find_files(data, **options.finding())
+    test = None if files.test is None else within(files.test, options.limit)
+    files = replace(files, train=within(files.train, options.limit), test=test)
     test_paths = files.test.paths if files.test is not None else ()
     count = len(files.train.paths) + len(test_paths)
     workers = options.workers
     if workers is None:
         workers = default_workers() if count >= MIN_FILES_FOR_WORKERS else 0
-    with _Progress(console, count) as progress:
-        scanned = scan(files.train.paths, test_paths, workers, progress.advance)
+    bad = 0
+
+    def scanned_more(more: int, bad_more: int) -> None:
+        nonlocal bad
+        bad += bad_more
+        progress.advance(more, f"{bad:,} bad" if bad else "")
+
+    with Counted(console, f"reading {files.train_name}", count) as progress:
+        scanned = scan(files.train.paths, test_paths, workers, scanned_more, options.decoding)
     path = _save(scanned, files.path, options)
-    show_facts(console, "fastmoco scan", _facts(scanned, files, path, time.monotonic() - began))
-    for line in _bad_lines(scanned):
+    copies = duplicates(scanned)
+    facts = _facts(scanned, files, copies, path, time.monotonic() - began)
+    show_result(console, "fastmoco scan", facts, **_values(scanned, copies, path))
+    tolerated = [(scanned.paths[row], fault) for row, fault in scanned.tolerated]
+    for line in _bad_lines(scanned) + lines_of(tolerated, scanned.span(), scanned.decoding):
         say(console, line, "yellow")
     _check_bad(scanned, files, options.bad_images)
 
 
-class _Progress:
-    """Progress bar with a rate on a terminal, silent elsewhere: a scan takes minutes and ends with a summary."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        columns = (
-            TextColumn("reading"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("", total=total, rate="")
-        self._began, self._done, self._bad = time.monotonic(), 0, 0
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def advance(self, files: int, bad: int) -> None:
-        self._done, self._bad = self._done + files, self._bad + bad
-        rate = f"{self._done / (time.monotonic() - self._began):,.0f} images/s"
-        self._bar.update(self._task, advance=files, rate=f"{rate}, {self._bad:,} bad" if self._bad else rate)
+def _values(scanned: ScanManifest, copies: list[np.ndarray], path: Path) -> dict[str, Any]:
+    """What --json prints."""
+    mean, std = mean_and_std(scanned.histogram) if scanned.histogram.any() else (None, None)
+    return {
+        "images": len(scanned.paths),
+        "bad": [{"path": scanned.paths[row], "reason": reason} for row, reason in scanned.bad],
+        "mean": None if mean is None else [float(value) for value in mean],
+        "std": None if std is None else [float(value) for value in std],
+        "duplicates": [[scanned.paths[row] for row in group.tolist()] for group in copies],
+        "out": str(path),
+    }
 
 
 def _save(scanned: ScanManifest, data: str, options: ScanOptions) -> Path:
@@ -95,7 +102,7 @@ def _save(scanned: ScanManifest, data: str, options: ScanOptions) -> Path:
     return path
 
 
-def _facts(scanned: ScanManifest, files: DataFiles, path: Path, seconds: float) -> list[Fact]:
+def _facts(scanned: ScanManifest, files: DataFiles, copies: list[np.ndarray], path: Path, seconds: float) -> list[Fact]:
     good, count = scanned.sizes.min(axis=1) > 0, len(scanned.paths)
     splits = f"{files.train_name} {len(files.train.paths):,}"
     if files.test is not None:
@@ -105,20 +112,19 @@ def _facts(scanned: ScanManifest, files: DataFiles, path: Path, seconds: float) 
         Fact("images", f"{_count(count, 'file')}, {_format_bytes(size_bytes)}", splits),
         Fact("bad", f"{len(scanned.bad):,}", f"{len(scanned.bad) / count:.2%}" if scanned.bad else ""),
     ]
-    skipped = files.train.skipped + (files.test.skipped if files.test is not None else 0)
-    if skipped:
-        facts.append(Fact("passed over", _count(skipped, "file"), "not named like an image"))
+    facts[1:1] = choice_facts(files.choices, len(files.train.class_names()))
+    if files.choices.evaluation:
+        facts.append(Fact("test split", files.test_name or "none", files.choices.evaluation))
     if good.any():
         facts.append(Fact("size", *_describe_sizes(scanned.sizes[good])))
         kinds = Counter(scanned.kinds[good].tolist()).most_common()
         facts.append(Fact("formats", ", ".join(f"{scanned.kind_names[kind]} {number:,}" for kind, number in kinds)))
     if scanned.histogram.any():
         mean, std = mean_and_std(scanned.histogram)
-        facts.append(
-            Fact("mean", " ".join(f"{value:.4f}" for value in mean), "red, green, blue of the training images")
-        )
-        facts.append(Fact("std", " ".join(f"{value:.4f}" for value in std)))
-    facts += _duplicate_facts(scanned)
+        channels = "red, green, blue" if len(mean) == 3 else "grey" if len(mean) == 1 else f"the {len(mean)} bands"
+        facts.append(Fact("mean", " ".join(f"{value:.4f}" for value in mean), f"{channels} of the training images"))
+        facts.append(Fact("std", " ".join(f"{value:.4f}" for value in std), "both used by --normalization scan"))
+    facts += _duplicate_facts(scanned, copies)
     facts.append(
         Fact("time", duration(seconds) if seconds >= 10 else f"{seconds:.1f} s", f"{count / seconds:,.0f} images/s")
     )
@@ -136,8 +142,7 @@ def _describe_sizes(sizes: np.ndarray) -> tuple[str, str]:
     return text, f"width×height, median {median[1]}×{median[0]}, {megapixels:,.0f} megapixels in total"
 
 
-def _duplicate_facts(scanned: ScanManifest) -> list[Fact]:
-    groups = duplicates(scanned)
+def _duplicate_facts(scanned: ScanManifest, groups: list[np.ndarray]) -> list[Fact]:
     if not groups:
         return [Fact("duplicates", "none", "byte for byte")]
     copies = sum(len(group) - 1 for group in groups)
@@ -151,9 +156,17 @@ def _duplicate_facts(scanned: ScanManifest) -> list[Fact]:
 
 
 def _bad_lines(scanned: ScanManifest) -> list[str]:
-    lines = [reason for _, reason in scanned.bad[:MAX_BAD_SHOWN]]
-    if len(scanned.bad) > MAX_BAD_SHOWN:
-        lines.append(f"... and {len(scanned.bad) - MAX_BAD_SHOWN:,} more bad files")
+    other_bands = dict(scanned.bands)
+    bad = [reason for row, reason in scanned.bad if row not in other_bands]
+    lines = bad[:MAX_BAD_SHOWN]
+    if len(bad) > MAX_BAD_SHOWN:
+        lines.append(f"... and {len(bad) - MAX_BAD_SHOWN:,} more bad files")
+    for bands, count in Counter(other_bands.values()).most_common():
+        first = next(row for row, found in scanned.bands if found == bands)
+        lines.append(
+            f"{_count(count, 'image')} of {_count(bands, 'band')}, where --channels is {scanned.decoding.channels}: "
+            f"give --channels {bands} ({'e.g. ' * (count > 1)}{printable(os.path.basename(scanned.paths[first]))})"
+        )
     return lines
 
 

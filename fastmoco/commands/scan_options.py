@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from fastmoco.config.arguments import parse
-from fastmoco.config.checks import check_types, require
+from fastmoco.config.checks import require
+from fastmoco.config.data import ImagesConfig
+from fastmoco.errors import ConfigError
 
 DESCRIPTION = (
     "Decode every image once: sizes, formats, mean and std, duplicates, and the reason why each bad file is bad. "
@@ -18,28 +20,26 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanOptions:
-    """Data set to scan, and output file."""
+class ScanOptions(ImagesConfig):
+    """Data sets to scan, and output file."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images, text file of paths, or imagenette."""
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folders of images, list files, or imagenette."""
     workers: int | None = None
     """Worker processes that decode, 0 for the main process (None: one per core if there are many files)."""
-    bad_images: Literal["error", "quarantine"] = "error"
-    """Bad images are an error (exit code 3), or will be skipped by training with the same flag."""
     out: str | None = None
-    """Output file (.npz) instead of the default one; training will not use it."""
-    data_root: str = "~/.cache/fastmoco"
-    """Folder for downloaded data sets and caches."""
+    """Output file (.npz); training does not use it (None: beside the images, which training does use)."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(self, "data", lambda v: v != "" and "\0" not in v, "a folder, a text file of paths or imagenette")
+        super().__post_init__()
+        if not self.data:
+            raise ConfigError("DATA is missing: expected a folder of images, a list file or imagenette")
+        if self.out is not None and len(self.data) > 1:
+            raise ConfigError(f"--out names one file, and {len(self.data)} data sets are scanned: leave it out")
         require(self, "workers", lambda v: v >= 0, "0 or more")
         require(self, "out", lambda v: v.endswith(".npz") and "\0" not in v, "the name of an .npz file")
 
 
 def parse_scan(argv: list[str]) -> ScanOptions:
     """Parse the arguments of `fastmoco scan`. Raises ConfigError; exits for --help."""
-    flags = ["--" + name.replace("_", "-") for name in ScanOptions.__dataclass_fields__ if name != "data"]
-    return parse(ScanOptions, argv, command="scan", description=DESCRIPTION, flags=flags)
+    return parse(ScanOptions, argv, command="scan", description=DESCRIPTION)

@@ -8,20 +8,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastmoco.config import RunConfig
+from fastmoco.config.arguments import read, written
 from fastmoco.config.checks import flag
-from fastmoco.errors import CheckpointError, ConfigError, cannot_write
-from fastmoco.recipes import PUBLISHED, check_data, entry
+from fastmoco.config.fields import options_of
+from fastmoco.config.flags import HELP, Argument, flags_of
+from fastmoco.config.help import flags_help
+from fastmoco.errors import CheckpointError, ConfigError, Preempted, cannot_write
+from fastmoco.output import announce
+from fastmoco.recipes import PUBLISHED, check_data, entry, recipe_and_data
 from fastmoco.sweep.runs import Axis, Cell, paper_percent, plan, run_sweep, write_json
 
-HELP = """usage: fastmoco sweep [RECIPE] --vary FLAG=VALUE,VALUE [--vary ...] [--out FOLDER] [--overwrite] [FLAGS]
+USAGE = """usage: fastmoco sweep [RECIPE] [DATA] --vary FLAG=VALUE,VALUE [FLAGS]
 
-Trains RECIPE once for each value of a flag of `fastmoco train`; several --vary make a grid. FLAGS are those of
-`fastmoco train` and apply to all runs. The same command again resumes the sweep: finished runs are skipped, an
-interrupted run is resumed. Without --vary, an ablation recipe (see fastmoco recipes) varies its own setting.
+Train RECIPE once for each value of a flag of `fastmoco train`; several --vary
+make a grid. FLAGS are those of `fastmoco train` and apply to all runs. The same
+command again resumes the sweep: finished runs are skipped, an interrupted run
+is resumed. Without --vary, an ablation recipe (see fastmoco recipes) varies its
+own setting.
 
-  --vary moco-m=0,0.9,0.99   values; true or false for a switch, + between the numbers of one value (head=100+50,512)
-  --out FOLDER               folder for the runs, sweep.json and sweep.png (default: runs/sweep-RECIPE-FLAG)
-  --overwrite                train all runs again"""
+  fastmoco sweep shapes --vary moco-m=0,0.9,0.99
+  fastmoco sweep ~/photos --vary mlp=true,false --vary moco-t=0.07,0.2
+
+  --vary FLAG=VALUE,VALUE Values; true or false for a switch, + between the
+                          numbers of one value (head=100+50,512)
+  --out FOLDER            Folder of the runs, sweep.json and sweep.png
+                          [runs/sweep-RECIPE-FLAG]
+  --overwrite             Train all runs again
+
+All flags: fastmoco sweep --help-all, or fastmoco train --help"""
 
 
 def sweep_command(argv: list[str], parse_train: Callable[[list[str]], RunConfig]) -> None:
@@ -29,29 +43,36 @@ def sweep_command(argv: list[str], parse_train: Callable[[list[str]], RunConfig]
 
     Raises ConfigError, and any error of a run except divergence; the same command then resumes the sweep.
     """
-    if "-h" in argv or "--help" in argv:
-        print(HELP)
+    if requested := {*HELP} & {*argv}:
+        print(USAGE)
+        if HELP[-1] in requested:
+            print("\n" + flags_help(options_of(RunConfig), everything=True))
         return
-    arguments, recipe = list(argv), "shapes"
-    if arguments and not arguments[0].startswith("-"):
-        recipe = arguments.pop(0)
-    default_vary = entry(recipe).vary
-    vary, out, overwrite, flags = _split(arguments)
+    words, vary, out, overwrite, flags = _split(read(argv, flags_of(RunConfig).and_value("--vary"), "sweep"))
+    name, data = recipe_and_data(words)
+    if not data:
+        words = [name := name or "shapes"]
+    default_vary = "" if name is None else entry(name).vary
+    recipe = name or Path(data[0]).name
     axes = [Axis.parse(text) for text in vary or ([default_vary] if default_vary else [])]
     if not axes:
         raise ConfigError(f"nothing to vary: give --vary, such as fastmoco sweep {recipe} --vary moco-m=0,0.9,0.99")
     if len({axis.field for axis in axes}) < len(axes):
         raise ConfigError("--vary names a setting twice: give all its values at once, such as moco-m=0,0.9,0.99")
     folder = Path(out or Path("runs") / "-".join(["sweep", recipe, *(axis.field.replace("_", "-") for axis in axes)]))
-    cells = plan(axes, lambda cell_flags: parse_train([recipe, *flags, *cell_flags]), folder)
-    check_data(recipe, cells[0].config)
+    cells = plan(axes, lambda cell_flags: parse_train([*words, *flags, *cell_flags]), folder)
+    if name is not None:
+        check_data(name, cells[0].config)
+    announce(f"{len(cells)} runs on {', '.join(cells[0].config.data.data)}", is_log=True)
     _train(cells, axes, recipe, shlex.join(["fastmoco", "sweep", *argv]), folder, overwrite)
 
 
 def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, folder: Path, overwrite: bool) -> None:
-    from fastmoco.console import make_console, say, shown_path  # imports torch, which takes seconds
+    from rich.text import Text
+
+    from fastmoco.console import Fact, make_console, say, show_result, shown_path  # imports torch, which takes seconds
     from fastmoco.sweep.plot import draw_sweep
-    from fastmoco.train import train
+    from fastmoco.trainer import train
 
     console = make_console(is_log=True)
     number = {cell.name: i for i, cell in enumerate(cells, start=1)}
@@ -62,46 +83,52 @@ def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, f
     def report() -> None:
         """Print and write the results so far. Raises ConfigError or CheckpointError if they cannot be written."""
         if folder.is_dir() and any(cell.outcome != "not run" for cell in cells):
-            print(table(cells, axes))
             try:
                 write_json(folder / "sweep.json", recipe, command, cells)
                 draw_sweep(cells, axes, folder / "sweep.png")
             except OSError as error:
                 raise cannot_write(Path(error.filename or folder), error) from error
+            finally:
+                console.print(Text(table(cells, axes)), soft_wrap=True)
 
     try:
         run_sweep(cells, lambda config: train(config, console), on_start, redo=overwrite)
-    except BaseException:
+    except BaseException as ended:
         try:
             report()
         except (ConfigError, CheckpointError) as error:  # must not hide the error of the run
             say(console, str(error), "yellow")
+        if isinstance(ended, Preempted):
+            raise Preempted(f"{str(ended).partition(': ')[0]}: resume with: {command}") from ended
         raise
     report()
-    print("written " + ", ".join(shown_path(folder / name) for name in ("sweep.json", "sweep.png")))
+    files = ", ".join(shown_path(folder / name) for name in ("sweep.json", "sweep.png"))
+    show_result(
+        console,
+        "done",
+        [Fact("written", files)],
+        folder=str(folder),
+        runs=[{"name": cell.name, "outcome": cell.outcome, **cell.values, **cell.results} for cell in cells],
+    )
 
 
-def _split(arguments: list[str]) -> tuple[list[str], str | None, bool, list[str]]:
-    """Values of --vary, value of --out, whether --overwrite is given, and the remaining flags, for all runs."""
-    vary, out, overwrite, flags = [], None, False, []
-    while arguments:
-        name, equals, value = (argument := arguments.pop(0)).partition("=")
-        if name in ("--vary", "--out"):
-            if not equals:
-                if not arguments:
-                    raise ConfigError(f"{name} needs a value")
-                value = arguments.pop(0)
-            if name == "--vary":
-                vary.append(value)
-            else:
-                out = value
-        elif name == "--overwrite":
+def _split(arguments: Sequence[Argument]) -> tuple[list[str], list[str], str | None, bool, list[str]]:
+    """Words without a flag, values of --vary, value of --out, whether --overwrite is given, and flags for all runs."""
+    words, vary, out, overwrite, flags = [], [], None, False, []
+    for argument in arguments:
+        if not argument.flag:
+            words += argument.values
+        elif argument.flag == "--vary":
+            vary += argument.values
+        elif argument.flag == "--out":
+            out = argument.values[0]
+        elif argument.flag == "--overwrite":
             overwrite = True
-        elif name == "--resume":
+        elif argument.flag == "--resume":
             raise ConfigError("fastmoco sweep resumes by itself: remove --resume, and use the same --out")
         else:
             flags.append(argument)
-    return vary, out, overwrite, flags
+    return words, vary, out, overwrite, written(flags)
 
 
 def table(cells: Sequence[Cell], axes: Sequence[Axis]) -> str:

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from fastmoco.commands.views_options import ViewsOptions
 from fastmoco.config import RunConfig
-from fastmoco.console import Fact, make_console, show_facts
+from fastmoco.config.augment import augmentation_of, describe
+from fastmoco.console import Fact, make_console, show_result
 from fastmoco.device import pick_device
 from fastmoco.errors import cannot_write
-from fastmoco.run.outside import check_outside
+from fastmoco.run.data_facts import data_facts
+from fastmoco.run.loading import load_reported
+from fastmoco.run.outside import check_picture
 from fastmoco.run.plots import comparison_grid, views_grid
 from fastmoco.run.resolve import resolve
 from fastmoco.run.stuck_reads import ended_by_stuck_reads
-from pipelines.augment.presets import AUGMENTATIONS, Augmentation, with_scale
+from pipelines.augment.presets import Augmentation
 from pipelines.backends.select import open_pipeline, open_source
-from pipelines.data.dataset import load_dataset
 from pipelines.data.index import ImageIndex
 from pipelines.plan.planner import Planner
 from pipelines.views import BatchPlan
@@ -39,32 +41,35 @@ def views_command(options: ViewsOptions) -> None:
 
     Raises ConfigError, DataError, CheckpointError for a full disk, BackendMissingError and DeviceError.
     """
-    names = options.pipelines
+    names, console = options.pipelines, make_console()
     path = Path(os.path.abspath(os.path.expanduser(options.out)))
-    check_outside(path.parent, options.data)
-    dataset = load_dataset(options.data, data_root=options.data_root, bad_images="quarantine")
+    check_picture(path, options.data)
+    dataset = load_reported(options, console)
     device = pick_device(options.device)
     config, _ = resolve(options.config, dataset.train, device)
-    assert config.augment.aug
-    augmentation = AUGMENTATIONS[config.augment.aug]
-    if config.augment.crop_scale_min is not None:
-        augmentation = with_scale(augmentation, config.augment.crop_scale_min)
+    augmentation = augmentation_of(config.augment, config.data.channels)
     drawn = [_draw(name, dataset.train, options, config, augmentation, device) for name in names]
     facts = [
-        Fact("data", dataset.train.describe()),
-        Fact("views", f"{config.augment.crop_size} pixels, augmentation {augmentation.name}", ", ".join(names)),
+        *data_facts(dataset)[:-1],
+        Fact(
+            "views",
+            f"{config.augment.crop_size} pixels, {describe(config.augment, config.data.channels)}",
+            ", ".join(names),
+        ),
         Fact("images", f"{len(drawn[0][0])} of epoch {options.epoch}, seed {options.seed}"),
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if len(drawn) == 1:
-            views_grid(*drawn[0], augmentation.mean, augmentation.std, path, columns=COLUMNS)
+            query, key, originals = drawn[0]
+            views_grid(query, key, augmentation.mean, augmentation.std, path, COLUMNS, originals)
         else:
-            comparison_grid(names, drawn, augmentation.mean, augmentation.std, path)
-            facts += _differences(drawn, augmentation)
+            pairs = [(query, key) for query, key, _ in drawn]
+            comparison_grid(names, pairs, augmentation.mean, augmentation.std, path)
+            facts += _differences(pairs, augmentation)
     except OSError as error:
         raise cannot_write(path, error) from error
-    show_facts(make_console(), "fastmoco views", [*facts, Fact("written", str(path))])
+    show_result(console, "fastmoco views", [*facts, Fact("written", str(path))], out=str(path), images=len(drawn[0][0]))
 
 
 def _draw(
@@ -74,8 +79,8 @@ def _draw(
     config: RunConfig,
     augmentation: Augmentation,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """(B, 3, S, S) float32 query and key views of the first images of the epoch, in the same order."""
+) -> tuple[Tensor, Tensor, list[np.ndarray]]:
+    """(B, C, S, S) float32 query and key views of the first images of the epoch, and the images, in one order."""
     side = config.augment.crop_size
     assert side
     count = min(len(index), options.count or (COUNT if options.compare is None else COUNT_COMPARED))
@@ -93,7 +98,7 @@ def _draw(
     torch.manual_seed(options.seed)
     try:
         views = next(iter(pipeline.views(step, step + 1)))
-        return views.query.cpu(), views.key.cpu()
+        return views.query.cpu(), views.key.cpu(), [images.read(i) for i in views.index.tolist()]
     finally:
         pipeline.close()
 
@@ -107,7 +112,7 @@ class _SelectedPlanner(Planner):
 
 def _differences(drawn: list[tuple[Tensor, Tensor]], augmentation: Augmentation) -> list[Fact]:
     """Mean and maximum difference of pixel values from 0 to 255, before normalisation."""
-    std = torch.tensor(augmentation.std).view(3, 1, 1) * 255
+    std = torch.tensor(augmentation.std).view(-1, 1, 1) * 255
     facts = []
     for view, a, b in zip(("query", "key"), *drawn, strict=True):
         difference = (a - b).abs() * std

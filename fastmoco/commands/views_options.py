@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
 
-from fastmoco.config import RunConfig
+from fastmoco.config import AugmentConfig, ImagesConfig, RunConfig
 from fastmoco.config.arguments import parse
-from fastmoco.config.checks import check_types, require
-from fastmoco.config.choices import Aug, Pipeline
+from fastmoco.config.checks import require
+from fastmoco.config.choices import Pipeline
 from fastmoco.errors import ConfigError
 
 DESCRIPTION = (
@@ -20,11 +20,13 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsOptions:
+class ViewsOptions(ImagesConfig):
     """Views to draw."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of images, text file of paths, or a name: shapes, cifar10, ..."""
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folders of images, list files, tar archives, a .beton, or a name: shapes, cifar10, ..."""
+    bad_images: Literal["error", "quarantine"] = "quarantine"
+    """Unreadable images: stop with an error, or leave them out."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "views.png"
     """Output file (.png)."""
     seed: int = 0
@@ -35,21 +37,16 @@ class ViewsOptions:
     """Data pipeline; dataloader uses random numbers of its own."""
     compare: str | None = None
     """Two pipelines to compare instead of --pipeline, e.g. torch,resident."""
-    aug: Aug | None = None
-    """Augmentation of MoCo v1, of v2, of the authors' CIFAR demo, or of BYOL (None: from the data)."""
-    crop_size: int | None = None
-    """Side of a view in pixels (None: from the data)."""
-    crop_scale_min: float | None = None
-    """Minimum area of a random crop, as a fraction of the image (None: that of the augmentation)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     count: int | None = None
     """Number of images (None: 16, or 8 with --compare)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device."""
-    data_root: str = "~/.cache/fastmoco"
-    """Folder for downloaded data sets and caches."""
+    """Device (auto: cuda if available)."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
+        if not self.data:
+            raise ConfigError("DATA is missing: expected a folder of images, a list file or the name of a data set")
         require(self, "out", lambda v: v.lower().endswith(".png") and "\0" not in v, "the name of a .png file")
         require(self, "epoch", lambda v: 0 <= v < 2**31, "0 or more")
         require(self, "count", lambda v: 1 <= v <= 256, "1 to 256")
@@ -73,11 +70,11 @@ class ViewsOptions:
     @property
     def config(self) -> RunConfig:
         """Configuration of a run with these views."""
-        names = ("data", "data_root", "seed", "aug", "crop_size", "crop_scale_min")
-        return RunConfig().replace(**{name: getattr(self, name) for name in names})
+        names = (*ImagesConfig.__dataclass_fields__, "seed")
+        given = RunConfig().replace(**{name: getattr(self, name) for name in names})
+        return replace(given, augment=self.augment)
 
 
 def parse_views(argv: list[str]) -> ViewsOptions:
     """Parse the arguments of `fastmoco views`. Raises ConfigError; exits for --help."""
-    flags = ["--" + name.replace("_", "-") for name in ViewsOptions.__dataclass_fields__ if name != "data"]
-    return parse(ViewsOptions, argv, command="views", description=DESCRIPTION, flags=flags)
+    return parse(ViewsOptions, argv, command="views", description=DESCRIPTION)

@@ -27,11 +27,13 @@ def check_types(config: Any) -> None:
     for name, hint in group_types(type(config)).items():
         value = getattr(config, name)
         if not _matches(value, hint):
-            match = closest(value, _choices(hint)) if isinstance(value, str) else None
+            match = closest(value, choices_of(hint), cutoff=0.5) if isinstance(value, str) else None
             advice = f"; did you mean {match}?" if match else ""
             raise ConfigError(f"{flag(name)} is {shorten(value)}, expected {_describe(hint)}{advice}")
-        if isinstance(value, int) and float in _alternatives(hint):
+        if isinstance(value, int) and float in alternatives(hint):
             object.__setattr__(config, name, float(value))
+        if isinstance(value, tuple) and tuple[float, ...] in alternatives(hint):
+            object.__setattr__(config, name, tuple(float(item) for item in value))
 
 
 def require(config: Any, name: str, valid: Callable[[Any], bool], expected: str, advice: str = "") -> None:
@@ -74,21 +76,23 @@ def as_object(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _choices(hint: Any) -> list[str]:
-    return [choice for t in _alternatives(hint) if get_origin(t) is Literal for choice in get_args(t)]
+def choices_of(hint: Any) -> list[str]:
+    """The values of a `Literal`, alone or in a union, in its order; none for other types."""
+    return [choice for t in alternatives(hint) if get_origin(t) is Literal for choice in get_args(t)]
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    return any(_matches_one(value, t) for t in _alternatives(hint))
+    return any(_matches_one(value, t) for t in alternatives(hint))
 
 
 def _matches_one(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
+        return isinstance(value, str) and any(_is_choice(value, choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_matches(item, get_args(hint)[0]) for item in value)
     if isinstance(value, bool):  # a subclass of int
@@ -98,12 +102,19 @@ def _matches_one(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _is_choice(value: str, choice: str) -> bool:
+    """Whether it is a choice; `timm/NAME` is any name after that prefix."""
+    prefix = choice.removesuffix("NAME")
+    return value == choice if prefix == choice else value.startswith(prefix) and value not in (prefix, choice)
+
+
 def _describe(hint: Any) -> str:
-    if choices := _choices(hint):
+    if choices := choices_of(hint):
         return "one of " + ", ".join(choices)
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    names |= {tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of names"}
-    return " or ".join(names.get(t, "an object") for t in _alternatives(hint) if t is not types.NoneType)
+    names |= {tuple[int, ...]: "a list of whole numbers", tuple[float, ...]: "a list of finite numbers"}
+    names[tuple[str, ...]] = "a list of names"
+    return " or ".join(names.get(t, "an object") for t in alternatives(hint) if t is not types.NoneType)
 
 
 def shorten(value: Any) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS, KERNELS, OBJECTIVES, OPTIMIZERS, STEMS
+from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS, FAMILIES, KERNELS, OBJECTIVES, OPTIMIZERS, STEMS
 from pipelines.augment.presets import AUGMENTATIONS
 from pipelines.registry import BACKENDS
+
+KnnSpace = Literal["features", "output", "both"]
 
 if TYPE_CHECKING:
     Arch = Aug = ExportTo = Objective = Optimizer = Pipeline = str
     AutoKernels = AutoPipeline = AutoStem = str
 else:
-    Arch = Literal[*ARCHITECTURES]
+    Arch = Literal[*ARCHITECTURES, *(f"{prefix}NAME" for prefix in FAMILIES)]  # NAME is any name
     Aug = Literal[*AUGMENTATIONS]
     ExportTo = Literal[*EXPORT_TARGETS]
     Objective = Literal[*OBJECTIVES]

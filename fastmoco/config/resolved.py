@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastmoco.config.augment import AugmentConfig
 from fastmoco.config.choices import Arch, Aug
-from fastmoco.config.run_config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from fastmoco.config.data import DataConfig
+from fastmoco.config.model import ModelConfig
+from fastmoco.config.optim import OptimConfig
+from fastmoco.config.run_config import RunConfig
 from fastmoco.config.run_options import RunOptions
 
 
@@ -49,8 +53,9 @@ class ResolvedRun(RunOptions):
 class ResolvedConfig(RunConfig):
     """The result of `run.resolve.resolve`: fields whose default depends on the data are no longer None.
 
-    In the remaining optional fields None has a meaning: no limit, no step schedule, a linear head, the default folder,
-    one process. A None in any other field raises ConfigError.
+    In the remaining optional fields None has a meaning: no limit, no step schedule, a linear head, random weights, the
+    default folder, one process, the preset's own value of the augmentation. A None in any other field raises
+    ConfigError.
     """
 
     data: ResolvedData

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from fastmoco.config.checks import check_types, require
-from fastmoco.config.choices import AutoKernels
+from fastmoco.config.choices import AutoKernels, KnnSpace
 from fastmoco.errors import ConfigError
 
 
@@ -17,23 +19,28 @@ class RunOptions:
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentations."""
     out: str | None = None
-    """Run directory, not in that of the images (None: runs/NAME)."""
+    """Folder of the run, not in that of the images (None: runs/NAME)."""
     overwrite: bool = False
-    """Delete an existing run in that directory; refused if it has anything else in it."""
+    """Delete an existing run in --out; refused if it has anything else in it."""
     resume: bool = False
-    """Resume from the newest checkpoint in that directory."""
+    """Go on from the newest checkpoint of a run, --resume RUN, or of --out."""
+    resume_from: str | None = None
+    """Go on from a run or checkpoint in a new run; its settings are the defaults. Ignored with --resume."""
     allow_changed: tuple[str, ...] = ()
-    """With --resume: settings that may differ from those of the checkpoint, such as epochs."""
+    """With --resume: settings that may change although the weights depend on them, such as batch-size."""
     allow_changed_data: bool = False
     """With --resume: go on although the images are not those that the checkpoint was trained on."""
     deterministic: bool = False
-    """Use deterministic algorithms: repeated runs give bit-identical weights, at some cost in speed."""
+    """Deterministic algorithms: repeated runs give bit-identical weights, at some cost in speed."""
     amp: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast precision of the encoders (auto: bf16 if the hardware supports it, else fp16, or fp32 on a CPU)."""
+    """Autocast precision of the encoders (auto: bf16 if the hardware has it; else fp16, or fp32 on a CPU)."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """torch.compile mode of the encoders (auto: default on a GPU with --kernels torch, else off)."""
+    """torch.compile mode of the encoders (auto: default in long runs on one GPU, else off)."""
     kernels: AutoKernels = "auto"
-    """Kernels of batch norm, loss and update (auto: triton on a GPU); compiled encoders use torch's batch norm."""
+    """Kernels of batch norm, loss and update (auto: triton on a GPU).
+
+    triton-fused: the 1×1 convolutions of bottleneck blocks, too, in the same kernels as their batch norms; from compute
+    capability 8.0 on, and not in compiled encoders. With auto, --tune tries it where the backbone has such blocks."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Capture the training step as a CUDA graph and replay it (auto: on a GPU)."""
     stem_format: Literal["auto", "channels-last", "contiguous"] = "auto"
@@ -49,7 +56,7 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on (auto: cuda if available)."""
     cpu_threads: int | None = None
-    """Compute threads on a CPU (None: tuned for speed during training; all cores with --deterministic)."""
+    """Compute threads on a CPU (None: tuned during training; all cores with --deterministic)."""
     log_every: int = 50
     """Steps between log entries."""
     checkpoint_every: int | None = None
@@ -62,17 +69,26 @@ class RunOptions:
     """Number of neighbours in the kNN evaluation."""
     knn_t: float = 0.1
     """Temperature of the weighted votes in the kNN evaluation."""
+    knn_on: KnnSpace = "both"
+    """Where the kNN evaluation finds neighbours: backbone features, the encoder's output (CIFAR demo), or both."""
     allow_large_queue: bool = False
     """Allow a queue larger than the data set, which then has several keys of the same image."""
     max_skipped_steps: int = 50
-    """Consecutive steps with a non-finite loss or gradient after which the run stops with exit code 5."""
+    """Stop with exit code 5 if more than half of so many consecutive steps have a non-finite loss or gradient."""
     tensorboard: bool = True
     """Write TensorBoard event files to tb/."""
+    wandb: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also send metrics to Weights & Biases (uv sync --inexact --extra wandb); WANDB_PROJECT, WANDB_MODE=offline, ...
+    apply."""
+    mlflow: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also send metrics to MLflow (uv sync --inexact --extra mlflow); MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME
+    apply."""
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
         require(self, "out", lambda v: v != "" and "\0" not in v, "a folder")
+        require(self, "resume_from", lambda v: v != "" and "\0" not in v, "a run or a checkpoint")
         require(self, "cpu_threads", lambda v: 1 <= v <= 1024, "1 to 1024 threads")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "knn_k", "max_skipped_steps"):
             require(self, name, lambda v: v > 0, "1 or more")
@@ -92,7 +108,7 @@ class ScaleOptions:
     """Training on several devices."""
 
     gpus: int | None = None
-    """Processes to start on this machine through torchrun, one per GPU or share of the CPU (None: only this one)."""
+    """Processes on this machine, one per GPU or share of the CPU; started through torchrun (None: only this one)."""
     grad_comm: Literal["fp32", "bf16"] = "fp32"
     """Number format of the gradient all-reduce; bf16 halves the traffic."""
     dist_timeout: float = 600.0

@@ -8,8 +8,8 @@ import torch
 
 from fastmoco.device import DTYPES, pick_amp, pick_device
 from fastmoco.doctor.findings import Finding, Status, Target
-from fastmoco.doctor.nvml import gpu_state, gpus_of_driver
 from fastmoco.doctor.units import bytes_text, seconds_per_call, si
+from fastmoco.nvml import gpu_state, gpus_of_driver
 
 _SIDE = {"cuda": 8192, "cpu": 768}  # of the matrices that are multiplied
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}

@@ -88,6 +88,7 @@ CHECKS = (
     Check("device", "copies", "fastmoco.doctor.device:copies"),
     Check("kernels", "triton", "fastmoco.doctor.kernels:triton"),
     Check("kernels", "batch norm", "fastmoco.doctor.kernels:batch_norm"),
+    Check("kernels", "1×1 convolution", "fastmoco.doctor.pointwise:pointwise"),
     Check("kernels", "InfoNCE", "fastmoco.doctor.kernels:info_nce"),
     Check("kernels", "SGD and EMA", "fastmoco.doctor.kernels:update"),
     Check("kernels", "colour", "fastmoco.doctor.pixels:colour"),

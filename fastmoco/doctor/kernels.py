@@ -172,7 +172,8 @@ def info_nce_kernel(kernels: str, device: torch.device, queries: int, queue: int
 
     exact = run(plain_info_nce, *(tensor.double() for tensor in on_cpu))
     found, plain = (run(loss, *tensors) for loss in (ours, plain_info_nce))
-    errors = worst(found, plain, exact, floor=5e-6, dtype="fp32")
+    # The fused loss rounds its operands to 11 bits where torch does so in convolutions.
+    errors = worst(found, plain, exact, floor=1e-3 if kernels == "triton" else 5e-6, dtype="fp32")
     ours_s, plain_s = (
         seconds_per_call(lambda loss=loss: run(loss, *tensors), str(device)) for loss in (ours, plain_info_nce)
     )
@@ -216,8 +217,8 @@ def update_kernel(kernels: str, device: torch.device, parameters: int) -> Findin
     errors = worst(found, plain(), exact(), floor=5e-7, dtype="fp32")
     ours_s = seconds_per_call(lambda: step(lr, ema, ok), str(device))
     plain_s = seconds_per_call(plain_step, str(device))
-    # Query, key, gradient and momentum buffer are read; all four are written, the gradient with zeros.
-    return _verdict(kernels, errors, ours_s, plain_s, 8 * 4 * parameters)
+    # Query, key, gradient and momentum buffer are read, and written but for the gradient.
+    return _verdict(kernels, errors, ours_s, plain_s, 7 * 4 * parameters)
 
 
 class _OneVector(nn.Module):

@@ -22,7 +22,7 @@ from pipelines.data.beton import read_index
 from pipelines.data.beton_manifest import BetonManifest
 from pipelines.data.beton_writer import BetonWriter
 from pipelines.data.index import ImageIndex
-from pipelines.errors import BackendMissingError
+from pipelines.errors import BackendMissingError, how_to_install
 from pipelines.views import BatchPlan, Crops
 
 # Limits for all pipelines (docs/pipelines.md): decoders and resize filters differ a little.
@@ -31,10 +31,10 @@ _MEASURED_S = 1.0
 _MAX_BATCHES = 200
 _WORKERS = 2  # rates here are rough: more would take longer to start than to measure
 
-DALI_BRINGS = "decodes JPEGs on the GPU (on a CPU, 2 to 6 times a DataLoader): pip install 'fastmoco[dali]'"
+DALI_BRINGS = f"decodes JPEGs on the GPU (on a CPU, 2 to 6 times a DataLoader): {how_to_install('dali')}"
 FFCV_BRINGS = (
     "one decode and all crops in compiled code, half the CPU time of --pipeline torch: apt-get install pkg-config "
-    "libopencv-dev libturbojpeg0-dev, then pip install 'fastmoco[ffcv]'"
+    f"libopencv-dev libturbojpeg0-dev, then {how_to_install('ffcv')}"
 )
 
 

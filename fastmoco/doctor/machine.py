@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.doctor.findings import Finding, Status, Target
-from fastmoco.doctor.nvml import driver_version
 from fastmoco.doctor.units import bytes_text
+from fastmoco.nvml import driver_version
 from fastmoco.run.environment import git_commit
 from pipelines import host_memory
-from pipelines.platforms import usable_cpus
+from pipelines.cgroups import cpu_quota
+from pipelines.platforms import affine_cpus, processor_name, usable_cpus
 
 _PACKAGES = {
     "fastmoco": ("fastmoco",),
@@ -59,25 +61,21 @@ def software(target: Target) -> Finding:
 
 def processor(target: Target) -> Finding:
     """Cores that this process may use, and the instructions that matter."""
-    model, flags = _cpu_info()
-    affinity, quota = usable_cpus(), cpu_quota()
-    usable = affinity if quota is None else max(1, min(affinity, int(quota)))
+    model, flags = processor_name(), _cpu_flags()
+    affinity, usable, quota = affine_cpus(), usable_cpus(), cpu_quota()
     simd = [name for name in _SIMD if name in flags]
     text = f"{model}: {usable} of {os.cpu_count()} cores, {' '.join(simd) or platform.machine()}"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows
     advice = ""
     if load > usable:
         advice = f"other programs use it (load {load:.1f}): the rates below are too low, and training would be slower"
-    if quota is not None and quota < affinity:
-        advice = (
-            f"the container's quota is {quota:g} cores, and torch counts {affinity}: set OMP_NUM_THREADS={usable} and "
-            f"--workers {usable}"
-        )
+    if quota < affinity:
+        advice = f"the container's quota is {quota:g} of {affinity} cores: train, eval and the rates below use {usable}"
     figures: dict[str, Any] = {
         "model": model,
         "cores": os.cpu_count(),
         "affinity_cores": affinity,
-        "quota_cores": quota,
+        "quota_cores": None if math.isinf(quota) else quota,
         "usable_cores": usable,
         "simd": simd,
         "load": load,
@@ -85,40 +83,13 @@ def processor(target: Target) -> Finding:
     return Finding(text=text, figures=figures, advice=advice)
 
 
-def _cpu_info() -> tuple[str, set[str]]:
-    """Model name and flags, from /proc/cpuinfo."""
+def _cpu_flags() -> set[str]:
+    """Flags of the processor, from /proc/cpuinfo."""
     text = ""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    return (model[1] if model else platform.machine()), set(flags[1].split() if flags else ())
-
-
-def cpu_quota() -> float | None:
-    """Cores that the control group grants, or None without a limit."""
-    with suppress(OSError, ValueError):  # version 2
-        quota, period = (_cgroup("") / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    with suppress(OSError, ValueError):  # version 1
-        folder = _cgroup("cpu")
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if quota < 0 else quota / int((folder / "cpu.cfs_period_us").read_text())
-    return None
-
-
-def _cgroup(controller: str) -> Path:
-    """Folder of this process's control group: of version 2 for "", of version 1 for the name of a controller.
-
-    In a container the path is often that of the host, and the group itself is mounted at the root.
-    """
-    root = Path("/sys/fs/cgroup") / controller
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controller in controllers.split(",") and (folder := root / path.lstrip("/")).is_dir():
-                return folder
-    return root
+    return set(flags[1].split() if flags else ())
 
 
 def memory(target: Target) -> Finding:

@@ -31,7 +31,7 @@ _STEPS = 3
 _LOSS_ERROR = 0.05  # of the loss: bfloat16 gives 1e-3
 _COMPILED_ERROR = 1e-5
 GRAPH_BRINGS = "the whole step in one launch, which matters most for small images"
-COMPILE_BRINGS = "fused operations without Triton's kernels, for --compile default"
+COMPILE_BRINGS = "fewer launches around the batch norm kernels, for --compile default"
 
 
 def small_step(device: torch.device, amp: str) -> TrainStep:

@@ -27,7 +27,7 @@ from pipelines.data.index import ImageIndex
 from pipelines.data.manifest import file_stats
 from pipelines.files import replacing
 
-FORMAT = 1  # increment when the same backbone, images and preprocessing give different features
+FORMAT = 3  # increment when the same backbone, images and preprocessing give different features
 MAX_BYTES = 32 * 2**30
 _MAX_SHARE_OF_FREE = 0.5  # of the free disk space, for one entry
 _ROWS = 65_536  # read at a time
@@ -39,8 +39,8 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def images_hash(index: ImageIndex) -> str:
-    """SHA-256 that changes with any image: files by path, size and modification time, arrays by content."""
-    digest = hashlib.sha256(fingerprint(index).encode())
+    """SHA-256 that changes with any image (files by path, size and modification time) and with how they are decoded."""
+    digest = hashlib.sha256(f"{fingerprint(index)} {index.decoding}".encode())
     if index.paths is not None:
         digest.update(file_stats(index.paths).tobytes())
         for path in index.paths:

@@ -5,6 +5,7 @@ N images · D features
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
+from fastmoco.run.verdict import MOMENTUM_REMEDY, UNRELATED_VIEWS, Verdict
 
 State = Literal["collapsed", "few directions", "narrow", "views unrelated", "spread out"]
 
@@ -26,6 +28,14 @@ NARROW_DISTANCE = 0.3
 # 0: all views of an image are equal; 1: two views of an image are no closer than views of two images. Halfway, features
 # vary as much with the augmentation as with the image; near 1 they contain almost nothing of the image.
 UNRELATED_SEPARATION = 0.9
+
+_REMEDIES: dict[State, tuple[str, str]] = {
+    "collapsed": ("collapsed", f"train again with {MOMENTUM_REMEDY}"),
+    "few directions": ("collapsed", f"train again with {MOMENTUM_REMEDY}"),
+    "narrow": ("not yet", "train for more --epochs, or with a higher --lr"),
+    "views unrelated": ("not yet", "train for more --epochs, or weaken the augmentation (look at views.png)"),
+    "spread out": ("learning", "the features can be used; more --epochs may still improve them"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,14 @@ class LabelFree:
     separation: float
     state: State
     verdict: str
+
+    @property
+    def learning(self) -> Verdict:
+        """The diagnosis in the words of a verdict during training, with the reason and the remedy."""
+        related = self.state != "spread out" or self.separation <= UNRELATED_VIEWS
+        word, remedy = _REMEDIES[self.state if related else "views unrelated"]
+        reason = re.sub("^(not )?collapsed(, but|:) ", "", self.verdict)
+        return Verdict(word, f"{reason}: {remedy}")
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

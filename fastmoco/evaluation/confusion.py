@@ -5,18 +5,15 @@ M images · C classes
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from pipelines.files import write_atomically
+from pipelines.files import write_csv
 
 _CHUNK_BYTES = 256 * 2**20  # for the scores of a chunk of images, of which four temporary copies are made
 
@@ -53,6 +50,8 @@ def measure(scores: Tensor, labels: Tensor) -> Accuracy:
     (scikit-learn's top_k_accuracy_score rejects such scores, and gives ties to the highest class.) Raises ValueError on
     other shapes and without images.
     """
+    from sklearn.metrics import confusion_matrix  # slow to import: seconds
+
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
         raise ValueError(f"expected scores (M, C) and labels (M,), got {tuple(scores.shape)}, {tuple(labels.shape)}")
     chunk = max(1, _CHUNK_BYTES // (scores.shape[1] * scores.element_size()))
@@ -72,10 +71,7 @@ def _ranks(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(true[:, 0] == -math.inf, scores.shape[1], rank), known.argmax(1)
 
 
-def write_csv(accuracy: Accuracy, names: tuple[str, ...], path: Path) -> None:
+def write_confusion(accuracy: Accuracy, names: tuple[str, ...], path: Path) -> None:
     """Write the confusion matrix as CSV with class names, one row per true class. Raises OSError."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true class / predicted", *names])
-    writer.writerows([name, *row] for name, row in zip(names, accuracy.confusion.tolist(), strict=True))
-    write_atomically(path, text.getvalue(), shared=True)
+    rows = ([name, *row] for name, row in zip(names, accuracy.confusion.tolist(), strict=True))
+    write_csv(path, ["true class / predicted", *names], rows, shared=True)

@@ -16,19 +16,21 @@ from typing import TypeVar
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastmoco.backbones.projection import projection_head
+from fastmoco.backbones.read import LoadedBackbone
 from fastmoco.console import say
 from fastmoco.device import DTYPES, describe
 from fastmoco.errors import CheckpointError, DeviceError
 from fastmoco.evaluation import cache as feature_cache
-from fastmoco.evaluation.budget import is_out_of_memory, release_cached_memory
+from fastmoco.evaluation.budget import budget_bytes, is_out_of_memory, release_cached_memory
+from fastmoco.evaluation.extraction_options import ExtractionOptions
 from fastmoco.evaluation.features import BATCH, TunedSource, extract
 from fastmoco.evaluation.labelled_views import LabelledViews, ViewKind
-from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.splits import Subset
-from fastmoco.export.read import LoadedBackbone
+from fastmoco.progress import Counted
+from fastmoco.run.png import shown_bands
 from fastmoco.run.thread_count import with_fastest_threads
 from pipelines.augment.presets import CIFAR, V2
 from pipelines.backends.select import choose, default_workers, open_pipeline, open_source
@@ -49,11 +51,15 @@ T = TypeVar("T")
 class Extractor:
     """A backbone on a device with its preprocessing and its feature cache."""
 
-    def __init__(self, backbone: LoadedBackbone, options: EvalOptions, device: torch.device, console: Console) -> None:
+    def __init__(
+        self, backbone: LoadedBackbone, options: ExtractionOptions, device: torch.device, console: Console
+    ) -> None:
         self.backbone, self.options, self.device, self.console = backbone, options, device, console
         self.module = backbone.module.to(device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stubs lack it
         self.module.requires_grad_(False).eval()
+        self.projection = projection_head(backbone.head, backbone.feature_dim)
+        """The head of the encoder, on the CPU; None for a backbone without one."""
         self._cache = None
         if options.feature_cache:
             self._cache = feature_cache.FeatureCache(Path(options.data_root).expanduser() / "features")
@@ -79,10 +85,31 @@ class Extractor:
         features = self._features_of[id(index)]
         return features if len(subset) == len(index) else features[torch.from_numpy(subset.positions).to(self.device)]
 
+    def fill(self, index: ImageIndex, out: Tensor) -> None:
+        """Write the features of all images of an index to `out`, (N, D) float32 in host memory or a mapped file.
+
+        Those that fit on the device come from the cache if they are there; others are extracted batch by batch. Raises
+        as `features`.
+        """
+        if 2 * out.numel() * out.element_size() <= budget_bytes(self.device):
+            out.copy_(self.features(Subset.all_of(index)))
+            return
+        began = time.monotonic()
+        self._extract(self.embed, index, np.arange(len(index)), self._one_pass_pipeline(index), out)
+        self._check_finite(out)
+        self._say_extracted(index, began)
+
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → features (B, D) float32, computed with --amp."""
+        """(B, C, S, S) → features (B, D) float32, computed with --amp."""
         return self.autocast(self.module, images).float()
+
+    @torch.no_grad()
+    def project(self, features: Tensor) -> Tensor:
+        """Features (N, D) → the encoder's output (N, C) float32."""
+        assert self.projection is not None
+        head = self.projection.to(features.device)
+        return torch.cat([head(rows) for rows in features.split(_CHECKED_ROWS)])
 
     def autocast(self, function: Function, images: Tensor) -> Tensor:
         """`function(images)` under autocast to the dtype of --amp."""
@@ -112,7 +139,7 @@ class Extractor:
 
     @contextmanager
     def labelled_views(
-        self, subset: Subset, kind: ViewKind, batch_size: int, drop_last: bool
+        self, subset: Subset, kind: ViewKind, batch_size: int, seed: int, drop_last: bool
     ) -> Iterator[LabelledViews]:
         """New views of every image in each epoch; decoded images stay in memory if they fit."""
         b, (pipeline, _) = self.backbone, choose(self.options.pipeline, subset.index, self.device)
@@ -128,18 +155,19 @@ class Extractor:
                 std=b.std,
                 kind=kind,
                 batch_size=batch_size,
-                seed=self.options.seed,
+                seed=seed,
                 drop_last=drop_last,
             )
         finally:
             source.close()
 
     def pixels(self, index: ImageIndex, positions: np.ndarray) -> Tensor:
-        """Centre crops (len(positions), S, S, 3) uint8 on the CPU, for pictures."""
-        cpu, zero, one = torch.device("cpu"), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+        """Centre crops (len(positions), S, S, 3) uint8 on the CPU, for pictures: see `shown_bands`."""
+        channels = self.backbone.channels
+        cpu, zero, one = torch.device("cpu"), (0.0,) * channels, (1 / 255,) * channels
         source = open_source("torch", index, self.backbone.side, cpu, 0)
         views = extract(lambda images: images, source, index, positions, self.backbone.side, zero, one)
-        return views.permute(0, 2, 3, 1).round().to(torch.uint8)
+        return shown_bands(views).permute(0, 2, 3, 1).round().to(torch.uint8)
 
     def _load_or_extract(self, index: ImageIndex) -> Tensor:
         began, pipeline, b = time.monotonic(), self._one_pass_pipeline(index), self.backbone
@@ -153,23 +181,31 @@ class Extractor:
                 say(self.console, f"features of {index.name}: {len(index):,} images, from the cache")
                 return cached
         features = self._extract(self.embed, index, np.arange(len(index)), pipeline)
-        if not all(part.isfinite().all() for part in features.split(_CHECKED_ROWS)):
-            raise CheckpointError(f"the features of {b.origin} are not finite: use another, or --amp fp32")
-        seconds = time.monotonic() - began
-        rate = f"{len(index) / max(seconds, 1e-9):,.0f} images/s"
-        say(self.console, f"features of {index.name}: {len(index):,} images in {seconds:.1f} s, {rate}")
+        self._check_finite(features)
+        self._say_extracted(index, began)
         warning = self._cache.store(name, features) if self._cache is not None else None
         if warning:
             say(self.console, warning, "yellow")
         return features
 
-    def _extract(self, function: Function, index: ImageIndex, positions: np.ndarray, pipeline: str) -> Tensor:
+    def _check_finite(self, features: Tensor) -> None:
+        if not all(part.isfinite().all() for part in features.split(_CHECKED_ROWS)):
+            raise CheckpointError(f"the features of {self.backbone.origin} are not finite: use another, or --amp fp32")
+
+    def _say_extracted(self, index: ImageIndex, began: float) -> None:
+        seconds = time.monotonic() - began
+        rate = f"{len(index) / max(seconds, 1e-9):,.0f} images/s"
+        say(self.console, f"features of {index.name}: {len(index):,} images in {seconds:.1f} s, {rate}")
+
+    def _extract(
+        self, function: Function, index: ImageIndex, positions: np.ndarray, pipeline: str, out: Tensor | None = None
+    ) -> Tensor:
         """Extract, in smaller batches if memory runs out. Raises DeviceError if that does not help."""
         source, batch = self._open(pipeline, index), min(BATCH, len(positions))
         try:
             while True:
                 try:
-                    return self._extract_in_batches(function, source, index, positions, batch)
+                    return self._extract_in_batches(function, source, index, positions, batch, out)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -185,21 +221,23 @@ class Extractor:
             source.close()
 
     def _extract_in_batches(
-        self, function: Function, source: CropSource, index: ImageIndex, positions: np.ndarray, batch: int
+        self,
+        function: Function,
+        source: CropSource,
+        index: ImageIndex,
+        positions: np.ndarray,
+        batch: int,
+        out: Tensor | None,
     ) -> Tensor:
-        """Extract with a progress bar on a terminal."""
         b = self.backbone
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        with bar:
-            task = bar.add_task("features", total=len(positions))
+        with Counted(self.console, f"features of {index.name}", len(positions)) as progress:
 
             def counted(images: Tensor) -> Tensor:
                 rows = function(images)
-                bar.advance(task, len(images))
+                progress.advance(len(images))
                 return rows
 
-            return extract(counted, source, index, positions, b.side, b.mean, b.std, batch)
+            return extract(counted, source, index, positions, b.side, b.mean, b.std, batch, out)
 
     def _one_pass_pipeline(self, index: ImageIndex) -> str:
         """Pipeline for a single pass. Unlike `choose`, it ignores free memory, so that the cache key is stable."""

@@ -54,12 +54,14 @@ def extract(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     batch: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Apply `function` to normalised centre crops (B, 3, S, S) of the images at positions (N,) of an index.
 
     Returns (N, D) float32 on the device of the source, for which the host does not wait. The last batch is padded by
     repeating its last image, so that a compiled function sees one shape; the padding is removed from the result. B is
-    `batch`, or min(256, N) without.
+    `batch`, or min(256, N) without. `out` (N, D) float32, if given, is filled and returned instead: a file in the
+    memory of the host, say.
     """
     batch = batch or min(BATCH, len(positions))
     padded = np.concatenate([positions, np.repeat(positions[-1:], -len(positions) % batch)])
@@ -68,8 +70,14 @@ def extract(
         images = crops.images[0]
         normalise = normalise or Normalise(mean, std, images.device)
         rows = function(normalise(images)).float()
+        if out is not None:
+            part = out[number * batch : (number + 1) * batch]
+            part.copy_(rows[: len(part)])
+            continue
         if features is None:  # allocated once: concatenating a list of batches would take twice the memory
             features = rows.new_empty((len(padded), *rows.shape[1:]))
         features[number * batch : (number + 1) * batch] = rows
+    if out is not None:
+        return out
     assert features is not None, "no images"
     return features[: len(positions)]

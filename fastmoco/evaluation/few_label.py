@@ -5,6 +5,7 @@ N images · D features · C classes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ def few_label(
     labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
-    draws: list[np.ndarray],
+    draws: Iterable[np.ndarray],
     amount: Amount,
     num_classes: int,
     c: float = C,
@@ -66,10 +67,11 @@ def few_label(
 
     features (N, D), labels (N,), queries (M, D), query_labels (M,). The optimum is unique: only the draw varies.
     """
-    each = []
+    each, drawn = [], 0
     for draw in draws:
+        drawn = len(draw)
         rows = torch.from_numpy(draw).to(features.device)
         fitted = fit_logistic(features[rows], labels[rows], num_classes, c)
         each.append(measure(fitted.scores(queries), query_labels.cpu()).top1_percent)
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-    return FewLabelAccuracy(amount.text, len(draws[0]), float(np.mean(each)), spread, tuple(each))
+    return FewLabelAccuracy(amount.text, drawn, float(np.mean(each)), spread, tuple(each))

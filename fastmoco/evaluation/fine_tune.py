@@ -6,6 +6,7 @@ B images per step · S side of a view · D features · C classes
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ def fine_tune(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Classifier:
     """Train a copy of `backbone` with SGD on mean cross-entropy; returns it in eval mode.
 
@@ -71,6 +73,7 @@ def fine_tune(
         scaler.scale(loss).backward()
         scaler.step(optimiser)
         scaler.update()
+        on_step()
     if not (loss.isfinite() & model.fc.weight.isfinite().all()).item():
         raise ConfigError(f"fine-tuning diverged with a learning rate of {sgd.lr:g}: lower --fine-tune-lr")
     return model.eval()

@@ -5,7 +5,7 @@ N images in the bank · M queries · R ranks · D length of a feature · k neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -54,13 +54,15 @@ def distributed_knn_accuracy(
     k: int,
     temperature: float,
     num_classes: int,
+    widths: Sequence[int],
     batch: int = BATCH,
-) -> float:
-    """`knn_accuracy` of a bank and queries whose features are extracted by all ranks.
+) -> list[float]:
+    """`knn_accuracy` of a bank and queries whose features are extracted by all ranks, one for each space in `widths`.
 
     extract    (0 for the bank or 1 for the queries, positions, batch size) → (n, D) float32 on the device; a rank calls
                it for its own shard only, and not at all if that is empty
     positions  of the N bank images and the M queries, the same on all ranks; labels (N,), (M,) int64 on the device
+    widths     how many of the D columns each space has, in their order
 
     Each rank keeps its shard of the bank and gathers all queries. The k nearest neighbours of each query in every shard
     are gathered, and the k nearest of those vote. Similarities, and so the neighbours, equal those of a single rank up
@@ -69,19 +71,23 @@ def distributed_knn_accuracy(
     """
     bank, queries = (_extract_shard(extract, side, positions[side], world, batch) for side in (0, 1))
     if world.size == 1:
-        return knn_accuracy(
-            bank, labels[0], queries, labels[1], k=k, temperature=temperature, num_classes=num_classes, in_place=True
-        )
+        options = {"k": k, "temperature": temperature, "num_classes": num_classes, "in_place": True}
+        spaces = zip(bank.split(widths, 1), queries.split(widths, 1), strict=True)
+        return [knn_accuracy(own, labels[0], q, labels[1], **options) for own, q in spaces]
     bank_counts, query_counts = ([len(s) for s in shard(p, world.size, batch)[0]] for p in positions)
     queries = gather_rows(queries, query_counts, world)
     bank_labels = labels[0].split(bank_counts)[world.rank]
-    bank, k = F.normalize(bank, dim=1, out=bank), min(k, len(positions[0]))
+    k = min(k, len(positions[0]))
     chunk = max(1, _CHUNK_BYTES // (4 * max(1, len(bank)) + 12 * world.size * k))
-    correct = labels[1].new_zeros(())
-    for chunk_queries, chunk_labels in zip(queries.split(chunk), labels[1].split(chunk), strict=True):
-        values, classes = _neighbours(bank, bank_labels, chunk_queries, k, world)
-        correct += (count_votes(values, classes, temperature, num_classes).argmax(1) == chunk_labels).sum()
-    return 100 * int(correct) / len(queries)
+    percents = []
+    for own, own_queries in zip(bank.split(widths, 1), queries.split(widths, 1), strict=True):
+        F.normalize(own, dim=1, out=own)
+        correct = labels[1].new_zeros(())
+        for chunk_queries, chunk_labels in zip(own_queries.split(chunk), labels[1].split(chunk), strict=True):
+            values, classes = _neighbours(own, bank_labels, chunk_queries, k, world)
+            correct += (count_votes(values, classes, temperature, num_classes).argmax(1) == chunk_labels).sum()
+        percents.append(100 * int(correct) / len(queries))
+    return percents
 
 
 def _extract_shard(

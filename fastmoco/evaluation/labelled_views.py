@@ -78,12 +78,13 @@ class LabelledViews:
         for epoch in range(epochs):
             order = self.positions[epoch_order(self.seed, epoch, len(self.positions))[:used]]
             for plan in eval_plans(self.index.sizes, order, self.batch_size, self.side):
-                boxes = plan.boxes
+                boxes, shorter = plan.boxes, plan.shorter
                 if self.kind == "resized":
+                    shorter = 0
                     sizes = self.index.sizes[plan.indices]
                     boxes = sample_boxes(self.seed, epoch, plan.indices, sizes, SCALE)[:1]
                 step = epoch * self.steps_per_epoch + plan.step
-                yield replace(plan, step=step, epoch=epoch, boxes=boxes)
+                yield replace(plan, step=step, epoch=epoch, boxes=boxes, shorter=shorter)
 
     def _padded_crop(self, crops: Tensor, plan: BatchPlan) -> Tensor:
         """Random crops (B, S, S, 3) of the zero-padded uint8 images, at an offset of their own each."""

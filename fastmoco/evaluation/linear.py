@@ -28,6 +28,11 @@ def new_classifier(feature_dim: int, num_classes: int, device: torch.device, see
     return layer.to(device)
 
 
+def inputs(features: Tensor, sgd: Sgd) -> Tensor:
+    """What the classifier sees of features (B, D): these, or with `sgd.normalize` their directions."""
+    return F.normalize(features, dim=1) if sgd.normalize else features
+
+
 def fit_linear(
     batches: Iterable[tuple[Tensor, Tensor]],
     steps_per_epoch: int,
@@ -36,22 +41,24 @@ def fit_linear(
     sgd: Sgd,
     device: torch.device,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Linear:
-    """Train a linear layer with SGD on mean cross-entropy + ½ · weight_decay · ‖W‖², in float32; biases do not decay.
+    """Train a linear layer with SGD on mean cross-entropy + ½ · weight_decay · (‖W‖² + ‖b‖²), as the authors do.
 
-    batches  (features (B, D) float32, labels (B,) int64) of all epochs, on the device
+    batches  (features (B, D) of `dtype`, labels (B,) int64) of all epochs, on the device
 
+    The layer is for `inputs(features, sgd)`.
     With full batches it converges to the optimum of scikit-learn's LogisticRegression with C = 1 / (N · weight_decay)
-    (see `tests/evaluation/test_linear.py`). Raises ConfigError if the loss stops being finite.
+    whose bias is the weight of a constant feature (see `tests/evaluation/test_linear.py`). Raises ConfigError if the
+    loss stops being finite.
     """
-    layer = new_classifier(feature_dim, num_classes, device, seed)
-    groups = [{"params": [layer.weight], "weight_decay": sgd.weight_decay}, {"params": [layer.bias]}]
-    optimiser = torch.optim.SGD(groups, lr=sgd.lr, momentum=sgd.momentum)
+    layer = new_classifier(feature_dim, num_classes, device, seed).to(dtype)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     loss = torch.zeros((), device=device)
     for step, (features, labels) in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = sgd.lr_at(step, steps_per_epoch)
-        loss = F.cross_entropy(layer(features), labels)
+        loss = F.cross_entropy(layer(inputs(features, sgd)), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -6,12 +6,11 @@ N images · M queries · D features · C classes
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fastmoco.evaluation.confusion import measure
@@ -52,6 +51,9 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
 
     features (N, D), labels (N,) int64 in [0, num_classes) of two classes or more. Raises ValueError on other labels.
     """
+    from sklearn.exceptions import ConvergenceWarning  # slow to import: seconds
+    from sklearn.linear_model import LogisticRegression
+
     x, y = features.cpu().double(), labels.cpu().numpy()
     shift = x.mean(0)
     scale = float((x - shift).square().mean().sqrt()) or 1.0
@@ -71,7 +73,7 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
     return Logistic(weight, bias, shift, scale, converged)
 
 
-def choose_c(features: Tensor, labels: Tensor, num_classes: int) -> float:
+def choose_c(features: Tensor, labels: Tensor, num_classes: int, on_fit: Callable[[], None] = lambda: None) -> float:
     """The value of `C_CANDIDATES` with the best top-1 on a held-out tenth of the images; of equals, the smallest.
 
     Uses at most 10,000 images. Returns 1 if the training images are of a single class.
@@ -83,6 +85,7 @@ def choose_c(features: Tensor, labels: Tensor, num_classes: int) -> float:
 
     def top1(c: float) -> float:
         fitted = fit_logistic(features[training], labels[training], num_classes, c)
+        on_fit()
         return measure(fitted.scores(features[validation]), labels[validation].cpu()).top1_percent
 
     return max(C_CANDIDATES, key=top1)  # the first of equals

@@ -1,4 +1,4 @@
-"""Evaluation during training: kNN accuracy with labels; alignment, uniformity and effective rank without.
+"""Evaluation during training: alignment, uniformity and effective rank; with labels also kNN accuracy.
 
 Features of the bank and the queries are held on the device. If they exceed its budget (`budget.py`), the evaluation
 uses fewer images or is left out, and says so; training goes on.
@@ -6,6 +6,8 @@ uses fewer images or is left out, and says so; training goes on.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmoco.config import ResolvedConfig
+from fastmoco.config.choices import KnnSpace
 from fastmoco.console import say
 from fastmoco.device import describe
 from fastmoco.distributed.world import World
-from fastmoco.errors import DeviceError
+from fastmoco.errors import DeviceError, DivergedError
 from fastmoco.evaluation.budget import (
     SharedOutOfMemoryError,
     gibibytes,
@@ -38,7 +41,8 @@ from pipelines.backends.select import Pipeline, open_source
 from pipelines.data.index import Dataset, ImageIndex
 from pipelines.views import CropSource
 
-PAIRS = 1024  # images whose two views are compared
+# Images whose two views are compared; with labels kNN is the finer measure, and collapse shows in a few as well.
+PAIRS, PAIRS_WITH_LABELS = 1024, 256
 # Sides of views whose pixels are compared as they are. Larger views are averaged to 32 pixels, which classify about as
 # well (Chrabaszcz et al. 2017, a downsampled variant of ImageNet), and are no larger than the features of a ResNet-50.
 MAX_PIXEL_SIDE, AVERAGED_SIDE = 64, 32
@@ -105,23 +109,28 @@ class OnlineEvaluator:
             images = images if side == self._side else F.interpolate(images, size=(side, side), mode="area")
             return images.flatten(1)
 
-        return self._knn("kNN of raw pixels", pixels, 3 * side * side)
+        accuracy = self._knn("kNN of raw pixels", pixels, (len(self._augmentation.mean) * side * side,))
+        return None if accuracy is None else accuracy[0]
 
     def evaluate(self, encoder: Encoder) -> dict[str, float]:
-        """Metrics by name: knn_top1_percent, or alignment, uniformity and effective_rank; none without the memory.
+        """Metrics by name: alignment, uniformity and effective_rank; with labels also kNN accuracies.
 
-        With a bank that is smaller than that of the data set, also knn_bank_images.
+        knn_top1_percent is of the backbone's features, knn_output_top1_percent of the encoder's output. Those that
+        memory does not suffice for are left out. With a bank that is smaller than that of the data set, also
+        knn_bank_images.
         """
         was_training = encoder.training
         encoder.eval()
         try:
             if self._subsets is None:
-                return self._without_labels(encoder)
-            accuracy = self._knn("kNN", lambda images: self._autocast(encoder.features, images), encoder.feature_dim)
-            if accuracy is None:
-                return {}
+                return self._spread(encoder)
+            function, widths = _spaces(encoder, self._config.run.knn_on)
+            percents = self._knn("kNN", lambda images: self._autocast(function, images), tuple(widths.values()))
+            if percents is None:
+                return self._spread(encoder)
             used, all_images = len(self._samples["kNN"].bank), len(self._subsets[0])
-            return {"knn_top1_percent": accuracy} | ({"knn_bank_images": used} if used < all_images else {})
+            bank = {"knn_bank_images": used} if used < all_images else {}
+            return dict(zip(widths, percents, strict=True)) | bank | self._spread(encoder)
         finally:
             encoder.train(was_training)
 
@@ -135,15 +144,16 @@ class OnlineEvaluator:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
             return function(images)
 
-    def _knn(self, name: str, function, dim: int) -> float | None:
-        """kNN accuracy of the outputs (B, dim) of a function; None if it is left out for want of memory."""
+    def _knn(self, name: str, function, widths: tuple[int, ...]) -> list[float] | None:
+        """kNN accuracy of each of the spaces that the outputs (B, sum of widths) of a function have, side by side;
+        None if it is left out for want of memory."""
         failed = False
         for _ in range(1 + RETRIES):
-            sample = self._sample(name, dim, failed)
+            sample = self._sample(name, sum(widths), failed)
             if sample is None:
                 return None
             try:
-                return self._accuracy(function, sample)
+                return self._accuracy(function, sample, widths)
             except (RuntimeError, MemoryError) as error:
                 self._raise_unless_out_of_memory(name, error)
                 failed = True
@@ -183,12 +193,12 @@ class OnlineEvaluator:
         self._samples[name] = sample
         return sample
 
-    def _accuracy(self, function, sample: _Sample) -> float:
+    def _accuracy(self, function, sample: _Sample, widths: tuple[int, ...]) -> list[float]:
         subsets, a = (sample.bank, sample.queries), self._augmentation
 
         def features(side: int, positions: np.ndarray, batch: int) -> Tensor:
             index, source = subsets[side].index, self._sources[side]
-            return extract(function, source, index, positions, self._side, a.mean, a.std, batch)
+            return _finite(extract(function, source, index, positions, self._side, a.mean, a.std, batch))
 
         return distributed_knn_accuracy(
             features,
@@ -198,6 +208,7 @@ class OnlineEvaluator:
             k=self._config.run.knn_k,
             temperature=self._config.run.knn_t,
             num_classes=len(sample.bank.index.class_names),
+            widths=widths,
             batch=sample.batch,
         )
 
@@ -211,16 +222,19 @@ class OnlineEvaluator:
                 f"or with more memory"
             ) from error
 
-    def _without_labels(self, encoder: Encoder) -> dict[str, float]:
+    def _spread(self, encoder: Encoder) -> dict[str, float]:
         """Alignment, uniformity and effective rank; none without the memory."""
+        generator = random.getstate()  # the pipeline `dataloader` draws from Python's and torch's global generators
         try:
-            return self._geometry(encoder)
+            with torch.random.fork_rng(devices=[]):
+                return self._geometry(encoder)
         except (RuntimeError, MemoryError) as error:
             self._raise_unless_out_of_memory("the evaluation", error)
         finally:
+            random.setstate(generator)
             release_cached_memory(self._device)
         reason = f"it has run out of memory on {describe(self._device)}"
-        say(self._console, f"the evaluation without labels is left out: {reason}", "yellow")
+        say(self._console, f"alignment, uniformity and effective rank are left out: {reason}", "yellow")
         return {}
 
     @torch.inference_mode()
@@ -228,13 +242,37 @@ class OnlineEvaluator:
         """Metrics of the views of the first steps, so that every evaluation sees the same pairs."""
         batch = self._pipeline.planner.batch_size
         queries, keys = [], []
-        for views in self._pipeline.views(0, max(1, PAIRS // batch)):
+        pairs = PAIRS_WITH_LABELS if self.has_labels else PAIRS
+        for views in self._pipeline.views(0, max(1, pairs // batch)):
             q, k = (self._autocast(encoder, images).float() for images in (views.query, views.key))
             queries.append(self._world.all_gather(q).wait())
             keys.append(self._world.all_gather(k).wait()[views.key_order.argsort()])
-        q, k = torch.cat(queries), torch.cat(keys)
+        q, k = _finite(torch.cat(queries)), _finite(torch.cat(keys))
         return {
             "alignment": alignment(q, k),
             "uniformity": uniformity(q),
             "effective_rank": effective_rank(q - q.mean(0)),
         }
+
+
+def _spaces(encoder: Encoder, knn_on: KnnSpace) -> tuple[Callable[[Tensor], Tensor], dict[str, int]]:
+    """A function of images (B, 3, S, S) to what neighbours are found in, and its width by the metric's name."""
+    if knn_on == "features":
+        return encoder.features, {"knn_top1_percent": encoder.feature_dim}
+    if knn_on == "output":
+        return encoder, {"knn_output_top1_percent": encoder.dim}
+
+    def both(images: Tensor) -> Tensor:
+        features = encoder.features(images)
+        return torch.cat([features.float(), encoder.head(features).float()], dim=1)
+
+    return both, {"knn_top1_percent": encoder.feature_dim, "knn_output_top1_percent": encoder.dim}
+
+
+def _finite(features: Tensor) -> Tensor:
+    """The same features (B, C). Raises DivergedError if they are not finite, as of weights that are too large."""
+    if not features.isfinite().all():
+        raise DivergedError(
+            "the features of the evaluation are not finite, though the weights are: lower --lr, or use --amp fp32"
+        )
+    return features

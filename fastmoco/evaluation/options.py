@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 import tyro
 
 from fastmoco.config.arguments import parse
-from fastmoco.config.checks import check_types, require
+from fastmoco.config.checks import require
+from fastmoco.config.choices import KnnSpace
+from fastmoco.config.flags import REPEATED
 from fastmoco.errors import ConfigError
+from fastmoco.evaluation.extraction_options import ExtractionOptions
 from fastmoco.evaluation.settings import FINE_TUNE, Amount, Schedule, Sgd
 from fastmoco.model.architectures import check_wanted
 from pipelines.suggest import closest
@@ -28,15 +31,15 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ExtractionOptions):
     """Backbone, images, probes and their hyperparameters."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """Folder of a run, or a file: checkpoint, backbone, the authors' .pth.tar or a torchvision state dict."""
-    data: str | None = None
-    """Folder of images, text file of paths, or a name such as cifar10 (None: the training data of the run)."""
+    """Folder of a run, or a file with a ResNet in it: a checkpoint of any trainer, a state dict."""
+    data: Annotated[tuple[str, ...], REPEATED] = ()
+    """Folder of images, list file, archives or name (None: the data of the run). Can be repeated."""
     probes: str | None = None
-    """Comma-separated: knn,linear,logistic,few-label,fine-tune (None: knn,linear; none for data without labels)."""
+    """Probes, of knn,linear,logistic,few-label,fine-tune (None: knn,linear; none for data without labels)."""
     labels: str | None = None
     """Label amounts of the few-label probe, e.g. 1%,10%,5-per-class (None: 1%,10%)."""
     label_seeds: int = 5
@@ -45,6 +48,8 @@ class EvalOptions:
     """k of the weighted kNN classifier (None: 200, or the size of a smaller bank)."""
     knn_t: float = 0.1
     """Temperature of the weighted kNN classifier."""
+    knn_on: KnnSpace = "both"
+    """Where kNN finds neighbours: backbone features, the encoder's output as in the CIFAR demo, or both."""
     linear_lr: float = 30.0
     """Learning rate of the linear probe."""
     linear_epochs: int = 100
@@ -52,7 +57,11 @@ class EvalOptions:
     linear_batch_size: int = 256
     """Batch size of the linear probe."""
     linear_wd: float = 0.0
-    """Weight decay of the linear probe."""
+    """Weight decay of the linear probe, of weights and biases."""
+    linear_momentum: float = 0.9
+    """SGD momentum of the linear probe."""
+    linear_normalize: bool = False
+    """Divide the features of the linear probe by their L2 norm, as lightly's tutorial does."""
     linear_schedule: Schedule = "step"
     """Learning rate schedule of the linear probe; step divides by 10 after 60 and 80 % of the epochs."""
     linear_views: Literal["center", "padded", "resized"] = "center"
@@ -65,53 +74,27 @@ class EvalOptions:
     """Epochs of fine-tuning."""
     fine_tune_batch_size: int = FINE_TUNE.batch_size
     """Batch size of fine-tuning."""
-    arch: str | None = None
-    """Expected architecture; another one is an error (None: that of the file)."""
-    stem: Literal["imagenet", "cifar"] | None = None
-    """Expected stem; another one is an error (None: that of the file)."""
-    crop_size: int | None = None
-    """Side of a view in pixels (None: that of training)."""
-    limit: int | None = None
-    """Maximum number of images of each split."""
-    bad_images: Literal["error", "quarantine"] = "error"
-    """Stop at an unreadable image, or skip it."""
     map: Method = "tsne"
     """Projection of the embedding plot feature_map.png; umap needs the package umap-learn."""
     pictures: bool = True
     """Draw nearest neighbours, the embedding plot and confusion matrices."""
-    feature_cache: bool = True
-    """Cache features below --data-root."""
     out: str | None = None
     """Output folder (None: eval/ in the folder of the run, or runs/eval-NAME for a file)."""
-    data_root: str = "~/.cache/fastmoco"
-    """Folder for downloaded data sets and caches."""
     seed: int = 0
     """Random seed of the probes: data order, initial weights, label draws."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device."""
-    amp: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the backbone (autocast)."""
-    pipeline: Literal["auto", "resident", "torch", "dali", "ffcv"] = "auto"
-    """Data pipeline that decodes and crops images."""
-    workers: int | None = None
-    """Data loading workers, threads or processes (None: from the number of cores and images)."""
-    cpu_threads: int | None = None
-    """torch threads on a CPU (None: tuned to the fastest number while running)."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("run", "data", "out"):
+        super().__post_init__()
+        for name in ("run", "out"):
             require(self, name, lambda v: v != "" and "\0" not in v, "a path or a name")
-        positive = ("knn_k", "label_seeds", "limit", "linear_epochs", "linear_batch_size", "fine_tune_epochs")
+        positive = ("knn_k", "label_seeds", "linear_epochs", "linear_batch_size", "fine_tune_epochs")
         for name in positive:
             require(self, name, lambda v: v > 0, "1 or more")
         require(self, "fine_tune_batch_size", lambda v: v >= 2, "2 or more", "batch norm needs more than one image")
         for name in ("linear_lr", "fine_tune_lr", "knn_t", "logistic_c"):
             require(self, name, lambda v: v > 0, "a number above 0")
         require(self, "linear_wd", lambda v: v >= 0, "0 or more")
-        require(self, "crop_size", lambda v: v >= 8, "8 pixels or more")
-        require(self, "workers", lambda v: v >= 0, "0 or more")
-        require(self, "cpu_threads", lambda v: 1 <= v <= 1024, "1 to 1024 threads")
+        require(self, "linear_momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1")
         require(self, "seed", lambda v: 0 <= v < 2**32, "a number from 0 to 4294967295")
         if self.labels is not None and self.probes is not None and "few-label" not in self.selected_probes:
             raise ConfigError("--labels is for the few-label probe: add few-label to --probes, or remove --labels")
@@ -142,7 +125,9 @@ class EvalOptions:
             epochs=self.linear_epochs,
             batch_size=self.linear_batch_size,
             schedule=self.linear_schedule,
+            momentum=self.linear_momentum,
             weight_decay=self.linear_wd,
+            normalize=self.linear_normalize,
         )
 
     @property
@@ -158,8 +143,7 @@ class EvalOptions:
 
 def parse_eval(argv: list[str]) -> EvalOptions:
     """Parse the arguments of `fastmoco eval`. Raises ConfigError; exits for --help."""
-    flags = ["--" + name.replace("_", "-") for name in EvalOptions.__dataclass_fields__ if name != "run"]
-    options = parse(EvalOptions, argv, command="eval", description=DESCRIPTION, flags=flags)
+    options = parse(EvalOptions, argv, command="eval", description=DESCRIPTION)
     if options.pictures:
         check_method(options.map)
     check_wanted(options.arch, options.stem, options.crop_size)

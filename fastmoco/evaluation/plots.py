@@ -24,6 +24,14 @@ def display_name(name: str, max_length: int = 22) -> str:
     return text.replace("$", r"\$")
 
 
+def shortened(text: str, length: int) -> str:
+    """A text without its middle, where names of files differ least: `n02101…er.JPEG`."""
+    if len(text) <= length:
+        return text
+    end = length // 2
+    return text[: max(0, length - end - 1)] + "…" + text[len(text) - end :] if length else ""
+
+
 def replace_unprintable(text: str) -> str:
     """Replace every character that is not printable by a question mark."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

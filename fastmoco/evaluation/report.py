@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastmoco.backbones.read import LoadedBackbone
 from fastmoco.console import Fact, say, show_facts
 from fastmoco.evaluation.collapse import LabelFree
 from fastmoco.evaluation.confusion import Accuracy
 from fastmoco.evaluation.few_label import FewLabelAccuracy
 from fastmoco.evaluation.suite import Result
+from fastmoco.output import finite
+from fastmoco.registry import ARCHITECTURES
+from fastmoco.run.verdict import verdict_line
 from pipelines.data.decode import printable
 from pipelines.files import write_atomically
 
@@ -49,11 +52,12 @@ def show_table(
         say(console, "  " + "  ".join(cells).rstrip())
 
 
-def show_results(console: Console, results: Sequence[Result]) -> None:
-    """Print the accuracy of every probe."""
+def show_results(console: Console, results: Sequence[Result], queries: int, bank: int) -> None:
+    """Print the accuracy of every probe on the queries, fitted on the bank."""
     if results:
+        title = f"accuracy of {queries:,} queries, against a bank of {bank:,} images"
         rows = [[_name(r), r.description, *_numbers(r.accuracy), f"{r.seconds:.1f} s"] for r in results]
-        show_table(console, "accuracy", ("probe", "settings", "top-1 %", "top-5 %", "time"), rows, first_number=2)
+        show_table(console, title, ("probe", "settings", "top-1 %", "top-5 %", "time"), rows, first_number=2)
 
 
 def show_classes(console: Console, results: Sequence[Result], names: Sequence[str]) -> None:
@@ -77,37 +81,77 @@ def show_label_free(console: Console, measured: LabelFree) -> None:
     """Print the measures without labels and the collapse diagnosis."""
     rank = f"{measured.effective_rank:.1f} of {measured.most_directions:,}"
     facts = [
-        Fact("alignment", f"{measured.alignment:.3f}", "squared distance between two views of an image; 0 is best"),
-        Fact("uniformity", f"{measured.uniformity:.3f}", "0: all features equal; -4: spread over the whole sphere"),
-        Fact("effective rank", rank, "directions in which the features vary"),
-        Fact("separation", f"{measured.separation:.3f}", "alignment, divided by that of views of two images"),
+        Fact(
+            "alignment",
+            f"{measured.alignment:.3f}",
+            "squared distance between two views of an image; lower is better, 0 is best",
+        ),
+        Fact(
+            "uniformity",
+            f"{measured.uniformity:.3f}",
+            "lower is better; 0: all features equal; -4: spread over the whole sphere",
+        ),
+        Fact("effective rank", rank, "directions in which the features vary; more is better"),
+        Fact(
+            "separation",
+            f"{measured.separation:.3f}",
+            "alignment over the same distance between views of two different images; lower is better",
+        ),
     ]
     show_facts(console, "without labels", facts)
-    say(console, f"verdict: {measured.verdict}", "bold")
+    say(console, verdict_line(measured.learning), "bold")
 
 
-def write_json(
-    path: Path,
-    *,
-    backbone: dict[str, Any],
-    data: dict[str, Any],
-    results: Sequence[Result],
-    label_free: LabelFree,
-    files: Sequence[str],
-    versions: dict[str, Any],
-    seconds: float,
-) -> None:
-    """Write all metrics as JSON; NaN and infinities become null. Raises OSError."""
-    content = {
-        "backbone": backbone,
-        "data": data,
-        "probes": [_as_json(result) for result in results],
-        "label_free": label_free.as_json(),
-        "files": list(files),
-        "seconds": seconds,
-        "versions": versions,
-    }
-    write_atomically(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", shared=True)
+def backbone_facts(backbone: LoadedBackbone) -> list[Fact]:
+    """Rows for what is evaluated, and where it is from."""
+    width = f" × {backbone.width:g}" if backbone.width != 1 else ""
+    stem = f", {backbone.stem} stem" if backbone.arch in ARCHITECTURES else ""
+    return [
+        Fact("backbone", f"{backbone.arch}{width}{stem}, {backbone.feature_dim:,} features"),
+        Fact("from", backbone.origin),
+    ]
+
+
+class Record:
+    """eval.json, written again after every probe, so that an evaluation that is stopped keeps those that have ended.
+
+    `ended` in it tells whether the evaluation has.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        backbone: dict[str, Any],
+        data: dict[str, Any],
+        label_free: LabelFree,
+        versions: dict[str, Any],
+    ) -> None:
+        self.results: list[Result] = []
+        self._path = path
+        self._head: dict[str, Any] = {"backbone": backbone, "data": data, **label_free.learning._asdict()}
+        self._tail: dict[str, Any] = {"label_free": label_free.as_json(), "versions": versions}
+
+    def kept(self, results: Iterator[Result], console: Console) -> Iterator[Result]:
+        """The same results, each printed and kept as soon as it is there. If interrupted, says what is kept."""
+        try:
+            for result in results:
+                self.results.append(result)
+                top1, _ = _numbers(result.accuracy)
+                say(console, f"{_name(result)}: top-1 {top1} % in {result.seconds:.1f} s  ({result.description})")
+                yield result
+        except KeyboardInterrupt:
+            names = ", ".join(_name(result) for result in self.results)
+            say(console, f"stopped: {names or 'no probe'} ended before, kept in {self._path}", "yellow")
+            raise
+
+    def write(self, files: Sequence[str], seconds: float, *, ended: bool) -> dict[str, Any]:
+        """Write all metrics so far as JSON, and return them; NaN and infinities become null. Raises OSError."""
+        probes = [_as_json(result) for result in self.results]
+        record = {"ended": ended, "probes": probes, "files": list(files), "seconds": seconds}
+        content = finite(self._head | record | self._tail)
+        write_atomically(self._path, json.dumps(content, indent=2, allow_nan=False) + "\n", shared=True)
+        return content
 
 
 def _as_json(result: Result) -> dict[str, Any]:
@@ -117,14 +161,6 @@ def _as_json(result: Result) -> dict[str, Any]:
         return record | vars(accuracy)
     record |= {"top1_percent": accuracy.top1_percent, "top5_percent": accuracy.top5_percent}
     return record | {"per_class_percent": accuracy.per_class_percent}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _name(result: Result) -> str:

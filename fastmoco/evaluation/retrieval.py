@@ -5,6 +5,7 @@ M queries · N images of the bank · D features · S side of a view in pixels
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from fastmoco.evaluation.knn import top_k_neighbours
-from fastmoco.evaluation.plots import replace_unprintable
+from fastmoco.evaluation.plots import replace_unprintable, shortened
 from fastmoco.run.png import save_image
 
 _MIN_SIDE_PX, _MAX_SIDE_PX = 72, 112  # of a drawn view
-_FRAME_PX, _PADDING_PX, _CAPTION_PX, _HEADER_PX = 4, 6, 18, 24
+_FRAME_PX, _PADDING_PX, _LINE_PX, _HEADER_PX = 4, 6, 14, 24
 _TEXT, _WHITE = (90, 90, 90), (255, 255, 255)
 _SAME_CLASS, _OTHER_CLASS, _UNKNOWN_CLASS = (46, 125, 79), (198, 74, 58), (190, 190, 190)
 
@@ -60,21 +61,26 @@ def draw(
     neighbour_labels: Sequence[Sequence[int]] | None,
     names: Sequence[str],
     path: Path,
+    files: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
 ) -> None:
     """Write a PNG with one row per query: the query, then its neighbours, framed green where the classes agree.
 
     queries (M, S, S, 3) uint8, neighbours (M, k, S, S, 3) uint8, similarity (M, k), labels (M,) and (M, k). Without
-    labels, frames are grey. Raises OSError if writing fails.
+    labels, frames are grey, and the names of the `files`, (M,) and (M, k), stand for those of classes. Raises OSError
+    if writing fails.
     """
     count, k = neighbours.shape[:2]
+    digits = decimals(similarity)
     cells = []
     for row in range(count):
         own = None if query_labels is None else query_labels[row]
-        cells.append(_cell(queries[row], _WHITE, "" if own is None else names[own]))
+        own_name = names[own] if own is not None else files[0][row] if files is not None else ""
+        cells.append(_cell(queries[row], _WHITE, (own_name, "")))
         for column in range(k):
             label = None if neighbour_labels is None else neighbour_labels[row][column]
             frame = _UNKNOWN_CLASS if label is None or own is None else _SAME_CLASS if label == own else _OTHER_CLASS
-            caption = f"{similarity[row][column]:.2f}" + ("" if label is None else f" {names[label]}")
+            name = names[label] if label is not None else files[1][row][column] if files is not None else ""
+            caption = f"{similarity[row][column]:.{digits}f}", name
             cells.append(_cell(neighbours[row, column], frame, caption))
     grid = make_grid(cells, nrow=1 + k, padding=_PADDING_PX, pad_value=255)
     sheet = to_pil_image(F.pad(grid, (0, 0, _HEADER_PX, 0), value=255))
@@ -85,16 +91,28 @@ def draw(
     save_image(sheet, path)
 
 
-def _cell(pixels: Tensor, frame: tuple[int, int, int], caption: str) -> Tensor:
-    """A framed view (S, S, 3) with as much of the caption as fits below, as (3, height, width) uint8."""
+def decimals(similarity: Sequence[Sequence[float]]) -> int:
+    """Decimals, two to five, with which at least half of the differences between two neighbours in a row show."""
+    pairs = [pair for row in similarity for pair in itertools.pairwise(row)]
+    for digits in range(2, 5):
+        if 2 * sum(f"{a:.{digits}f}" != f"{b:.{digits}f}" for a, b in pairs) >= len(pairs):
+            return digits
+    return 5
+
+
+def _cell(pixels: Tensor, frame: tuple[int, int, int], caption: Sequence[str]) -> Tensor:
+    """A framed view (S, S, 3) with as much of each line of the caption as fits below, as (3, height, width) uint8."""
     side = _drawn_side(len(pixels))
     method = Image.Resampling.NEAREST if side > len(pixels) else Image.Resampling.LANCZOS
     framed = ImageOps.expand(Image.fromarray(pixels.numpy()).resize((side, side), method), _FRAME_PX, frame)
-    cell = ImageOps.expand(framed, (0, 0, 0, _CAPTION_PX), _WHITE)
-    text, font = replace_unprintable(caption), ImageFont.load_default(11)
-    while text and font.getlength(text) > cell.width:
-        text = text[:-1]
-    ImageDraw.Draw(cell).text((0, framed.height + 2), text, fill=_TEXT, font=font)
+    cell = ImageOps.expand(framed, (0, 0, 0, _LINE_PX * len(caption) + 4), _WHITE)
+    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
+    for number, line in enumerate(caption):
+        text = replace_unprintable(line)
+        kept = len(text)
+        while kept and font.getlength(shortened(text, kept)) > cell.width:
+            kept -= 1
+        pen.text((0, framed.height + 2 + number * _LINE_PX), shortened(text, kept), fill=_TEXT, font=font)
     return pil_to_tensor(cell)
 
 

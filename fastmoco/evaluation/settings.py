@@ -19,7 +19,10 @@ _COUNT = re.compile(r"(\d+)-per-class")
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd:
-    """SGD settings of a probe. The defaults are the authors' (He et al. 2020, section 4.1, and their code)."""
+    """SGD settings of a probe. The defaults are the authors' (He et al. 2020, section 4.1, and their code).
+
+    normalize  divide each feature vector by its L2 norm
+    """
 
     lr: float = 30.0
     epochs: int = 100
@@ -27,6 +30,7 @@ class Sgd:
     schedule: Schedule = "step"
     momentum: float = 0.9
     weight_decay: float = 0.0
+    normalize: bool = False
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, constant within an epoch."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.console import say
+from fastmoco.console import counted, say
 from fastmoco.device import DTYPES, describe
 from fastmoco.errors import ConfigError
 from fastmoco.evaluation.budget import budget_bytes, is_out_of_memory, release_cached_memory, rows_that_fit
@@ -26,10 +26,12 @@ from fastmoco.evaluation.few_label import C, FewLabelAccuracy, draw_labelled, fe
 from fastmoco.evaluation.fine_tune import fine_tune
 from fastmoco.evaluation.knn import knn_votes
 from fastmoco.evaluation.labelled_views import ViewKind
-from fastmoco.evaluation.linear import cached_batches, fit_linear
-from fastmoco.evaluation.logistic import choose_c, fit_bytes, fit_logistic
+from fastmoco.evaluation.linear import cached_batches, fit_linear, inputs
+from fastmoco.evaluation.logistic import C_CANDIDATES, choose_c, fit_bytes, fit_logistic
 from fastmoco.evaluation.options import EvalOptions
+from fastmoco.evaluation.settings import Sgd
 from fastmoco.evaluation.splits import EvaluationSplit, stratified
+from fastmoco.progress import Counted
 from pipelines.errors import DataError
 from pipelines.randomness import Domain, permutation
 from pipelines.transfer import to_device
@@ -69,6 +71,13 @@ class Evaluation:
     def k(self) -> int:
         return self.options.knn_k or min(K, len(self.split.bank))
 
+    @property
+    def knn_spaces(self) -> tuple[str, ...]:
+        """In which spaces kNN finds neighbours: "features", "output", or both where the file has the head."""
+        if self.options.knn_on != "both":
+            return (self.options.knn_on,)
+        return ("features",) if self.extractor.projection is None else ("features", "output")
+
     @cached_property
     def draws(self) -> list[list[np.ndarray]]:
         """Bank rows whose labels the few-label probe uses: for each amount, one array per seed."""
@@ -88,6 +97,11 @@ class Evaluation:
         if "knn" in self.probes and self.k > len(split.bank):
             raise ConfigError(
                 f"--knn-k is {self.k}, and the bank has {len(split.bank):,} images: use {len(split.bank)} or fewer"
+            )
+        if "knn" in self.probes and "output" in self.knn_spaces and self.extractor.projection is None:
+            raise ConfigError(
+                f"--knn-on output needs the projection head, and {self.extractor.backbone.origin} has none: use "
+                "--knn-on features, or a checkpoint of the run"
             )
         if "few-label" in self.probes:
             _ = self.draws  # raises if a class has too few images
@@ -129,10 +143,14 @@ class Evaluation:
 
     def _knn(self) -> Iterator[Result]:
         bank, labels, queries = self._features()
-        began, t = time.monotonic(), self.options.knn_t
-        votes = knn_votes(bank, labels, queries, k=self.k, temperature=t, num_classes=self.classes)
-        accuracy = self._accuracy(votes.where(votes > 0, -torch.inf))
-        yield _result("knn", f"k {self.k}, T {t:g}", {"k": self.k, "temperature": t}, accuracy, began)
+        for name in self.knn_spaces:
+            began, t, project = time.monotonic(), self.options.knn_t, self.extractor.project
+            sides = (project(bank), project(queries)) if name == "output" else (bank, queries)
+            votes = knn_votes(sides[0], labels, sides[1], k=self.k, temperature=t, num_classes=self.classes)
+            accuracy = self._accuracy(votes.where(votes > 0, -torch.inf))
+            text = f"k {self.k}, T {t:g}, {sides[0].shape[1]:,}-d {name}"
+            settings = {"k": self.k, "temperature": t, "on": name}
+            yield _result("knn" if name == "features" else "knn-output", text, settings, accuracy, began)
 
     def _linear(self) -> Iterator[Result]:
         sgd, kind, features = self.options.linear_sgd, self.options.linear_views, self.extractor.features
@@ -143,13 +161,17 @@ class Evaluation:
             batches, steps_per_epoch = cached_batches(bank, labels, sgd, self.options.seed)
             layer = self._fit_linear(self.extractor.with_tuned_threads(batches), steps_per_epoch)
         else:
-            with self.extractor.labelled_views(self.split.bank, kind, sgd.batch_size, drop_last=False) as views:
+            with self.extractor.labelled_views(
+                self.split.bank, kind, sgd.batch_size, self.options.seed, drop_last=False
+            ) as views:
                 batches = ((self.extractor.embed(images), y) for images, y in views.batches(sgd.epochs))
                 layer = self._fit_linear(batches, views.steps_per_epoch)
         with torch.no_grad():
-            accuracy = self._accuracy(layer(queries))
+            accuracy = self._accuracy(layer(inputs(queries, sgd)))
         decay = f", wd {sgd.weight_decay:g}" if sgd.weight_decay else ""
-        text = f"SGD, lr {sgd.lr:g} {sgd.schedule}, {sgd.epochs} epochs{decay}, {kind} views"
+        momentum = f", momentum {sgd.momentum:g}" if sgd.momentum != Sgd.momentum else ""
+        text = f"SGD, lr {sgd.lr:g} {sgd.schedule}{momentum}, {sgd.epochs} epochs{decay}, {kind} views"
+        text += ", L2-normalised features" * sgd.normalize
         yield _result("linear", text, asdict(sgd) | {"views": kind}, accuracy, began)
 
     def _logistic(self) -> Iterator[Result]:
@@ -163,7 +185,8 @@ class Evaluation:
             kept = to_device(stratified(self.split.bank.labels(), rows), self.device)
             bank, labels = bank[kept], labels[kept]
         if chosen := c is None:
-            c = choose_c(bank, labels, self.classes)
+            with Counted(self.extractor.console, "logistic regression, choice of C", len(C_CANDIDATES), "fits") as fits:
+                c = choose_c(bank, labels, self.classes, fits.advance)
         fitted = fit_logistic(bank, labels, self.classes, c)
         text = f"scikit-learn, C {c:g}" + (" (chosen on a held-out tenth)" if chosen else "")
         text += "" if fitted.converged else ", not converged"
@@ -179,7 +202,9 @@ class Evaluation:
             if self._rows_in_host_memory(len(draws[0])) != len(draws[0]):
                 self._leave_out(f"few-label {amount.text}", "the host has too little memory for it")
                 continue
-            accuracy = few_label(bank, labels, queries, query_labels, draws, amount, self.classes, c)
+            with Counted(self.extractor.console, f"few-label probe, {amount.text}", len(draws), "draws") as progress:
+                counted = progress.over(draws)
+                accuracy = few_label(bank, labels, queries, query_labels, counted, amount, self.classes, c)
             times = "1 draw" if len(draws) == 1 else f"{len(draws)} draws"
             text = f"scikit-learn, C {c:g}, {times} of {accuracy.labels:,} labels"
             yield _result("few-label", text, {"labels": amount.text, "c": c}, accuracy, began)
@@ -189,11 +214,14 @@ class Evaluation:
         kind: ViewKind = "padded" if extractor.small else "resized"
         sgd = replace(options.fine_tune_sgd, batch_size=min(options.fine_tune_batch_size, len(self.split.bank)))
         dim = extractor.backbone.feature_dim
-        with extractor.labelled_views(self.split.bank, kind, sgd.batch_size, drop_last=True) as views:
+        with extractor.labelled_views(self.split.bank, kind, sgd.batch_size, options.seed, drop_last=True) as views:
             dtype = DTYPES[options.amp]
-            model = fine_tune(extractor.module, dim, self.classes, views, sgd, dtype, self.device, options.seed)
+            with Counted(extractor.console, "fine-tuning", views.steps_per_epoch * sgd.epochs, "steps") as progress:
+                model = fine_tune(
+                    extractor.module, dim, self.classes, views, sgd, dtype, self.device, options.seed, progress.advance
+                )
         scores = extractor.apply(lambda images: extractor.autocast(model, images), self.split.queries)
-        text = f"SGD, lr {sgd.lr:g} {sgd.schedule}, {sgd.epochs} epochs, {kind} views"
+        text = f"SGD, lr {sgd.lr:g} {sgd.schedule}, {counted(sgd.epochs, 'epoch')}, {kind} views"
         yield _result("fine-tune", text, asdict(sgd) | {"views": kind}, self._accuracy(scores), began)
 
     def _rows_in_host_memory(self, rows: int) -> int | None:
@@ -215,7 +243,9 @@ class Evaluation:
 
     def _fit_linear(self, batches: Iterator[tuple[Tensor, Tensor]], steps_per_epoch: int) -> torch.nn.Linear:
         sgd, dim = self.options.linear_sgd, self.extractor.backbone.feature_dim
-        return fit_linear(batches, steps_per_epoch, dim, self.classes, sgd, self.device, self.options.seed)
+        with Counted(self.extractor.console, "linear probe", steps_per_epoch * sgd.epochs, "steps") as progress:
+            counted = progress.over(batches)
+            return fit_linear(counted, steps_per_epoch, dim, self.classes, sgd, self.device, self.options.seed)
 
 
 def _result(

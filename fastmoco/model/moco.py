@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastmoco.distributed.world import World, all_gather_with_grad
-from fastmoco.model.batchnorm.split import divide_groups
+from fastmoco.model.batchnorm.split import divide_groups, shares_groups
 from fastmoco.model.encoder import Encoder
 from pipelines.views import Views
+
+_MOST_COMPILED = 64  # kinds of encoders in one process
 
 
 class MoCo(nn.Module):
@@ -26,6 +30,9 @@ class MoCo(nn.Module):
     With `tied`, for end-to-end training, keys have a gradient too: both encoders have the same weights at every step,
     and `TrainStep` adds up their gradients.
 
+    `weights` of the query and of the key encoder, by name, replace parameters in a forward: see
+    `FlatParameters.keep_rounded`.
+
     Each rank of `world` embeds its shard of the views and receives the keys of all ranks.
     """
 
@@ -34,8 +41,21 @@ class MoCo(nn.Module):
         self.query = query
         self.key = copy.deepcopy(query).requires_grad_(tied)
         self.tied = tied
+        self.weights: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        self._embed = _embed
         self.world = World(next(query.parameters()).device) if world is None else world
         divide_groups(self, self.world)
+
+    def compile_encoders(self, **options: Any) -> None:
+        """Compile what embeds queries and keys, from views to unit vectors, as one graph each.
+
+        options  of `torch.compile`, such as `mode`
+        """
+        # Steps that are compared in one process share what was compiled where their encoders are alike, and otherwise
+        # add to it; at the usual limit of 8 it would be an error.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_COMPILED)
+        whole = not shares_groups(self)  # collectives inside of an encoder are not compiled
+        self._embed = torch.compile(_embed, fullgraph=whole, dynamic=False, **options)
 
     def forward(self, views: Views, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
         """Pairs (q, k) of this rank's queries (B/R, C) and all ranks' keys (B, C), float32 of unit norm.
@@ -70,16 +90,16 @@ class MoCo(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, C) of unit norm, with gradient."""
-        return _embed(self.query, x)
+        return self._embed(self.query, self.weights[0], x)
 
     def _keys(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.tied and torch.is_grad_enabled()):
-            return _embed(self.key, x)
+            return self._embed(self.key, self.weights[1], x)
 
 
-def _embed(encoder: Encoder, x: Tensor) -> Tensor:
+def _embed(encoder: Encoder, weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """(B, 3, S, S) → (B, C) float32 of unit norm (float64 from a float64 encoder)."""
-    embedding = encoder(x)
+    embedding = functional_call(encoder, weights, x) if weights else encoder(x)
     return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
 
 

@@ -5,9 +5,11 @@ B batch · S side of a view · D features
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,27 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
 from fastmoco.errors import ConfigError
-from fastmoco.model.batchnorm.split import freeze_running_stats
-from fastmoco.model.family import COUNTERS, NormLayer
+from fastmoco.model.batchnorm.split import SplitBatchNorm2d, freeze_running_stats
+from fastmoco.model.family import NormLayer, Shapes, difference
+from fastmoco.model.input_channels import set_channels
+from fastmoco.model.winograd import use_winograd
 
-Shapes = Mapping[str, tuple[int, ...]]
+if TYPE_CHECKING:
+    from fastmoco.model.pointwise.op import Pending
+
+Pair = tuple[Tensor, Tensor]
 
 _STEM_CHANNELS = 64  # of every torchvision ResNet at width 1
 _STEMS = {7: "imagenet", 3: "cifar"}  # by kernel size of the first convolution
+# Names that give away what none of the architectures has.
+_VARIANTS = {
+    r"(conv1\.\d|stem\.\d|conv2\.weight$)": "a deep stem",
+    r"layer\d+\.\d+\.downsample\.2\.": "average pooling in its shortcuts (ResNet-D)",
+    r"layer\d+\.\d+\.se\.": "squeeze-and-excitation",
+    r"layer\d+\.\d+\.(attn|attention)\.": "attention in its blocks",
+    r"layer\d+\.\d+\.(convs|bns|conv2\.conv)\.": "split convolutions (Res2Net, ResNeSt)",
+    r"attnpool\.": "attention pooling",
+}
 
 
 class Shape(NamedTuple):
@@ -55,22 +71,51 @@ SHAPES = {
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's block, with ReLU and residual sum fused into the preceding batch norm."""
+    """torchvision's block, with ReLU and residual sum fused into the preceding batch norm.
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
-        identity = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(y), relu=True, residual=identity)
+    Input and output are the same tensor twice, for the branch and the shortcut, so that batch norm adds up their
+    gradients (see `batchnorm.triton.split_batch_norm`).
+    """
+
+    def forward(self, x: Pair) -> Pair:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = self.bn1(self.conv1(x[0]), relu=True)
+        identity = x[1] if self.downsample is None else self.downsample(x[1])
+        return self.bn2(self.conv2(y), relu=True, residual=identity, twice=True)
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's block, with ReLU and residual sum fused into the preceding batch norm."""
+    """torchvision's block, as `BasicBlock` is.
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
+    fused      whether its 1×1 convolutions are computed in training together with the batch norms around them
+               (`fastmoco.model.pointwise.op`): see `fuse_convolutions`
+    passes_on  whether, if fused, its last batch norm is left to the next block, which must be fused
+    """
+
+    fused = False
+    passes_on = False
+
+    def forward(self, x: Pair | Pending) -> Pair | Pending:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.fused and self.training and self.bn1.ranks is None:
+            return self._fused_forward(x)
+        assert not hasattr(x, "residual"), "the block before this one is fused"
+        y = self.bn1(self.conv1(x[0]), relu=True)
         y = self.bn2(self.conv2(y), relu=True)
-        identity = x if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(y), relu=True, residual=identity)
+        identity = x[1] if self.downsample is None else self.downsample(x[1])
+        return self.bn3(self.conv3(y), relu=True, residual=identity, twice=True)
+
+    def _fused_forward(self, x: Pair | Pending) -> Pair | Pending:
+        # Triton comes with torch's CUDA builds only
+        from fastmoco.model.pointwise.layers import convolve, normalise_later
+        from fastmoco.model.pointwise.op import finish
+
+        bn1, bn2, bn3 = (cast(SplitBatchNorm2d, norm) for norm in (self.bn1, self.bn2, self.bn3))
+        first = x[0] if len(x) == 2 else x
+        y, applied = convolve(first, self.conv1, bn1)
+        identity = x[1] if applied is None else applied
+        y = normalise_later(self.conv2(finish(y)), bn2)
+        identity = identity if self.downsample is None else self.downsample(identity)
+        z, _ = convolve(y, self.conv3, bn3, residual=identity)
+        return z if self.passes_on else finish(z, twice=True)
 
 
 class _ResNet(resnet.ResNet):
@@ -121,14 +166,16 @@ class Backbone(_ResNet):
         super().__init__(
             shape, {"basic": BasicBlock, "bottleneck": Bottleneck}, width=width, stem=stem, norm_layer=norm_layer
         )
+        use_winograd(self)
         self.checkpoint_activations = False
         self.stem_format = "channels-last"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bn1(self._first_convolution(x), relu=True))
+        x, pooled = self._first_convolution(x), not isinstance(self.maxpool, nn.Identity)
+        pair = self.bn1(x, relu=True, twice=True, pool=pooled)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = _recomputed(stage, x) if self.checkpoint_activations and torch.is_grad_enabled() else stage(x)
-        return self.avgpool(x).flatten(1)
+            pair = recomputed(stage, pair) if self.checkpoint_activations and torch.is_grad_enabled() else stage(pair)
+        return self.avgpool(pair[0]).flatten(1)
 
     def _first_convolution(self, x: Tensor) -> Tensor:
         """conv1(x), channels-last; computed in `stem_format`, since libraries differ in speed at three channels."""
@@ -140,7 +187,27 @@ class Backbone(_ResNet):
         return y.contiguous(memory_format=torch.channels_last)
 
 
-def _recomputed(stage: nn.Module, x: Tensor) -> Tensor:
+def has_bottlenecks(arch: str) -> bool:
+    """Whether an architecture is one of SHAPES with bottleneck blocks."""
+    return arch in SHAPES and SHAPES[arch].block == "bottleneck"
+
+
+def fuse_convolutions(module: nn.Module, fused: bool) -> int:
+    """Set whether the bottleneck blocks of a module fuse their 1×1 convolutions; returns how many blocks there are.
+
+    In a stage, the last batch norm of a block is then computed by the next block's first convolution.
+    """
+    blocks = [block for block in module.modules() if isinstance(block, Bottleneck)]
+    for block in blocks:
+        block.fused, block.passes_on = fused, False
+    for stage in (layer for layer in module.modules() if isinstance(layer, nn.Sequential)):
+        for block, following in pairwise(stage):
+            if isinstance(block, Bottleneck) and isinstance(following, Bottleneck):
+                block.passes_on = fused
+    return len(blocks)
+
+
+def recomputed(stage: nn.Module, x: Pair) -> Pair:
     """stage(x), with its activations recomputed in the backward pass."""
     return checkpoint(
         stage,
@@ -180,8 +247,13 @@ class ResNetFamily:
 
     @staticmethod
     def identify(shapes: Shapes) -> tuple[str, str, float]:
+        for pattern, kind in _VARIANTS.items():
+            if name := next((name for name in shapes if re.match(pattern, name)), None):
+                raise ValueError(f"it is a ResNet with {kind} ({name[:80]!a} is unexpected)")
+        if "bn1.weight" in shapes and "bn1.running_mean" not in shapes:
+            raise ValueError("it has no running statistics (bn1.running_mean): its normalisation is not batch norm")
         first = shapes.get("conv1.weight", ())
-        if len(first) != 4 or first[1] != 3 or first[2] != first[3] or first[2] not in _STEMS:
+        if len(first) != 4 or first[1] < 1 or first[2] != first[3] or first[2] not in _STEMS:
             actual = f"conv1.weight is {list(first)}" if first else "there is no conv1.weight"
             raise ValueError(f"{actual}, and a ResNet's is [64, 3, 7, 7], or [64, 3, 3, 3] with the CIFAR stem")
         stem, width = _STEMS[first[2]], first[0] / _STEM_CHANNELS
@@ -198,7 +270,7 @@ class ResNetFamily:
             raise ValueError(f"its stages have {layers} {block} blocks, unlike {', '.join(SHAPES)}")
         reasons = []
         for name in candidates:
-            reason = _difference(shapes, _shapes(name, stem, width))
+            reason = difference(shapes, _shapes(name, stem, width, first[1]))
             if reason is None:
                 return name, stem, width
             reasons.append(f"{name}: {reason}")
@@ -207,13 +279,14 @@ class ResNetFamily:
 
 def set_cifar_stem(model: nn.Module) -> None:
     """Give a ResNet of torchvision or timm a 3×3 convolution of stride 1 and no pooling, for small images."""
-    channels = model.get_parameter("conv1.weight").shape[0]
-    model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
+    outputs, inputs = model.get_parameter("conv1.weight").shape[:2]
+    model.conv1, model.maxpool = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.Identity()
 
 
-def _shapes(arch: str, stem: str, width: float) -> Shapes:
+def _shapes(arch: str, stem: str, width: float, channels: int) -> Shapes:
     with torch.device("meta"):  # allocates nothing
         model = ResNetFamily.build(arch, width=width, stem=stem)
+        set_channels(model, channels)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -222,15 +295,3 @@ def _blocks(shapes: Shapes, stage: int) -> int:
     while f"layer{stage}.{count}.conv1.weight" in shapes:
         count += 1
     return count
-
-
-def _difference(actual: Shapes, expected: Shapes) -> str | None:
-    """The first difference, or None."""
-    for name, shape in expected.items():
-        if name not in actual:
-            if not name.endswith(COUNTERS):
-                return f"{name} is missing"
-        elif actual[name] != shape:
-            return f"{name} is {list(actual[name])}, expected {list(shape)}"
-    surplus = next((name for name in actual if name not in expected), None)
-    return None if surplus is None else f"{surplus[:80]!a} is unexpected"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastmoco.config import RunConfig
@@ -35,7 +35,18 @@ from pipelines.data.names import NAMES
 from pipelines.errors import DataError
 from pipelines.suggest import closest
 
-__all__ = ["PUBLISHED", "RECIPES", "Expected", "Measured", "Published", "Recipe", "check_data", "entry", "recipe"]
+__all__ = [
+    "PUBLISHED",
+    "RECIPES",
+    "Expected",
+    "Measured",
+    "Published",
+    "Recipe",
+    "check_data",
+    "entry",
+    "recipe",
+    "recipe_and_data",
+]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "shapes": shapes,
@@ -61,6 +72,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+_FILES = (".tar", ".beton", ".txt", ".csv", ".tsv", ".lst", ".list")  # of archives and lists, as far as names tell
+
+
 def entry(name: str) -> Recipe:
     """The recipe of this name. Raises ConfigError with the closest name."""
     if name not in RECIPES:
@@ -74,8 +88,33 @@ def recipe(name: str) -> RunConfig:
     return entry(name).config
 
 
+def recipe_and_data(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe and the data that `[RECIPE] [DATA ...]` names, the arguments of a command that have no flag.
+
+    The first word is a recipe if there is one of this name, else data as all others: a path that exists, anything that
+    can only be a path (`~/photos`, `photos/`, `list.csv`, `train-{000..146}.tar`), or the name of a data set. `./NAME`
+    is a folder that has the name of a recipe. Raises ConfigError with the closest name.
+    """
+    name = words[0] if words and words[0] in RECIPES else None
+    data = list(words[name is not None :])
+    for word in data:
+        is_path = os.path.exists(os.path.expanduser(word)) or os.sep in word or word.startswith(("~", "."))
+        is_path = is_path or os.path.splitext(word)[1].lower() in _FILES or any(sign in word for sign in "{*?[")
+        if word in RECIPES:
+            raise ConfigError(f"{word!r} is a recipe and comes first; for a folder of this name use ./{word}")
+        if not is_path and word not in NAMES:
+            folders = [entry.name for entry in os.scandir() if entry.is_dir()]
+            close = closest(word, [*RECIPES, *NAMES, *folders], cutoff=0.5)
+            advice = f"did you mean {close!r}? (see fastmoco recipes)" if close else "see fastmoco recipes"
+            raise ConfigError(f"unknown recipe, data set or folder {word!r}; {advice}")
+    return name, data
+
+
 def check_data(name: str, config: RunConfig) -> None:
     """Raise DataError, with instructions to get the data, if the recipe's own image folder is used and missing."""
-    chosen, data = entry(name), config.data.data
-    if data == chosen.config.data.data and data not in NAMES and not Path(os.path.expanduser(data)).exists():
-        raise DataError(f"there is no ./{data}, which recipe {name} trains on: {chosen.data}")
+    chosen = entry(name)
+    if config.data.data != chosen.config.data.data:
+        return
+    for data in config.data.data:
+        if data not in NAMES and not Path(os.path.expanduser(data)).exists():
+            raise DataError(f"there is no ./{data}, which recipe {name} trains on: {chosen.data}")

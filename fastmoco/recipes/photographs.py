@@ -11,6 +11,8 @@ _BLOG = "MoCo-v2 in PyTorch, a blog of Analytics Vidhya, 2020"
 _IMAGENETTE = "Imagenette, downloaded by name"
 _IMAGENET = "ImageNet-1k (image-net.org), train/ and val/ with one folder per class, in ./imagenet or --data"
 _LINEAR = "--probes linear --linear-lr 30 --linear-epochs 100 --linear-schedule step --linear-views resized"
+_PROTOCOL = "linear on features, lr 30, 100 epochs of random resized crops"
+_FEW_LABELS = "linear on features with 10 % of the labels"
 _FEW = "--probes few-label --labels 10%"
 
 
@@ -18,13 +20,13 @@ def imagenet_v1() -> Recipe:
     """MoCo v1 on ImageNet."""
     return Recipe(
         config=RunConfig(
-            data=DataConfig(data="imagenet"),
+            data=DataConfig(data=("imagenet",)),
             model=ModelConfig(arch="resnet50", stem="imagenet", moco_k=65536, moco_m=0.999, moco_t=0.07, bn_splits=8),
             optim=OptimConfig(batch_size=256, lr=0.03, wd=1e-4, epochs=200, schedule=(120, 160)),
             augment=AugmentConfig(aug="v1", crop_size=224),
         ),
         data=_IMAGENET,
-        expected=(Expected("linear, 200 epochs", 60.6, _V1),),
+        expected=(Expected(f"{_PROTOCOL}, 200 epochs", 60.6, _V1),),
         evaluate=_LINEAR,
     )
 
@@ -49,7 +51,7 @@ def imagenet_v2() -> Recipe:
     return Recipe(
         config=imagenet_v1().config.replace(aug="v2", mlp=True, moco_t=0.2, cos=True, schedule=None),
         data=_IMAGENET,
-        expected=(Expected("linear, 200 epochs", 67.5, _V2),),
+        expected=(Expected(f"{_PROTOCOL}, 200 epochs", 67.5, _V2),),
         evaluate=_LINEAR,
     )
 
@@ -59,7 +61,7 @@ def imagenet_v2_800() -> Recipe:
     return Recipe(
         config=imagenet_v2().config.replace(epochs=800),
         data=_IMAGENET,
-        expected=(Expected("linear, 800 epochs", 71.1, _V2),),
+        expected=(Expected(f"{_PROTOCOL}, 800 epochs", 71.1, _V2),),
         evaluate=_LINEAR,
     )
 
@@ -68,7 +70,7 @@ def imagenet_mini() -> Recipe:
     """The reproduction study on 1,000 classes of about 35 images, in grey; also with --arch resnet50."""
     return Recipe(
         config=RunConfig(
-            data=DataConfig(data="imagenet-mini"),
+            data=DataConfig(data=("imagenet-mini",)),
             model=ModelConfig(arch="resnet18", stem="imagenet", moco_k=4096, moco_m=0.9, moco_t=0.07, bn_splits=8),
             optim=OptimConfig(batch_size=128, lr=0.03, wd=1e-4, epochs=100, cos=True),
             augment=AugmentConfig(aug="v1", crop_size=224),
@@ -84,7 +86,7 @@ def imagenette_blog() -> Recipe:
     """MoCo v2 with ResNet-18 on Imagenette, evaluated with 10 % of the labels."""
     return Recipe(
         config=RunConfig(
-            data=DataConfig(data="imagenette"),
+            data=DataConfig(data=("imagenette",)),
             model=ModelConfig(
                 arch="resnet18",
                 stem="imagenet",
@@ -99,7 +101,7 @@ def imagenette_blog() -> Recipe:
             augment=AugmentConfig(aug="v2", crop_size=224),
         ),
         data=_IMAGENETTE,
-        expected=(Expected("linear on 10 % of the labels", 64.2, _BLOG),),
+        expected=(Expected(_FEW_LABELS, 64.2, _BLOG),),
         unknown="The number of epochs and the momentum of the key encoder, 500 and 0.999 here, are not known.",
         evaluate=_FEW,
     )
@@ -109,9 +111,9 @@ def imagewoof_blog() -> Recipe:
     """The same on Imagewoof, ten breeds of dogs."""
     blog = imagenette_blog()
     return Recipe(
-        config=blog.config.replace(data="imagewoof2"),
+        config=blog.config.replace(data=("imagewoof2",)),
         data="Imagewoof: unpack imagewoof2.tgz of fast.ai (github.com/fastai/imagenette) here, or --data",
-        expected=(Expected("linear on 10 % of the labels", 38.6, _BLOG),),
+        expected=(Expected(_FEW_LABELS, 38.6, _BLOG),),
         unknown=blog.unknown,
         evaluate=_FEW,
     )
@@ -123,7 +125,7 @@ def imagenette_tuned() -> Recipe:
     # key encoder keeps up.
     return Recipe(
         config=RunConfig(
-            data=DataConfig(data="imagenette"),
+            data=DataConfig(data=("imagenette",)),
             model=ModelConfig(
                 arch="resnet18", stem="imagenet", mlp=True, moco_k=4096, moco_m=0.99, moco_t=0.2, bn_splits=8
             ),
@@ -131,7 +133,7 @@ def imagenette_tuned() -> Recipe:
             augment=AugmentConfig(aug="v2", crop_size=128),
         ),
         data=_IMAGENETTE,
-        expected=(Expected("linear on 10 % of the labels, to beat", 64.2, _BLOG),),
+        expected=(Expected(f"{_FEW_LABELS}, to beat", 64.2, _BLOG),),
         evaluate=_FEW,
     )
 
@@ -140,6 +142,6 @@ def _variant(percent: float, **changes: object) -> Recipe:
     return Recipe(
         config=imagenet_v1().config.replace(**changes),
         data=_IMAGENET,
-        expected=(Expected("linear, 200 epochs", percent, _V1),),
+        expected=(Expected(f"{_PROTOCOL}, 200 epochs", percent, _V1),),
         evaluate=_LINEAR,
     )

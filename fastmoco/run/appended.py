@@ -69,6 +69,11 @@ class EventFile:
         for name, value in values.items():
             self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
 
+    def picture(self, step: int, name: str, image: bytes, size: tuple[int, int]) -> None:
+        """Keep an encoded image (PNG or JPEG) of this width and height until `flush`."""
+        content = self._summary.Image(encoded_image_string=image, width=size[0], height=size[1], colorspace=3)
+        self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=content)]))
+
     def flush(self) -> None:
         """Write what is kept. Raises OSError; the rest is kept then."""
         self._file.flush()

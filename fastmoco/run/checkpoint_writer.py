@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastmoco.errors import DivergedError
 from fastmoco.run import checkpoint
-from fastmoco.run.divergence import not_finite
+from fastmoco.run.divergence import not_finite, tolerated_streak
 from fastmoco.run.snapshot import HostBuffers, Snapshot
 
 SKIPPED = "step/sums/consecutive_skipped"  # name in a checkpoint of the count of steps up to it that changed nothing
+_SCALE = "step/scaler/scale"  # of float16
 
 
 class CheckpointWriter:
@@ -24,8 +25,8 @@ class CheckpointWriter:
     A process that ends without `wait` or `close` may lose the checkpoint in progress, but no earlier one.
 
     State that is not finite is not written, so that the earlier checkpoints stay. Nor, unless it is the last chance, is
-    state that no step has changed since the checkpoint before: a run whose steps are all skipped would replace those
-    from before it diverged.
+    state that no step has changed since the checkpoint before, or at which several steps in a row were skipped: a run
+    that diverges would replace those from before.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -82,7 +83,8 @@ class CheckpointWriter:
                 f"the state is not finite since step {step - skipped:,} ({bad[0]}{' and others' * (len(bad) > 1)}): "
                 f"lower --lr; it is not saved, and the checkpoints from before it stay in {self._directory}"
             )
-        if last_chance or self._written_step < step - skipped:
+        learns = skipped <= tolerated_streak(_SCALE in tensors) and self._written_step < step - skipped
+        if last_chance or learns:
             checkpoint.save(self._directory, step, tensors, meta)
             self._written_step = step
             checkpoint.prune(self._directory, self._keep)

@@ -125,6 +125,8 @@ def _other_content(before: DataRecord, now: DataRecord, images: ImageIndex) -> s
         if len(other):
             name = images.display_name(int(_sample(images)[other[0]]))
             return f"{name} has another content{_and_more(len(other), len(now.sampled), 'compared images')}"
+    if len(before.scanned) != len(now.scanned):
+        return ""  # one of the two is of no scan
     other = np.flatnonzero(_both_known(before.scanned, now.scanned) & (before.scanned != now.scanned).any(axis=1))
     if len(other):
         name = images.display_name(int(other[0]))

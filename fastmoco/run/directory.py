@@ -1,10 +1,12 @@
 """The folder of a run: its lock, the paths in it, and the writing of its files.
 
 config.json           the resolved configuration
-status.json           state, exit code, message, step, epoch, commit, versions; replaced atomically
+status.json           state, exit code, message, last verdict and remedy, step, epoch, commit, versions; replaced
+                      atomically
 metrics.jsonl  tb/    see metrics.py
 checkpoints/          see checkpoint.py
 data.npz              see data_record.py; for images in files
+batch_size.json       see batch_memory.py; with --batch-size auto
 views.png curves.png backbone.safetensors
 .lock                 locked by the process that writes; its content is space for the last status on a full disk
 """
@@ -13,19 +15,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmoco.config import RunConfig
+from fastmoco.console import resume_command
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 from fastmoco.run.overwrite import LOCK_NAME, delete_run, foreign_entry
+from fastmoco.run.verdict import Verdict, last_verdict
 from pipelines.files import is_full, open_to_append, read_file, write_atomically
 from pipelines.platforms import lock, open_folder
 
@@ -39,11 +42,13 @@ class RunDirectory:
     Every write raises CheckpointError if the folder was deleted or renamed after it was opened.
 
     folder  its descriptor; None on Windows, where an open folder can be neither deleted nor renamed
+    plan    steps, steps_per_epoch and chance_loss of the run, once they are known, for status.json
     """
 
     path: Path
     lock: BinaryIO
     folder: int | None
+    plan: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
@@ -110,8 +115,8 @@ class RunDirectory:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {path} ({error.strerror or error}): free space or mend the disk, then resume with "
-                "--resume if there is a checkpoint"
+                f"cannot write {path} ({error.strerror or error}): free space or mend the disk; if there is a "
+                f"checkpoint, resume with: {resume_command(self.path)}"
             ) from error
 
     def check_present(self) -> None:
@@ -119,7 +124,9 @@ class RunDirectory:
         if self._is_at(self.path):
             return
         moved = self.moved_to()
-        remedy = "start again" if moved is None else f"rename {moved} back, and resume with --resume"
+        remedy = (
+            "start again" if moved is None else f"rename {moved} back, and resume with: {resume_command(self.path)}"
+        )
         raise CheckpointError(f"{self.path}, the folder of the run, was deleted or renamed while it trained: {remedy}")
 
     def moved_to(self) -> Path | None:
@@ -140,12 +147,24 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Raises CheckpointError."""
-        path = self.path / "config.json"
-        with self.writing(path):
-            write_atomically(path, config.to_json())
+        self.write_text("config.json", config.to_json())
 
-    def write_status(self, *, step: int, epoch: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json; no exit code means that the run is still active.
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file of the run. Raises CheckpointError."""
+        path = self.path / name
+        with self.writing(path):
+            write_atomically(path, text)
+
+    def write_status(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        exit_code: int | None = None,
+        message: str = "",
+        verdict: Verdict | None = None,
+    ) -> None:
+        """Replace status.json; no exit code means that the run is still active, no verdict that none was evaluated.
 
         The last status of a run may use the space reserved for it. Raises OSError.
         """
@@ -155,8 +174,10 @@ class RunDirectory:
             "state": states.get(exit_code, "failed"),
             "exit_code": exit_code,
             "message": message,
+            **({} if verdict is None else verdict._asdict()),
             "step": step,
             "epoch": epoch,
+            **self.plan,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             "git_commit": git_commit(),
             "versions": versions(),
@@ -175,11 +196,11 @@ class RunDirectory:
         run = replace(self, path=self.moved_to() or self.path)
         if not (run.path / "config.json").exists():
             return
-        step = epoch = 0
+        step, epoch, verdict = 0, 0, None
         with suppress(ConfigError):  # a full disk may have kept the first status from being written
             previous = read_status(run.path)
-            step, epoch = previous["step"], previous.get("epoch", 0)
-        run.write_status(step=step, epoch=epoch, exit_code=exit_code, message=message)
+            step, epoch, verdict = previous["step"], previous.get("epoch", 0), last_verdict([previous])
+        run.write_status(step=step, epoch=epoch, exit_code=exit_code, message=message, verdict=verdict)
 
     def close(self) -> None:
         """Let another process open the run."""
@@ -218,13 +239,6 @@ def read_status(run: Path) -> dict[str, Any]:
     ):
         raise ConfigError(f"{run}/status.json was not written by a run")
     return status
-
-
-def default_run_name(config: RunConfig) -> str:
-    """Folder name of a run, of letters, digits, dots and dashes: `cifar10-resnet18-200ep-seed0`."""
-    data = re.sub(r"[^A-Za-z0-9.]+", "-", os.path.basename(os.path.abspath(config.data.data))).strip("-.")[:40]
-    epochs = f"{config.optim.epochs}ep" if config.optim.epochs is not None else None
-    return "-".join(part for part in (data or "images", config.model.arch, epochs, f"seed{config.run.seed}") if part)
 
 
 def _lock(path: Path) -> BinaryIO:

@@ -1,11 +1,13 @@
 """Metrics of a run: one JSON object per line in metrics.jsonl, and the same values in TensorBoard files under tb/.
 
 A line has step, epoch and any of loss, lr, images_per_s, data_wait_percent, device_memory_bytes, knn_top1_percent, …,
-named with their units. A value that is not finite is written as null, because JSON has no NaN.
+named with their units; an evaluation also has the texts `verdict` and `remedy` (see verdict.py). A value that is not
+finite is written as null, because JSON has no NaN.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,11 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastmoco.errors import CheckpointError
 from fastmoco.run.appended import AppendedFile, EventFile
 from pipelines.files import read_file, write_atomically
 
 FILE_NAME = "metrics.jsonl"
+TEXTS = ("verdict", "remedy")  # the other fields are numbers
+PICTURE_WIDTH = 1200  # pixels
 Record = dict[str, Any]
 
 
@@ -31,18 +37,34 @@ class MetricsWriter:
         self._events: EventFile | None = None
         self._first_step: int | None = None
 
-    def write(self, step: int, epoch: int, **values: float | None) -> str | None:
+    def write(self, step: int, epoch: int, **values: float | str | None) -> str | None:
         """Append one line, unbuffered. Returns a warning if it cannot be written now."""
-        record = {"step": step, "epoch": epoch} | {name: _json_number(value) for name, value in values.items()}
+        record = {"step": step, "epoch": epoch} | {name: _json_value(value) for name, value in values.items()}
         self._lines.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         if self._tb_dir is not None:
             self._events = self._events or EventFile(self._tb_dir, self._first_step)
-            self._events.write(step, {n: value for n, value in record.items() if value is not None and n != "step"})
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            self._events.write(step, {name: value for name, value in numbers.items() if name != "step"})
         try:
             self.flush()
         except OSError as error:
             return f"{error.filename} cannot be written now ({error.strerror}): will retry"
         return None
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Add a picture for TensorBoard, scaled to PICTURE_WIDTH at most; nothing without TensorBoard. Raises OSError.
+
+        It is written with the next metrics.
+        """
+        if self._tb_dir is None:
+            return
+        with Image.open(path) as image:
+            drawn = image.convert("RGB")
+        drawn.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
+        encoded = io.BytesIO()
+        drawn.save(encoded, "JPEG", quality=90)
+        self._events = self._events or EventFile(self._tb_dir, self._first_step)
+        self._events.picture(step, name, encoded.getvalue(), drawn.size)
 
     def flush(self) -> None:
         """Write the lines that are kept in memory. Raises OSError."""
@@ -75,11 +97,13 @@ class MetricsWriter:
                 self._events = None
 
 
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path, damaged: list[int] | None = None) -> list[Record]:
     """Read the records in metrics.jsonl, oldest first; null becomes NaN.
 
+    damaged  takes the numbers of corrupt lines, which are then left out
+
     A truncated last line, of a run that is active or was killed, is ignored. Raises CheckpointError if the file cannot
-    be read, or naming the line if one is corrupt.
+    be read, or, without `damaged`, naming the line if one is corrupt.
     """
     try:
         lines = read_file(path).splitlines(keepends=True)
@@ -92,6 +116,8 @@ def read_metrics(path: Path) -> list[Record]:
         record = _parse(line)
         if record is not None:
             records.append({name: math.nan if value is None else value for name, value in record.items()})
+        elif (number < len(lines) or line.endswith(b"\n")) and damaged is not None:
+            damaged.append(number)
         elif number < len(lines) or line.endswith(b"\n"):
             raise CheckpointError(f"{path} line {number} is not valid: delete that line to read the others")
     return records
@@ -105,9 +131,13 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not all(value is None or _is_number(value) for value in record.values()):
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
-    return record if type(record.get("step")) is int else None
+    return record if all(_is_valid(name, value) for name, value in record.items()) else None
+
+
+def _is_valid(name: str, value: object) -> bool:
+    return value is None or (type(value) is str if name in TEXTS else _is_number(value))
 
 
 def _is_number(value: object) -> bool:
@@ -115,7 +145,7 @@ def _is_number(value: object) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def _json_number(value: float | None) -> float | None:
-    if value is None or isinstance(value, int):
+def _json_value(value: float | str | None) -> float | str | None:
+    if value is None or isinstance(value, int | str):
         return value
     return float(value) if math.isfinite(value) else None

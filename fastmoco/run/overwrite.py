@@ -10,16 +10,20 @@ LOCK_NAME = ".lock"
 _FILES = (
     "quarantine.jsonl",
     "data.npz",
+    "batch_size.json",
     "config.json",
+    "start.json",
     "status.json",
     "metrics.jsonl",
+    "loggers.json",
     "views.png",
     "curves.png",
+    "report.html",
     "backbone.safetensors",
 )
 _IN_FOLDERS = {
     "checkpoints": r"step-\d{9,}\.safetensors(\.sha256)?",
-    "tb": r"events\.out\.tfevents\..+",
+    "tb": r"events\.out\.tfevents\..+|projector_config\.pbtxt|features\.(bytes|tsv|png)",
     "eval": r"eval\.json|retrieval\.png|feature_map\.png|confusion-[a-z-]+\.(csv|png)",
 }
 _TEMPORARY = r"(\.[0-9a-f]{8})?\.tmp"  # see `pipelines.files.replacing`

@@ -18,6 +18,7 @@ import torch
 
 from fastmoco.config import RunConfig
 from fastmoco.distributed.world import World
+from pipelines.platforms import usable_cpus
 
 T = TypeVar("T")
 _Steps = Generator[None, float, T]  # receives the seconds of each step
@@ -141,20 +142,27 @@ def with_fastest_threads(batches: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def threads_restored(number: int | None = None) -> Iterator[None]:
-    """Use this number of threads inside the block, if given; restore the previous one after it."""
+    """Use this number of threads inside the block, by default `default_threads`; restore the previous one after it."""
     previous = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(default_threads() if number is None else number)
     try:
         yield
     finally:
         torch.set_num_threads(previous)
 
 
+def default_threads() -> int:
+    """torch's number of threads, or fewer where a container grants fewer cores: torch counts those of the machine.
+
+    OMP_NUM_THREADS, if set, is what torch has, and is not exceeded either.
+    """
+    return min(torch.get_num_threads(), usable_cpus())
+
+
 def candidates(max_threads: int) -> list[int]:
     """Numbers of threads to try, ascending: the maximum, one less, three quarters, and halves down to one.
 
-    Down to one, because torch counts a machine's cores even in a container that has only a share of them.
+    Down to one, because other programs may use any of the cores.
     """
     halves = {max_threads >> shift for shift in range(max_threads.bit_length())}
     return sorted(halves | {max(1, max_threads - 1), max(1, max_threads * 3 // 4)})

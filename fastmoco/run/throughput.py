@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastmoco.nvml import PowerMeter
+
 T = TypeVar("T")
 
 
@@ -28,6 +30,21 @@ def mark_on(device: torch.device) -> Callable[[], Callable[[], bool]]:
         return event.query
 
     return mark
+
+
+class Usage(NamedTuple):
+    """Largest memory allocated so far, and mean power since the last reading; None where that is not measured."""
+
+    memory_bytes: int | None = None
+    power_w: float | None = None
+
+
+def usage_of(device: torch.device) -> Callable[[], Usage]:
+    """A function that reads what a run uses of its device, without waiting for it; nothing of a CPU."""
+    if device.type != "cuda":
+        return Usage
+    meter = PowerMeter(str(torch.cuda.get_device_properties(device).uuid))
+    return lambda: Usage(torch.cuda.max_memory_allocated(device), meter.read_w())
 
 
 class StepClock:
@@ -57,6 +74,7 @@ class StepClock:
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the same batches; count each as a step, and the time to get it as waiting if the device waited."""
         self._training_since = self._now()
+        self._restart()  # what came before, such as an evaluation, is neither
         while True:
             training_s, requested = self.training_s, self._now()
             device_is_done = self._mark()

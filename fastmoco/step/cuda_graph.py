@@ -118,6 +118,7 @@ class GraphedStep:
                     f"views.{name} is {_describe(tensor)}, and the CUDA graph was captured with {_describe(captured)}: "
                     "do not change the batch, or use --cuda-graph off"
                 )
+        self.step.round_if_changed()
         for tensor, captured in zip(_tensors(views), self._inputs, strict=True):
             captured.copy_(tensor, non_blocking=True)
         self.step.lr.fill_(lr)

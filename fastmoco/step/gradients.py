@@ -19,16 +19,19 @@ BUCKET_BYTES = 25 * 2**20  # of gradients in float32, as in PyTorch's Distribute
 class GradientReducer:
     """Replaces the flat gradients of a module by their sum over the ranks, with the same bits on all of them.
 
-    The buffer is divided into buckets of whole parameters. A bucket is all-reduced in place, without a copy, as soon as
-    the backward pass has produced all of its gradients, the last layers first. With one rank nothing is done.
+    The buffer is divided into buckets of whole parameters. With `overlaps`, a bucket is collected and all-reduced in
+    place as soon as the backward pass has produced all of its gradients, the last layers first; otherwise they have
+    been collected (`FlatParameters.collect_gradients`) when `finish` is called. With one rank nothing is done.
 
-    Not DistributedDataParallel: it copies gradients into its own buckets or replaces `.grad` by views of them, and the
-    fused update would not read those; it rebuilds the buckets after the first step and traverses the autograd graph of
+    Not DistributedDataParallel: it copies gradients into its own buckets, and the fused update would not read those; it
+    rebuilds the buckets after the first step and traverses the autograd graph of
     every forward, which a CUDA graph cannot do; and it wraps the encoder, which changes the names of its parameters.
 
     module   its parameters are in `flat`
     half     send bfloat16: half the bytes, and sums rounded to 8 bits
     overlap  must be False if gradients are changed between the backward and `finish`
+
+    Leaves of `flat` must not be replaced after construction.
     """
 
     def __init__(
@@ -42,19 +45,20 @@ class GradientReducer:
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         assert flat.grads is not None
-        self._world, self._half = world, half
+        self._world, self._half, self._flat = world, half, flat
+        self.overlaps = overlap and world.size > 1
         self._buckets: list[Tensor] = []
         self._pending: list[tuple[Tensor, AsyncResult]] = []
-        self._counts: list[int] = []
+        self._names: list[list[str]] = []
         if world.size == 1:
             return
         for number, (names, extent) in enumerate(_divide(module, flat, bucket_bytes)):
             self._buckets.append(flat.grads[extent])
-            self._counts.append(len(names))
+            self._names.append(names)
             if overlap:
                 for name in names:
-                    module.get_parameter(name).register_post_accumulate_grad_hook(self._on_gradient(number))
-        self._missing = list(self._counts)
+                    flat.leaves[name].register_post_accumulate_grad_hook(self._on_gradient(number))
+        self._missing = self._counts()
 
     @property
     def bytes(self) -> int:
@@ -71,7 +75,10 @@ class GradientReducer:
                 bucket.copy_(total)
         self._pending.clear()
         if self._buckets:
-            self._missing = list(self._counts)
+            self._missing = self._counts()
+
+    def _counts(self) -> list[int]:
+        return [len(names) for names in self._names]
 
     def _on_gradient(self, number: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
@@ -83,7 +90,10 @@ class GradientReducer:
         return hook
 
     def _send(self) -> None:
-        bucket = self._buckets[len(self._pending)]
+        number = len(self._pending)
+        bucket = self._buckets[number]
+        if self.overlaps:
+            self._flat.collect_gradients(self._names[number])
         message = bucket.to(torch.bfloat16) if self._half else bucket
         self._pending.append((bucket, self._world.all_reduce(message)))
 

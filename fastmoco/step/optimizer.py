@@ -32,7 +32,9 @@ class Optimizer(Protocol):
     ) -> None: ...
 
     def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor, scale: Tensor | None = None) -> None:
-        """Update in place, with the gradients divided by `scale` (0-d) if given, and zero them.
+        """Update in place, with the gradients divided by `scale` (0-d) if given.
+
+        Parameters that are also kept rounded to 16 bits are changed there too (`FlatParameters.rounded`).
 
         lr, ema_momentum, ok are 0-d on the device. If ok is False, no bit of values and state changes. It must not read
         device values on the host, since the step is captured as a CUDA graph.

@@ -25,6 +25,7 @@ def lr_at(
     milestones: Sequence[int] = (),
     warmup_epochs: int = 0,
     final_lr: float = 0.0,
+    first_epoch: int = 0,
     per_step: bool = False,
 ) -> float:
     """The learning rate of a step.
@@ -35,14 +36,16 @@ def lr_at(
 
     The first is from Loshchilov and Hutter 2017, equation 5, without restarts.
 
-    e is the epoch, an integer as in the authors' code, or with `per_step` the fraction step / steps_per_epoch;
-    E = epochs, w = warmup_epochs. In the first w epochs the rate is base_lr · (step + 1) / (w · steps_per_epoch), which
-    reaches base_lr in the last warm-up step (Goyal et al. 2017, section 2.2).
+    e is the epoch, an integer that counts from `first_epoch`: 0 in the authors' ImageNet code, 1 in their CIFAR demo,
+    whose last epoch has the rate final_lr. With `per_step` it is a fraction, step / steps_per_epoch more than
+    `first_epoch`. E = epochs, w = warmup_epochs. In the first w epochs the rate is
+    base_lr · (step + 1) / (w · steps_per_epoch), which reaches base_lr in the last warm-up step (Goyal et al. 2017,
+    section 2.2).
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
-    epoch = step / steps_per_epoch if per_step else step // steps_per_epoch
+    epoch = first_epoch + (step / steps_per_epoch if per_step else step // steps_per_epoch)
     if schedule == "cosine":
         return final_lr + (base_lr - final_lr) * _half_cosine((epoch - warmup_epochs) / (epochs - warmup_epochs))
     if schedule == "step":
@@ -87,6 +90,7 @@ class Rates:
             milestones=optim.schedule or (),
             warmup_epochs=optim.warmup_epochs,
             final_lr=optim.final_lr,
+            first_epoch=min(optim.first_epoch, optim.epochs - 1),
         )
 
     def ema_momentum(self, step: int) -> float:

@@ -84,7 +84,7 @@ class MomentumUpdate:
         self.momentum_buffer = torch.zeros_like(query.values)
 
     def __call__(self, lr: Tensor, ema_momentum: Tensor, ok: Tensor, scale: Tensor | None = None) -> None:
-        """Update with the gradients divided by `scale` (0-d float32), and zero them whatever ok is."""
+        """Update with the gradients divided by `scale` (0-d float32), and the rounded parameters if there are any."""
         grads = self.query.grads
         assert grads is not None
         buffers = self.query.values, self.key.values, grads, self.momentum_buffer
@@ -99,12 +99,14 @@ class MomentumUpdate:
         if self.kernels == "triton":
             from fastmoco.step import sgd_ema_triton  # Triton comes with torch's CUDA builds only
 
-            sgd_ema_triton.momentum_update(*buffers, **settings, scale=scale, zero_grads=True)
+            rounded = self.query.rounded, self.key.rounded
+            sgd_ema_triton.momentum_update(*buffers, **settings, scale=scale, rounded=rounded)
             return
         if scale is not None:
             grads.div_(scale)
         momentum_update(*buffers, **settings)
-        grads.zero_()
+        for flat in (self.query, self.key):
+            flat.round()
 
     def state(self) -> dict[str, Tensor]:
         return {"momentum_buffer": self.momentum_buffer}

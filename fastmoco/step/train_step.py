@@ -15,10 +15,11 @@ from fastmoco.errors import ConfigError
 from fastmoco.model.batchnorm.split import use_kernels
 from fastmoco.model.dictionaries import Dictionary
 from fastmoco.model.moco import MoCo
+from fastmoco.model.resnet import fuse_convolutions
 from fastmoco.registry import OBJECTIVES, OPTIMIZERS
 from fastmoco.step.flat_params import FlatParameters, join_buffers
 from fastmoco.step.gradients import GradientReducer
-from fastmoco.step.kernels import check_kernels
+from fastmoco.step.kernels import FUSED, check_kernels, own_kernels
 from fastmoco.step.loss_scaler import LossScaler
 from fastmoco.step.objective import Objective
 from fastmoco.step.optimizer import Optimizer
@@ -43,9 +44,8 @@ class TrainStep(Generic[D]):
     weight_decay            L2 penalty of SGD
     decay_norm_and_bias     whether it applies to normalisation layers and biases, as in the authors' code
     dtype                   float32, or bfloat16 or float16 under autocast (float16 with loss scaling)
-    compile                 "off", "default" or "max-autotune": how the encoders' forward is compiled
-    kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update. Compiled encoders keep
-                            torch's batch norm, which the compiler fuses: for them only loss and update are fused
+    compile                 "off", "default" or "max-autotune": how the encoders are compiled, forward and backward
+    kernels                 "torch", or "triton" for fused batch norm, InfoNCE and update; in compiled encoders too
     checkpoint_activations  recompute activations in the backward pass (`fastmoco.model.resnet.Backbone`)
     stem_format             memory format of the first convolution, "channels-last" or "contiguous"
     half_gradients          all-reduce the gradients in bfloat16
@@ -89,6 +89,7 @@ class TrainStep(Generic[D]):
             raise ConfigError(f"unknown compile mode {compile!r}; expected one of {', '.join(_COMPILE_MODES)}")
         if temperature <= 0:
             raise ConfigError(f"the temperature is {temperature}; give a positive number, such as 0.07 or 0.2")
+        assert stem_format in ("channels-last", "contiguous"), stem_format  # auto is resolved before
         assert model.tied == dictionary.TIED, "encoders must be tied if and only if keys need gradients"
         self.device = next(model.parameters()).device
         check_kernels(kernels, self.device)
@@ -102,6 +103,8 @@ class TrainStep(Generic[D]):
         self.query = FlatParameters(model.query, decay_norm_and_bias=decay_norm_and_bias)
         self.key = FlatParameters(model.key, decay_norm_and_bias=decay_norm_and_bias)
         self._statistics = join_buffers(self.query, self.key)
+        if dtype != torch.float32 and not checkpoint_activations:
+            model.weights = self.query.keep_rounded(dtype), self.key.keep_rounded(dtype)
         self.world = model.world
         self._gradient_reducer = GradientReducer(
             model.query, self.query, self.world, half=half_gradients, overlap=not model.tied
@@ -109,10 +112,15 @@ class TrainStep(Generic[D]):
         elsewhere = {tensor.device for tensor in dictionary.state_dict().values()} - {self.device}
         assert not elsewhere, (elsewhere, self.device)
         self.update: Optimizer = load(OPTIMIZERS[optimizer])(
-            self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=kernels
+            self.query, self.key, sgd_momentum=sgd_momentum, weight_decay=weight_decay, kernels=own_kernels(kernels)
         )
-        self.objective: Objective = load(OBJECTIVES[objective])(temperature=temperature, kernels=kernels)
-        use_kernels(model, kernels if mode is None else "torch")
+        self.objective: Objective = load(OBJECTIVES[objective])(temperature=temperature, kernels=own_kernels(kernels))
+        use_kernels(model, own_kernels(kernels))
+        if not fuse_convolutions(model, kernels == FUSED and mode is None) and kernels == FUSED:
+            raise ConfigError(
+                "--kernels triton-fused fuses the 1×1 convolutions of bottleneck blocks, and this backbone has none: "
+                "use --kernels triton"
+            )
         for encoder in (model.query, model.key):  # the key encoder has a backward only if the encoders are tied
             if hasattr(encoder.backbone, "checkpoint_activations"):
                 encoder.backbone.checkpoint_activations = checkpoint_activations
@@ -130,20 +138,17 @@ class TrainStep(Generic[D]):
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
         self._sums: dict[str, Tensor] = dict(zip(_SUMS, sums, strict=True))
         if mode is not None:
-            model.query.compile(mode=mode, dynamic=False)
-            model.key.compile(mode=mode, dynamic=False)
+            model.compile_encoders(mode=mode)
 
     def __call__(self, views: Views, lr: float, ema_momentum: float) -> None:
         """Train on one batch without waiting for the device. lr and ema_momentum are from `step.schedules`."""
+        self.round_if_changed()
         self.lr.fill_(lr)
         self.ema_momentum.fill_(ema_momentum)
         self.run(views)
 
     def run(self, views: Views) -> None:
-        """The step with the lr and ema_momentum on the device: kernels only, always the same ones.
-
-        The gradients must be zero before, and are zero afterwards.
-        """
+        """The step with the lr and ema_momentum on the device: kernels only, always the same ones."""
         assert self.query.grads is not None
         statistics = self._statistics.clone()
 
@@ -155,16 +160,21 @@ class TrainStep(Generic[D]):
         if self.world.size > 1:
             loss = loss / self.world.size  # so that the sum of all ranks' gradients is their mean
         (loss if scale is None else loss * scale).backward()
+        if not self._gradient_reducer.overlaps:
+            self.query.collect_gradients()
         if self.key.grads is not None:
+            self.key.collect_gradients()
             self.query.grads.add_(self.key.grads)
-            self.key.grads.zero_()
         self._gradient_reducer.finish()
         loss = averages()
         # All ranks decide alike, from the same mean loss, mean statistics and sums of gradients. The largest magnitude
         # takes one pass without a temporary, and NaN and infinity propagate. The gradients are still scaled, which
         # changes nothing, because the scale is 1 or more. Statistics can be infinite while loss and gradient are
         # finite: what batch norm divides by an infinite deviation is 0, and the loss that of chance.
-        largest = [torch.linalg.vector_norm(flat, ord=float("inf")) for flat in (self.query.grads, self._statistics)]
+        changed = [
+            flat for flat in (self.query.grads, self._statistics) if flat.numel()
+        ]  # a model may have no statistics
+        largest = [torch.linalg.vector_norm(flat, ord=float("inf")) for flat in changed]
         ok = torch.isfinite(torch.stack([loss, *largest])).all()
 
         self.update(self.lr, self._no_momentum if self.model.tied else self.ema_momentum, ok, scale)
@@ -173,6 +183,16 @@ class TrainStep(Generic[D]):
         if self.scaler is not None:
             self.scaler.update(ok)
         self._count(loss, ok)
+
+    def round(self) -> None:
+        """After a collective has changed parameters: let the rounded ones follow."""
+        self.query.round()
+        self.key.round()
+
+    def round_if_changed(self) -> None:
+        """Before a step: let the rounded parameters follow, if weights have been loaded into the model."""
+        self.query.round_if_changed()
+        self.key.round_if_changed()
 
     def _average(self, loss: Tensor) -> Callable[[], Tensor]:
         """Start to average the loss and batch norm statistics of the forward pass over the ranks.
@@ -193,7 +213,7 @@ class TrainStep(Generic[D]):
     def changed_tensors(self) -> list[Tensor]:
         """Every tensor that `run` writes and a later step, a checkpoint or `read_metrics` reads."""
         tensors = [*self.update.state().values(), *self.dictionary.state_dict().values()]
-        tensors += [flat.grads for flat in (self.query, self.key) if flat.grads is not None]
+        tensors += [flat.rounded for flat in (self.query, self.key) if flat.rounded is not None]
         tensors += [self.query.values, self.key.values, self._statistics]
         tensors += self._sums.values()
         if self.scaler is not None:
@@ -207,30 +227,43 @@ class TrainStep(Generic[D]):
         sums["skipped_steps"].add_(~ok)
         sums["consecutive_skipped"].add_(1.0).mul_(~ok)
 
-    def read_metrics(self) -> dict[str, float]:
+    def read_metrics(self, *, check_state: bool = False) -> dict[str, float]:
         """Metrics since the last call, in one transfer that waits for the device; call it every N steps.
 
         loss                 mean over the steps that were not skipped; NaN if there are none
         steps                number of steps, including skipped ones
         skipped_steps        number of skipped steps
         consecutive_skipped  number of skipped steps up to now without a good one, also from before the last call
+        state_not_finite     with `check_state`: 1 if an encoder, its statistics, the optimiser or the dictionary has a
+                             value that is not finite, else 0
         """
-        values = torch.stack([self._sums[name] for name in _SUMS]).tolist()
-        sums = dict(zip(_SUMS, values, strict=True))
+        stacked = [self._sums[name] for name in _SUMS]
+        if check_state:
+            largest = [torch.linalg.vector_norm(tensor, ord=float("inf")).double() for tensor in self._lasting_state()]
+            stacked.append(torch.isfinite(torch.stack(largest)).logical_not().any().double())
+        values = torch.stack(stacked).tolist()
+        sums = dict(zip(_SUMS, values[: len(_SUMS)], strict=True))
         for name in ("loss_sum", "steps", "skipped_steps"):
             self._sums[name].zero_()
         trained = sums["steps"] - sums["skipped_steps"]
         return {
             "loss": sums["loss_sum"] / trained if trained else float("nan"),
             **{name: int(sums[name]) for name in ("steps", "skipped_steps", "consecutive_skipped")},
+            **({"state_not_finite": int(values[-1])} if check_state else {}),
         }
+
+    def _lasting_state(self) -> list[Tensor]:
+        """The floating-point tensors that a step leaves to the next one, each flat buffer once."""
+        tensors = [self.query.values, self.key.values, self._statistics]
+        tensors += [*self.update.state().values(), *self.dictionary.state_dict().values()]
+        return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Live tensors: the optimiser's state by parameter name, the loss scaler and the sums.
 
         The model and the dictionary have their own state dicts.
         """
-        detached = "the model was moved, or its gradients set to None, after the step was built"
+        detached = "the model was moved after the step was built"
         assert self.query.is_intact(), detached
         assert self.key.is_intact(), detached
         state = {name: self.query.named(buffer) for name, buffer in self.update.state().items()}

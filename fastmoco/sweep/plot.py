@@ -24,7 +24,8 @@ _HALO = [withStroke(linewidth=3, foreground="white")]  # keeps labels legible on
 
 def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
     """Write a PNG of kNN accuracy (effective rank without labels) by the first setting, one line per combination of the
-    others; dashed: the untrained encoder. If the paper has results for these values, they are in a second panel.
+    others; dashed: the untrained encoder. In an ablation, the results of the paper are in a second panel, whose title
+    says that other images and another classifier were used.
 
     Values are equally spaced, since they may be names or powers of ten. Raises OSError if writing fails.
     """
@@ -38,7 +39,7 @@ def draw_sweep(cells: Sequence[Cell], axes: Sequence[Axis], path: Path) -> None:
         published = PUBLISHED[axes[0].field]
         positions = [axes[0].values.index(cell.values[axes[0].field]) for cell, _ in paper]
         _points(panels[1], positions, [percent for _, percent in paper], _PAPER, "", _is_numeric(axes[0]))
-        _finish(panels[1], axes[0], "paper", f"top-1, %, {published.what}", published.source)
+        _finish(panels[1], axes[0], "paper: compare the order only", f"top-1, %, {published.what}", published.source)
     save_figure(figure, path)
 
 

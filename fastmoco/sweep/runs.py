@@ -17,8 +17,11 @@ from typing import Any
 
 from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
 from fastmoco.config.checks import flag, known
+from fastmoco.config.flags import flags_of
+from fastmoco.config.peers import own_name
+from fastmoco.config.resume import absolute_data
 from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode
-from fastmoco.recipes import PUBLISHED
+from fastmoco.recipes import PUBLISHED, recipe
 from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
@@ -37,14 +40,15 @@ class Axis:
     def parse(text: str) -> Axis:
         """Parse `moco-m=0,0.9,0.99`; + joins the numbers of one value: `head=100+50,512`. Raises ConfigError."""
         name, equals, values = text.partition("=")
-        axis = Axis(name.lstrip("-").replace("-", "_"), tuple(value for value in values.split(",") if value))
-        if not equals or not axis.values:
+        own = own_name(flag(name.lstrip("-")), flags_of(RunConfig), "sweep")
+        axis = Axis(own.lstrip("-").replace("-", "_"), tuple(value for value in values.split(",") if value))
+        if not name or not equals or not axis.values:
             raise ConfigError(f"--vary {text!r}: expected a setting and its values, such as moco-m=0,0.9,0.99")
         known(axis.field, RunConfig().flat(), "field")
         repeated = sorted({value for value in axis.values if axis.values.count(value) > 1})
         if repeated:
             raise ConfigError(f"--vary {text!r}: {repeated[0]} is repeated")
-        if axis.field in ("out", "resume", "overwrite"):
+        if axis.field in ("out", "resume", "resume_from", "overwrite"):
             raise ConfigError(f"--vary {text!r}: the sweep itself sets {flag(axis.field)}; expected another setting")
         return axis
 
@@ -145,8 +149,8 @@ def _has_ended(cell: Cell) -> bool:
         return False
     changed = [
         f"{name} is {requested!r} and was {recorded!r}"
-        for name, requested, recorded in differences(cell.config, read_config(cell.folder))
-        if name not in FREE_ON_RESUME and _is_explicit(name, requested)
+        for name, requested, recorded in differences(_located(cell.config), _located(read_config(cell.folder)))
+        if (name not in FREE_ON_RESUME or name in ("init", "init_prefix")) and _is_explicit(name, requested)
     ]
     if changed:
         raise ConfigError(
@@ -154,6 +158,10 @@ def _has_ended(cell: Cell) -> bool:
             "or train all runs again with --overwrite"
         )
     return True
+
+
+def _located(config: RunConfig) -> RunConfig:
+    return config.replace(data=absolute_data(config.data.data))
 
 
 def _is_explicit(name: str, value: Any) -> bool:
@@ -180,8 +188,11 @@ def _read_results(cell: Cell) -> None:
 
 
 def paper_percent(cell: Cell) -> tuple[bool, float | None]:
-    """(whether the paper has a result for this value, accuracy or None if training failed), for a single setting."""
-    if len(cell.values) != 1:
+    """(whether the paper has a result for this value, accuracy or None if training failed), for a single setting.
+
+    Only on the data of the ablation recipes: beside one's own images, the numbers would be taken for comparable.
+    """
+    if len(cell.values) != 1 or cell.config.data.data != recipe("cifar10-demo").data.data:
         return False, None
     ((name, value),) = cell.values.items()
     published = PUBLISHED.get(name)

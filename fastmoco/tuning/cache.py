@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fastmoco.config import ResolvedConfig
 from fastmoco.device import describe
 from fastmoco.run.environment import versions
 from fastmoco.tuning.candidates import FIELDS, Auto, Candidate
-from pipelines.files import write_atomically
+from pipelines.files import cache_folder, write_atomically
 
 FORMAT = 1
 _SHAPES = ("arch", "width", "stem", "head", "mlp", "moco_dim", "moco_k", "bn_splits", "symmetric", "mechanism")
@@ -22,12 +21,8 @@ _MORE = ("pipeline", "workers", "aug", "batch_size", "crop_size", "checkpoint_ac
 
 
 def cache_path() -> Path:
-    """`tuning.json` in $FASTMOCO_CACHE, or else in fastmoco's folder of the user's cache."""
-    folder = os.environ.get("FASTMOCO_CACHE")
-    if folder:
-        return Path(folder) / "tuning.json"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastmoco" / "tuning.json"
+    """`tuning.json` in fastmoco's cache."""
+    return cache_folder() / "tuning.json"
 
 
 def key(config: ResolvedConfig, auto: Auto, device: torch.device, ranks: int) -> str:

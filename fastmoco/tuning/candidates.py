@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from fastmoco.config import ResolvedConfig
-from fastmoco.step.kernels import triton_missing
+from fastmoco.console import counted
+from fastmoco.model.resnet import SHAPES, has_bottlenecks
+from fastmoco.step.kernels import FUSED, compiler_missing, fuses_convolutions, triton_missing
 from pipelines.registry import BACKENDS
 
 Auto = frozenset[str]
@@ -47,7 +48,7 @@ class Candidate:
         parts += ["contiguous stem"] * (self.stem_format != "channels-last")
         parts += ["CUDA graph"] * (self.cuda_graph == "on")
         parts += ["prefetch"] * (self.prefetch == "on")
-        parts += [f"{self.cpu_threads} threads"] * (self.cpu_threads is not None)
+        parts += [counted(self.cpu_threads, "thread")] if self.cpu_threads is not None else []
         return ", ".join(parts)
 
 
@@ -58,7 +59,7 @@ def without_graph(config: ResolvedConfig, auto: Auto, device: torch.device) -> I
     """The configured way, then those that may replace it if it fails, all without a CUDA graph.
 
     auto  the fields that were not given by name: only these may change. 16-bit formats come before float32, fused
-          kernels before compiled encoders, and those before plain PyTorch.
+          kernels, compiled or not, before encoders that are only compiled, and those before plain PyTorch.
     """
     first = replace(Candidate.of(config), cuda_graph="off")
     amps = [first.amp, "fp32"] if "amp" in auto and first.amp != "fp32" else [first.amp]
@@ -79,14 +80,22 @@ def variations(
         replace(best, kernels=kernels, compile=compile)
         for kernels, compile in _implementations(best, auto, device, checkpointing)
     ]
-    if "compile" in auto and compiles and not checkpointing and _compiler_missing(device) is None:
+    if (
+        "kernels" in auto
+        and device.type == "cuda"
+        and has_bottlenecks(config.model.arch)
+        and fuses_convolutions(device)
+        and ("compile" in auto or best.compile == "off")
+    ):
+        implementations.append(replace(best, kernels=FUSED, compile="off"))
+    if "compile" in auto and compiles and not checkpointing and compiler_missing(device) is None:
         implementations.append(replace(best, compile="default"))
     if not compiles:
         implementations = [c for c in implementations if c.compile in ("off", best.compile)]
     found = [implementations]
     if "cuda_graph" in auto and device.type == "cuda":
         found.append([replace(best, cuda_graph=value) for value in ("on", "off")])
-    if "stem_format" in auto:
+    if "stem_format" in auto and config.model.arch in SHAPES:
         found.append([replace(best, stem_format=value) for value in ("channels-last", "contiguous")])
     if "prefetch" in auto and device.type == "cuda" and BACKENDS[config.data.pipeline].pipeline is None:
         found.append([replace(best, prefetch=value) for value in ("on", "off")])
@@ -99,24 +108,16 @@ def _implementations(
     first: Candidate, auto: Auto, device: torch.device, checkpointing: bool
 ) -> Iterator[tuple[str, str]]:
     """(kernels, compile): those of `first`, then others that are available."""
-    found = [(first.kernels, first.compile)]
+    usual = "off" if "compile" in auto else first.compile
+    found = [(first.kernels, first.compile), (first.kernels, usual)]
     if device.type == "cuda" and "kernels" in auto:
-        compiled = "compile" in auto and not checkpointing and triton_missing() is None
-        found += [("triton", first.compile)] if triton_missing() is None else []
+        compiled = "compile" in auto and not checkpointing and compiler_missing(device) is None
+        found += [("triton", usual)] if triton_missing() is None else []
         found += [("torch", "default")] if compiled else []
-        found += [("torch", "off" if "compile" in auto else first.compile)]
-    elif "compile" in auto:
-        found.append((first.kernels, "off"))
+        found += [("torch", usual)]
     yield from dict.fromkeys(found)
 
 
 def _thread_counts() -> list[int]:
     most = torch.get_num_threads()
     return sorted({most, *(2**n for n in range(most.bit_length()) if 2**n <= most)}, reverse=True)
-
-
-def _compiler_missing(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this device, or None."""
-    if device.type == "cuda":
-        return triton_missing()
-    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "no C++ compiler is installed"

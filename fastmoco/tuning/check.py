@@ -98,8 +98,8 @@ class Checker:
         return Verdict(failure, {})
 
     def _check(self, candidate: Candidate) -> Verdict:
-        if candidate.kernels == "triton" and candidate.amp != "fp32":
-            exact = self._compare(Candidate(amp="fp32", kernels="triton"))
+        if candidate.kernels != "torch" and candidate.amp != "fp32":
+            exact = self._compare(Candidate(amp="fp32", kernels=candidate.kernels))
             if exact.failure is not None:
                 return Verdict(f"in float32, {exact.failure}", exact.errors)
         verdict = self._compare(replace(candidate.arithmetic, cuda_graph="off"))
@@ -167,7 +167,7 @@ class Checker:
         try:
             if perturbed:
                 perturb(step)
-            with _exact_float32():
+            with _exact_float32() if candidate.amp == "fp32" else contextlib.nullcontext():
                 return run_step(
                     step, _cast(first_images(self._full, self._count), candidate.amp), self._config.optim.lr
                 )

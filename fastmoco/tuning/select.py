@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from fastmoco.step.train_step import TrainStep
 from fastmoco.tuning import cache
 from fastmoco.tuning.candidates import Auto, Candidate, variations, without_graph
 from fastmoco.tuning.check import Checker, Verdict, build_for, views_failure
-from fastmoco.tuning.timing import step_seconds
+from fastmoco.tuning.timing import release, step_seconds
 from pipelines.backends.select import Pipeline
 from pipelines.views import Views
 
@@ -226,7 +225,7 @@ class Selector:
         try:
             best_s, new_s = self._time([champion, challenger], loading)
         except torch.OutOfMemoryError:  # both at once do not fit
-            _release(self._world.device)
+            release(self._world.device)
             (best_s,), (new_s,) = self._time([champion], loading), self._time([challenger], loading)
         if loading:
             self._timed += [(c, f"{c}, with loading", 1e3 * s) for c, s in ((champion, best_s), (challenger, new_s))]
@@ -243,7 +242,7 @@ class Selector:
             return step_seconds([self._step(candidate, threads, loading) for candidate in candidates], device)
         finally:
             torch.set_num_threads(threads)
-            _release(device)
+            release(device)
 
     def _step(self, candidate: Candidate, threads: int, loading: bool) -> Callable[[], None]:
         """A step of its own, at a learning rate of zero."""
@@ -289,9 +288,3 @@ def _local(config: ResolvedConfig, ranks: int) -> ResolvedConfig:
     if ranks == 1:
         return config
     return ResolvedConfig.of(config.replace(bn_splits=splits, batch_size=config.optim.batch_size // ranks))
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

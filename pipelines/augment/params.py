@@ -29,6 +29,7 @@ class Column(IntEnum):
     GREY = 6
     BLUR_SIGMA = 7  # pixels
     SOLARISE = 8
+    VERTICAL_FLIP = 9
 
 
 class Op(IntEnum):
@@ -53,7 +54,8 @@ def sample_params(seed: int, epoch: int, samples: np.ndarray, augmentation: Augm
     """Draws the parameter rows of both views of B images.
 
     Philox slot 0 gives (flip, order, jitter or not, grey), slot 1 the four jitter factors in the order of `Op`, and
-    slot 2 (sigma, solarise, blur or not, unused).
+    slot 2 (sigma, solarise, blur or not, vertical flip): each number is drawn whether it is used or not, so that
+    switching one operation off leaves the others as they are.
 
     samples  (B,) positions in the data set. Returns (2, B, P) float32, columns as in `Column`.
     """
@@ -62,7 +64,7 @@ def sample_params(seed: int, epoch: int, samples: np.ndarray, augmentation: Augm
     u = uniform(philox(seed, Domain.COLOUR, slot=slots, view=views, sample=samples, epoch=epoch))
     flip, order, jitter, grey = u[:, 0]
     factors = u[:, 1]
-    sigma, solarise, blur, _ = u[:, 2]
+    sigma, solarise, blur, vertical_flip = u[:, 2]
 
     rows = np.empty((*flip.shape, len(Column)), dtype=np.float32)
     rows[..., Column.FLIP] = flip < a.flip_p
@@ -77,4 +79,5 @@ def sample_params(seed: int, epoch: int, samples: np.ndarray, augmentation: Augm
     low, high = a.blur_sigma
     rows[..., Column.BLUR_SIGMA] = np.where(blur < a.blur_p, low + (high - low) * sigma, 0.0)
     rows[..., Column.SOLARISE] = solarise < a.solarise_p
+    rows[..., Column.VERTICAL_FLIP] = vertical_flip < a.vertical_flip_p
     return rows

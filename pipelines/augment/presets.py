@@ -5,7 +5,7 @@ Nothing here imports NumPy or torch: the command line reads the names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -19,6 +19,7 @@ class Augmentation:
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5
+    vertical_flip_p: float = 0.0
     jitter_p: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -29,8 +30,8 @@ class Augmentation:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarise_p: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 # He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020; as in their code, greyscale
@@ -50,8 +51,3 @@ PRESETS = (
     BYOL,
 )
 AUGMENTATIONS = {preset.name: preset for preset in PRESETS}
-
-
-def with_scale(augmentation: Augmentation, smallest: float) -> Augmentation:
-    """The same recipe with another lower bound of the crop's area."""
-    return replace(augmentation, scale=(smallest, augmentation.scale[1]))

@@ -1,6 +1,13 @@
 """Applies parameter rows to crops with plain torch operations, on any device.
 
-V views · S side · H, W sides of a plane · images are planar float32 (V, 3, S, S) in [0, 1] inside this file
+On a CPU this is the twin of the compiled loop (`augment.c_ops`): the results are the same bits, on any processor and
+whatever else is in the batch. Therefore nothing here fuses a product with a sum, as `lerp` or `add(alpha=)` would, and
+the only sum over pixels is one of integers.
+
+With other channels than three, saturation, hue and greyscale are not defined and left out, and the luma in the contrast
+is the mean of the channels.
+
+V views · C channels · S side · H, W sides of a plane · images are planar float32 (V, C, S, S) in [0, 1] in this file
 """
 
 from __future__ import annotations
@@ -20,9 +27,11 @@ from pipelines.cpu_threads import parallel_for
 from pipelines.transfer import to_device_at_once
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, in the digits that torchvision uses
+_LUMA_LEVELS = 2.0**24  # of the mean
 # Upper limit of a group of views. Its planes exceed a second-level cache of 2 MiB, in which most operations take half
 # the time; but with smaller groups threads lose more than that waiting for the interpreter lock.
 _GROUP_BYTES = 6 * 2**20
+_BLURRED_BYTES = 600 * 2**10  # likewise of the views that are blurred together: one of 224 pixels
 
 
 def apply(
@@ -33,26 +42,25 @@ def apply(
     source: np.ndarray | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Crops to normalised views: colour jitter in each view's order, greyscale, blur, solarise, flip, normalise.
+    """Crops to normalised views: colour jitter in each view's order, greyscale, blur, solarise, flips, normalise.
 
-    crops   (N, S, S, 3) uint8, any strides
+    crops   (N, S, S, C) uint8, any strides
     params  (V, P) float32 on the host, columns as in `Column`
     source  (V,) which crop each view comes from; by default crop v for view v
     out     an earlier result of the same shape and type, which is overwritten
-    Returns (V, 3, S, S) of `dtype`, channels-last in memory. On CUDA there is one copy from the host, and no wait.
+    Returns (V, C, S, S) of `dtype`, channels-last in memory. On CUDA there is one copy from the host, and no wait.
     """
-    count, side, device = len(params), crops.shape[1], crops.device
+    count, side, channels, device = len(params), crops.shape[1], crops.shape[3], crops.device
     source = np.arange(count) if source is None else source
     if out is None:
-        out = torch.empty((count, side, side, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)
+        out = torch.empty((count, side, side, channels), dtype=dtype, device=device).permute(0, 3, 1, 2)
     views, gather = out.permute(0, 2, 3, 1), _Gather(crops)
-    mean, std = (np.array(values, dtype=np.float32) for values in (augmentation.mean, augmentation.std))
-    max_views = count if crops.is_cuda else max(1, _GROUP_BYTES // (3 * side * side * 4))
-    groups, (scale, offset) = groups_on_device(params, source, max_views, device, (1 / std, -mean / std))
-    scale, offset = scale.view(3, 1, 1), offset.view(3, 1, 1)
+    max_views = count if crops.is_cuda else max(1, _GROUP_BYTES // (channels * side * side * 4))
+    groups, (scale, offset) = groups_on_device(params, source, max_views, device, normalisation(augmentation))
+    scale, offset = scale.view(channels, 1, 1), offset.view(channels, 1, 1)
 
     def apply_to(group: Group) -> None:
-        images = gather(group.source, group.flipped)
+        images = gather(group.source, group.flipped, group.upside_down)
         colour(images, group, augmentation)
         images = images.mul_(scale).add_(offset).to(dtype).permute(0, 2, 3, 1)  # while planar: three times as fast
         _assign_rows(views, group.rows, images)
@@ -65,8 +73,14 @@ def apply(
     return out
 
 
+def normalisation(augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset of each channel, (C,) float32."""
+    mean, std = (np.array(values, dtype=np.float32) for values in (augmentation.mean, augmentation.std))
+    return 1 / std, -mean / std
+
+
 class _Gather:
-    """Gathers crops (N, S, S, 3) uint8 of any strides as float32 planes (V, 3, S, S) in [0, 1]."""
+    """Gathers crops (N, S, S, C) uint8 of any strides as float32 planes (V, C, S, S) in [0, 1]."""
 
     def __init__(self, crops: Tensor) -> None:
         # Axes in memory order, so that each crop is one contiguous copy.
@@ -75,10 +89,14 @@ class _Gather:
         self._shape, self._rows = stored.shape[1:], stored.flatten(1)
         self._planes = [1 + axes.index(axis) for axis in (3, 1, 2)]  # axes of channels, height and width
 
-    def __call__(self, index: Tensor, flipped: Tensor) -> Tensor:
-        """index (V,) of the crops, flipped (n,) rows to flip horizontally, which is cheaper on bytes."""
+    def __call__(self, index: Tensor, flipped: Tensor, upside_down: Tensor) -> Tensor:
+        """index (V,) of the crops; flipped and upside_down (n,) rows to flip horizontally and vertically.
+
+        Flips are cheaper on bytes.
+        """
         chosen = self._rows.index_select(0, index).view(-1, *self._shape)
         _on_rows(chosen, flipped, lambda x: x.flip(self._planes[2]))
+        _on_rows(chosen, upside_down, lambda x: x.flip(self._planes[1]))
         return chosen.permute(0, *self._planes).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
 
@@ -89,7 +107,8 @@ class Group(NamedTuple):
     that the other operations take few calls as well.
 
     rows, source         (V,) int64, the views' positions in the batch, and the crops they come from
-    flipped, grey, blurred, solarised  (n,) int64, which of the V views, at positions in the group
+    flipped, upside_down, grey, blurred, solarised
+                         (n,) int64, which of the V views, at positions in the group
     sigma                (n,) float32, of the blurred views
     factors              (V, 4, 1, 1, 1) float32, in the order of `Op`
     jitter               the operations in order, as (operation, first, last + 1 of the V views)
@@ -98,12 +117,16 @@ class Group(NamedTuple):
     rows: Tensor
     source: Tensor
     flipped: Tensor
+    upside_down: Tensor
     grey: Tensor
     blurred: Tensor
     solarised: Tensor
     sigma: Tensor
     factors: Tensor
     jitter: list[tuple[Op, int, int]]
+
+
+_ARRAYS = len(Group._fields) - 1  # all but the jitter
 
 
 def groups_on_device(
@@ -118,10 +141,8 @@ def groups_on_device(
     tensors = iter(to_device_at_once([*itertools.chain(*(arrays for arrays, _ in planned)), *others], device))
     groups = []
     for _, jitter in planned:
-        rows, source_rows, *subsets, sigma, factors = itertools.islice(tensors, 8)
-        flipped, grey, blurred, solarised = subsets
-        factors = factors.view(-1, 4, 1, 1, 1)
-        groups.append(Group(rows, source_rows, flipped, grey, blurred, solarised, sigma, factors, jitter))
+        *arrays, factors = itertools.islice(tensors, _ARRAYS)
+        groups.append(Group._make([*arrays, factors.view(-1, 4, 1, 1, 1), jitter]))
     return groups, list(tensors)
 
 
@@ -130,7 +151,8 @@ def _group(
 ) -> tuple[list[np.ndarray], list[tuple[Op, int, int]]]:
     """The arrays of a `Group` in its order, and the jitter. params (V, P) and rows (V,) of its views."""
     sigma = params[:, Column.BLUR_SIGMA]
-    subsets = [params[:, Column.FLIP] != 0, params[:, Column.GREY] != 0, sigma > 0, params[:, Column.SOLARISE] != 0]
+    flips = [params[:, Column.FLIP] != 0, params[:, Column.VERTICAL_FLIP] != 0]
+    subsets = [*flips, params[:, Column.GREY] != 0, sigma > 0, params[:, Column.SOLARISE] != 0]
     jitter = []
     for op in _op_order(params) if _is_jittered(params).any() else ():
         changes = np.flatnonzero(np.diff(op)) + 1
@@ -142,18 +164,20 @@ def _group(
 
 
 def colour(images: Tensor, group: Group, augmentation: Augmentation) -> None:
-    """All but flip and normalisation, in place. images (V, 3, S, S)."""
-    if augmentation.grey_first:
+    """All but flips and normalisation, in place. images (V, C, S, S)."""
+    in_colour = images.shape[1] == 3
+    if augmentation.grey_first and in_colour:
         _on_rows(images, group.grey, _to_grey)
     for op, start, stop in group.jitter:
-        _JITTER[op](images[start:stop], group.factors[start:stop, op])
-    if not augmentation.grey_first:
+        if in_colour or op in (Op.BRIGHTNESS, Op.CONTRAST):
+            _JITTER[op](images[start:stop], group.factors[start:stop, op])
+    if not augmentation.grey_first and in_colour:
         _on_rows(images, group.grey, _to_grey)
     taps = blur_taps(augmentation, images.shape[-1])
     if images.is_cuda:
         _on_rows(images, group.blurred, lambda x: blur_grouped_conv(x, group.sigma, taps))
     else:
-        blur_band_matrices(images, group.blurred, group.sigma, taps)
+        blur_sums(images, group.blurred, group.sigma, taps)
     _on_rows(images, group.solarised, lambda x: torch.where(x >= 0.5, 1 - x, x))
 
 
@@ -183,13 +207,15 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """clip(factor · x + (1 − factor) · mean luma, 0, 1), in place."""
-    mean = luma(images.mean((-2, -1), keepdim=True))
-    return images.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)  # `lerp` is slow with one mean per view
+    levels = luma(images).mul_(_LUMA_LEVELS).to(torch.int32)  # integers: their sum does not depend on its order
+    mean = levels.sum((-2, -1), dtype=torch.int64, keepdim=True).double().div_(_LUMA_LEVELS * levels[0].numel())
+    return images.mul_(factor).add_(mean.float().mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """clip(factor · x + (1 − factor) · luma, 0, 1), in place."""
-    return torch.lerp(luma(images), images, factor, out=images).clamp_(0, 1)
+    grey = luma(images).mul_(1 - factor)
+    return images.mul_(factor).add_(grey).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -224,9 +250,16 @@ _JITTER = {
 
 
 def luma(images: Tensor) -> Tensor:
-    """(V, 3, H, W) to (V, 1, H, W): the weighted sum of the channels."""
+    """(V, C, H, W) to (V, 1, H, W): the weighted sum of red, green and blue, or the mean of other channels."""
+    if images.shape[1] != 3:
+        total = images[:, :1].clone()
+        for channel in images.split(1, dim=1)[1:]:
+            total.add_(channel)
+        return total.mul_(1 / images.shape[1])
     red, green, blue = images.split(1, dim=1)
-    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    total, term = LUMA[0] * red, LUMA[1] * green
+    total.add_(term)
+    return total.add_(torch.mul(blue, LUMA[2], out=term))
 
 
 def _to_grey(images: Tensor) -> Tensor:
@@ -236,7 +269,7 @@ def _to_grey(images: Tensor) -> Tensor:
 def blur_grouped_conv(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     """Separable Gaussian blur, one sigma per view, reflected at the border, as two grouped convolutions.
 
-    images (V, 3, S, S), sigma (V,) pixels, taps an odd kernel width of at most 2·S − 1.
+    images (V, C, S, S), sigma (V,) pixels, taps an odd kernel width of at most 2·S − 1.
     """
     views, channels, height, width = images.shape
     radius = taps // 2
@@ -250,34 +283,33 @@ def blur_grouped_conv(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     return planes.view(images.shape)
 
 
-def blur_band_matrices(images: Tensor, rows: Tensor, sigma: Tensor, taps: int) -> None:
-    """The same blur of the views in `rows` (n,), in place, as matrix products: on a CPU a fifth of the time.
+def blur_sums(images: Tensor, rows: Tensor, sigma: Tensor, taps: int) -> None:
+    """The same blur of the views in `rows` (n,), in place, as sums of shifted views. sigma (n,) pixels.
 
-    A band matrix maps a window of the padded row to a segment of the blurred row, and its transpose does the same for a
-    column; all segments of a view share one matrix. sigma (n,) pixels.
+    In contrast to a convolution, its results are the same on every processor: each product and each sum is rounded.
     """
-    side, radius = images.shape[-1], taps // 2
-    segment = max((d for d in range(8, 49) if side % d == 0), default=side)
-    window, segments, padded_side = segment + 2 * radius, side // segment, side + 2 * radius
-    for row, band in zip(rows.tolist(), _bands(sigma.numpy(), radius, segment), strict=True):
-        image = images[row]
-        padded = F.pad(image, [radius] * 4, mode="reflect")
-        windows = padded.as_strided((segments, 3 * padded_side, window), (segment, padded_side, 1))
-        tall = image.new_empty((3, padded_side, side))
-        torch.bmm(windows, band.T.expand(segments, -1, -1), out=tall.view(-1, segments, segment).transpose(0, 1))
-        for plane, blurred in zip(tall.unbind(), image.unbind(), strict=True):
-            windows = plane.as_strided((segments, window, side), (segment * side, side, 1), plane.storage_offset())
-            torch.bmm(band.expand(segments, -1, -1), windows, out=blurred.view(segments, segment, side))
+    if len(rows) == 0:
+        return
+    side, weights = images.shape[-1], torch.from_numpy(half_kernels(sigma.numpy(), taps // 2))[..., None, None, None]
+    count = max(1, _BLURRED_BYTES // (images.shape[1] * side * side * 4))
+    for chosen, weight in zip(rows.split(count), weights.split(count), strict=True):
+        blurred = images.index_select(0, chosen)
+        radius = int(weight.count_nonzero(1).max()) - 1  # weights decrease with the distance
+        for axis, padding in ((3, [radius, radius, 0, 0]), (2, [0, 0, radius, radius])):
+            padded = F.pad(blurred, padding, mode="reflect")
+            shifted, term = [padded.narrow(axis, k, side) for k in range(2 * radius + 1)], torch.empty_like(blurred)
+            torch.mul(shifted[radius], weight[:, 0], out=blurred)
+            for k in range(1, radius + 1):
+                torch.add(shifted[radius - k], shifted[radius + k], out=term)
+                blurred.add_(term.mul_(weight[:, k]))
+        _assign_rows(images, chosen, blurred)
 
 
-def _bands(sigma: np.ndarray, radius: int, segment: int) -> Tensor:
-    """(V,) → (V, segment, segment + 2·radius): row i holds the Gaussian's 2·radius + 1 weights from column i on."""
+def half_kernels(sigma: np.ndarray, radius: int) -> np.ndarray:
+    """(n,) float32, in pixels → (n, radius + 1) float32: weights of a Gaussian at distances from 0; 0 below epsilon."""
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None]) ** 2)
     weights[weights < np.finfo(np.float32).eps] = 0  # avoids denormal numbers, which make a CPU ten times as slow
-    bands = np.zeros((len(sigma), segment, segment + 2 * radius), np.float32)
-    rows, taps = np.arange(segment)[:, None], np.arange(2 * radius + 1)
-    bands[:, rows, rows + taps] = (weights / weights.sum(1, keepdims=True))[:, None]
-    return torch.from_numpy(bands)
+    return (weights / weights.sum(1, keepdims=True))[:, radius:].astype(np.float32)
 
 
 def _on_rows(images: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> None:

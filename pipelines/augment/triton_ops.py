@@ -7,11 +7,11 @@ separable blur needs the colours of neighbouring pixels. Parameters are on the d
 of it can be captured in a CUDA graph.
 
 Estimate for one H200 with 4.3 TB/s and 29 Tinstructions/s (132 multiprocessors of 128 lanes at 1.7 GHz), for both views
-of B images written in 16 bits:
+of B images written in 16 bits; instructions per pixel are counted in the code compiled for sm_90, of a jittered view:
 
-    B = 512, S = 32    3 MB read, 6 MB written: 2 µs; about 300 instructions per pixel: 11 µs, which dominates
-    B = 256, S = 224   77 MB read (twice with contrast), 154 MB written: 0.07 ms; instructions: 0.27 ms
-    blur of half       308 MB through two float32 planes and back, 0.15 ms; 30 loads per pixel and channel: 0.2 ms
+    B = 512, S = 32    3 MB read, 6 MB written: 2 µs; about 210 instructions, 120 of them for the crop: 8 µs
+    B = 256, S = 224   77 MB read (twice with contrast), 154 MB written: 0.07 ms; about 160 instructions: 0.14 ms
+    blur of half       154 MB through each of two fp16 planes: 0.07 ms; about 270 instructions: 0.12 ms
     crops              see `pipelines.augment.resample_triton`
 """
 
@@ -24,15 +24,16 @@ import torch
 import triton
 from torch import Tensor
 
+from pipelines.augment.blur_triton import blur_columns_kernel, blur_rows_kernel
 from pipelines.augment.params import Column, blur_taps
 from pipelines.augment.presets import Augmentation
 from pipelines.augment.resample_triton import check, crop
-from pipelines.augment.triton_kernels import blur_columns_kernel, blur_rows_kernel, colour_kernel
+from pipelines.augment.triton_kernels import colour_kernel
 from pipelines.data.resident_pixels import ResidentPixels
 
-_SMALL = 4096  # pixels of a crop that one program holds in registers: S ≤ 64
-_CROP_SMALL = 2048  # likewise for one that it also crops, S ≤ 45: above that the compiler spills registers
-_TILE = 1024  # pixels of a tile of larger crops
+_SMALL = 64  # side of a crop that one program holds in registers
+_CROP_SMALL = 32  # likewise for one that it also crops: above that the compiler spills registers
+_TILE = 32  # side of a tile of larger crops, in pixels
 
 
 def apply(
@@ -49,7 +50,8 @@ def apply(
     params  (V, P) float32, columns as in `Column`; sigma is ignored if the recipe has no blur
     source  (V,) int64, which crop each view comes from; by default crop v for view v
     out     an earlier result of the same shape and type, which is overwritten
-    Returns (V, 3, S, S) of `dtype`, channels-last in memory.
+    Returns (V, 3, S, S) of `dtype`, channels-last in memory. Views of 16 bits pass through fp16 planes on their way
+    through blur, which moves their values by at most 2^-11 before normalisation, an eighth of a uint8 level.
     """
     count, side = len(crops), crops.shape[1]
     assert crops.shape == (count, side, side, 3), crops.shape
@@ -67,12 +69,12 @@ def crop_and_apply(
     source: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`crop`, then `apply`: one fused kernel for S ≤ 45, whose crops never leave the registers, otherwise two steps.
+    """`crop`, then `apply`: one fused kernel for S ≤ 32, whose crops never leave the registers, otherwise two steps.
 
     The fused kernel also rounds crops to uint8 levels, so it equals the two steps up to the order of sums. Arguments
     and result are those of `crop` and `apply`; row v of boxes, params and source is view v.
     """
-    if side * side > _CROP_SMALL:
+    if side > _CROP_SMALL:
         return apply(crop(resident, boxes, side, source), params, augmentation, dtype, out=out)
     boxes = boxes.contiguous()
     check(resident, boxes, source)
@@ -109,12 +111,14 @@ def _colour(
     assert out.is_contiguous(memory_format=torch.channels_last)
     pixels_out = out.permute(0, 2, 3, 1)
     blur = augmentation.blur_p > 0
-    # intermediate float32 planes of blurred views; those of other views stay unwritten
-    planes = torch.empty((2, views, 3, side, side), dtype=torch.float32, device=device) if blur else None
-    colours, rows = (pixels_out, pixels_out) if planes is None else planes
-    normalisation = augmentation.mean, augmentation.std
-    pixels = side * side
-    block = triton.next_power_of_2(pixels) if pixels <= _SMALL else _TILE
+    # Intermediate planes of blurred views; those of others stay unwritten. If views have 16 bits, planes are fp16: in
+    # [0, 1] its rounding error is at most 2^-12, that of bf16 eight times as large.
+    plane_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    planes = torch.empty((2, views, 3, side, side), dtype=plane_dtype, device=device) if blur else None
+    colours, columns = (pixels_out, pixels_out) if planes is None else planes
+    scale = tuple(1 / std for std in augmentation.std)
+    offset = tuple(-mean / std for mean, std in zip(augmentation.mean, augmentation.std, strict=True))
+    tile = triton.next_power_of_2(side) if side <= _SMALL else _TILE
     colour_kernel[(views,)](
         source,
         strides,
@@ -122,19 +126,21 @@ def _colour(
         params,
         pixels_out,
         colours,
-        *normalisation,
+        scale,
+        offset,
         SIDE=side,
         CROP=crops_too,
-        PLANAR=crops_too and images.planar,
+        WIDTH=images.pixels.shape[3] if crops_too and images.planar else 0,
         GREY_FIRST=augmentation.grey_first,
         BLUR=blur,
-        BLOCK=block,
-        num_warps=8 if pixels > _SMALL else min(16, max(4, block // 256)),
+        TILE=tile,
+        num_warps=8 if side > _SMALL else min(16, max(4, tile * tile // 256)),
         enable_fp_fusion=True,
     )
     if blur:
-        options = {"SIDE": side, "RADIUS": blur_taps(augmentation, side) // 2, "BLOCK": _TILE}
-        options |= {"num_warps": 8, "enable_fp_fusion": True}
-        blur_rows_kernel[triton.cdiv(3 * pixels, _TILE), views](colours, rows, params, **options)
-        blur_columns_kernel[triton.cdiv(pixels, _TILE), views](rows, pixels_out, params, *normalisation, **options)
+        tiles = triton.cdiv(side, _TILE)
+        options = {"SIDE": side, "RADIUS": blur_taps(augmentation, side) // 2, "TILE": _TILE}
+        options |= {"num_warps": 4, "enable_fp_fusion": True}
+        blur_columns_kernel[tiles, tiles, views](colours, columns, params, **options)
+        blur_rows_kernel[tiles, tiles, views](columns, pixels_out, params, scale, offset, **options)
     return out

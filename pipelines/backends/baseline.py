@@ -76,8 +76,10 @@ def torchvision_transform(augmentation: Augmentation, side: int) -> Callable[[Im
         steps.append(T.RandomApply([_GaussianBlur(a.blur_sigma)], p=a.blur_p))
     if a.solarise_p > 0:
         steps.append(T.RandomSolarize(threshold=128, p=a.solarise_p))
-    steps += [T.RandomHorizontalFlip(p=a.flip_p), T.ToTensor(), T.Normalize(a.mean, a.std)]
-    return T.Compose(steps)
+    steps.append(T.RandomHorizontalFlip(p=a.flip_p))
+    if a.vertical_flip_p > 0:
+        steps.append(T.RandomVerticalFlip(p=a.vertical_flip_p))
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(a.mean, a.std)])
 
 
 class _GaussianBlur:

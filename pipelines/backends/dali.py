@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from pipelines.augment.resize import resize_boxes
 from pipelines.backends.dali_batches import DaliBatch, DaliBatches
+from pipelines.backends.torch import TorchCrops
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
 from pipelines.data.plain_jpeg import COLUMNS_REVERSED, ROWS_REVERSED, TRANSPOSED, JpegHeaders
-from pipelines.errors import BackendMissingError, DataError
+from pipelines.errors import BackendMissingError, DataError, how_to_install
 from pipelines.transfer import to_device
 from pipelines.views import BatchPlan, Crops
 
@@ -66,6 +68,9 @@ class DaliCrops:
         plans = iter(plans)
         first = next(plans, None)
         if first is None:
+            return
+        if first.shorter:  # DALI does not resize to torchvision's grid
+            yield from TorchCrops(self._index, self._side, self._device, self._threads).crops(chain([first], plans))
             return
         dali = _dali()
         batches = DaliBatches(
@@ -149,8 +154,8 @@ class DaliCrops:
         except RuntimeError as error:  # a driver older than this DALI, or no device
             raise BackendMissingError(
                 f"--pipeline dali cannot start on {self._device} ({_one_line(error)}); install the DALI made for your "
-                f"driver (pip install 'fastmoco[dali]' for CUDA 13, 'fastmoco[dali-cu12]' for 12), or use "
-                f"--pipeline torch"
+                f"driver (in a checkout of fastmoco {how_to_install('dali')} for CUDA 13, --extra dali-cu12 for 12), "
+                "or use --pipeline torch"
             ) from error
         return pipeline
 
@@ -221,7 +226,7 @@ def _dali() -> SimpleNamespace:
     except ImportError as error:
         raise BackendMissingError(
             f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({_one_line(error)}): "
-            f"pip install 'fastmoco[dali]', or use --pipeline torch"
+            f"in a checkout of fastmoco {how_to_install('dali')}, or use --pipeline torch"
         ) from error
     return SimpleNamespace(
         Pipeline=Pipeline,

@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.machinery import PathFinder
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.backends.torch import TorchCrops
 from pipelines.data.decode import printable
 from pipelines.data.index import ImageIndex
-from pipelines.errors import BackendMissingError, DataError
+from pipelines.errors import BackendMissingError, DataError, how_to_install
 from pipelines.platforms import read_at
 from pipelines.reads import Timed, open_regular
 from pipelines.transfer import wait_for
@@ -36,7 +37,8 @@ from pipelines.views import BatchPlan, Crops
 AHEAD = 3  # batches in progress: the one that is waited for, and enough after it to keep the threads busy
 TASK_IMAGES = 8  # 224 px photographs take 4 ms per task: long against its overhead, short against a batch
 INSTALL = (
-    "install it with `apt-get install pkg-config libopencv-dev libturbojpeg0-dev` and `pip install 'fastmoco[ffcv]'`"
+    "install it with `apt-get install pkg-config libopencv-dev libturbojpeg0-dev` and, in a checkout of fastmoco, "
+    f"`{how_to_install('ffcv')}`"
 )
 
 
@@ -54,6 +56,7 @@ class FfcvCrops:
             )
         self._library = _Library()
         self._index, self._records, self._side, self._device = index, index.records, side, device
+        self._workers = workers
         try:
             self._file, _ = open_regular(index.records.paths[0])
         except OSError as error:
@@ -65,6 +68,13 @@ class FfcvCrops:
     def crops(self, plans: Iterable[BatchPlan]) -> Iterator[Crops]:
         """Raises DataError for an image that cannot be read."""
         plans = iter(plans)
+        first = next(plans, None)
+        if first is None:
+            return
+        plans = chain([first], plans)
+        if first.shorter:
+            yield from TorchCrops(self._index, self._side, self._device, self._workers).crops(plans)
+            return
         waiting: deque[_Batch] = deque()
         copied: deque[torch.cuda.Event] = deque()
         try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.augment.resize import resize_box
+from pipelines.augment.resize import resize_box, resize_centre
 from pipelines.backends.ring import Ring, SharedBytes
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
@@ -73,10 +73,10 @@ class TorchCrops:
             for first in range(0, count, self.images_per_task):
                 rows = slice(first, first + self.images_per_task)
                 images, boxes = self._index.select(plan.indices[rows]), plan.boxes[:, rows]
-                yield _Task(ring.offset(slot), count, first, images, boxes)
+                yield _Task(ring.offset(slot), count, first, images, boxes, plan.shorter)
 
     def _shape(self, plan: BatchPlan) -> tuple[int, ...]:
-        return (*plan.boxes.shape[:2], self._side, self._side, 3)
+        return (*plan.boxes.shape[:2], self._side, self._side, self._index.channels)
 
     def close(self) -> None:
         """Nothing to release: workers and memory belong to the iterators."""
@@ -85,9 +85,10 @@ class TorchCrops:
 class _Task(NamedTuple):
     """Some rows of a batch. A task carries its own small index, so workers hold no data set.
 
-    offset  start of the batch (V, batch, S, S, 3) in the shared memory
+    offset  start of the batch (V, batch, S, S, C) in the shared memory
     first   row of the first of these images
     boxes   (V, images, 4)
+    shorter  as in the plan
     """
 
     offset: int
@@ -95,6 +96,7 @@ class _Task(NamedTuple):
     first: int
     images: ImageIndex
     boxes: np.ndarray
+    shorter: int
 
 
 class _Decoder(Dataset):
@@ -104,18 +106,21 @@ class _Decoder(Dataset):
         self._memory, self._side = memory, side
 
     def __getitem__(self, task: _Task) -> int | DataError:
-        shape = (len(task.boxes), task.batch, self._side, self._side, 3)
+        shape = (len(task.boxes), task.batch, self._side, self._side, task.images.channels)
         batch = self._memory.array[task.offset : task.offset + int(np.prod(shape))].reshape(shape)
         out = torch.from_numpy(batch[:, task.first :])
         try:
             for row in range(len(task.images)):
-                self._crop(task.images, row, task.boxes[:, row], out[:, row])
+                self._crop(task, row, out[:, row])
         except DataError as error:  # as a value: the loader would wrap its one line in a traceback
             return error
         return len(task.images)
 
-    def _crop(self, images: ImageIndex, row: int, boxes: np.ndarray, out: Tensor) -> None:
-        """Boxes (views, 4) of one image into (views, S, S, 3)."""
-        image = torch.from_numpy(np.require(images.read(row), requirements="W"))  # Pillow's arrays are read-only
-        for view, box in enumerate(boxes.tolist()):
+    def _crop(self, task: _Task, row: int, out: Tensor) -> None:
+        """The views of one image into (views, S, S, C)."""
+        image = torch.from_numpy(np.require(task.images.read(row), requirements="W"))  # Pillow's arrays are read-only
+        if task.shorter:
+            resize_centre(image, task.shorter, out[0])
+            return
+        for view, box in enumerate(task.boxes[:, row].tolist()):
             resize_box(image, box, out[view])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.augment import torch_ops
+from pipelines.augment import c_ops, torch_ops
 from pipelines.backends.resident import ResidentCrops
 from pipelines.plan.ahead import planned_ahead
 from pipelines.plan.planner import Planner
@@ -115,7 +115,8 @@ class TwoViewPipeline:
             params, rows = numbers
             images = triton_ops.apply(crops.images.flatten(0, 1), params, augmentation, self.dtype, rows, out)
         else:
-            images = torch_ops.apply(crops.images.flatten(0, 1), params, augmentation, self.dtype, rows, out)
+            apply = c_ops.apply if self.device.type == "cpu" else torch_ops.apply
+            images = apply(crops.images.flatten(0, 1), params, augmentation, self.dtype, rows, out)
         buffer.images = images
         return Views(images[:count], images[count:], order, index)
 

@@ -22,7 +22,7 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.data.decode import MAX_PIXELS
+from pipelines.data.formats.common import MAX_PIXELS
 from pipelines.errors import DataError
 
 VERSION = 2

@@ -1,149 +1,193 @@
-"""Lists image files and their classes, from folders, class folders and list files, without opening images.
+"""Lists the image files below a folder, without opening images.
 
 Files are sorted by the bytes of their relative paths, on every machine. Hidden files and folders and `__MACOSX` are
-ignored; other files without an image extension are counted and skipped.
+ignored, what fastmoco wrote is left out (`own_outputs`), and files that are no images are counted (`file_kinds`). With
+`arrays` NumPy arrays are the images, and only they.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.data.decode import printable
+from pipelines.data.file_kinds import ARRAY, EXTENSIONS, are_images, describe_others, extension, may_be_image
+from pipelines.data.own_outputs import is_own_picture, kind_of_folder
 from pipelines.errors import DataError
-from pipelines.reads import Timed, check_length, open_regular
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
-TEST_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists next to `train` is the test split
-
-_LIST_PROBE_BYTES = 4096
-_MAX_LIST_BYTES = 2**30  # ten million paths of a hundred letters
+from pipelines.reads import Timed
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files, and their classes if the folders or the list define them.
+    """Image files, and their classes if the folders or a list define them.
 
     paths    absolute, in order
-    classes  the class name of each file, or None without classes
-    skipped  number of other files
+    classes  the class name of each file, None for a file without one; None if no file has one
+    why      what the classes are taken from, or why there are none
+    others   number of files that are no images, by extension
+    outputs  (path, kind) of what fastmoco wrote there, which is left out
     """
 
     paths: tuple[str, ...]
-    classes: tuple[str, ...] | None = None
-    skipped: int = 0
+    classes: tuple[str | None, ...] | None = None
+    why: str = ""
+    others: Mapping[str, int] = field(default_factory=dict)
+    outputs: tuple[tuple[str, str], ...] = ()
 
     def class_names(self) -> tuple[str, ...]:
         """Sorted by their bytes, or as numbers if all of them are numbers."""
-        names = set(self.classes or ())
+        names = {name for name in self.classes or () if name is not None}
         numbers = all(name.isascii() and name.isdigit() for name in names)
         return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, os.fsencode(name))))
 
-    def labels(self) -> np.ndarray | None:
-        """(N,) int64 positions in `class_names`."""
+    def labels(self, class_names: tuple[str, ...] | None = None) -> np.ndarray | None:
+        """(N,) int64 positions in `class_names`, by default those of these files; -1 for a file whose class is none."""
         if self.classes is None:
             return None
-        number = {name: label for label, name in enumerate(self.class_names())}
-        return np.array([number[name] for name in self.classes], dtype=np.int64)
+        names = self.class_names() if class_names is None else class_names
+        number = {name: label for label, name in enumerate(names)}
+        return np.array([-1 if name is None else number.get(name, -1) for name in self.classes], dtype=np.int64)
+
+    def select(self, positions: Sequence[int]) -> ImageFiles:
+        """The files at these positions, in that order."""
+        paths = tuple(self.paths[i] for i in positions)
+        classes = None if self.classes is None else tuple(self.classes[i] for i in positions)
+        return replace(self, paths=paths, classes=classes)
 
 
-def find_splits(root: str) -> tuple[str, str | None]:
-    """(training folder, test folder or None) of `root`: its `train` and `val` (`valid`, `validation`, `test`).
+def joined(parts: Sequence[ImageFiles]) -> ImageFiles:
+    """The files of several lists or folders: a file of an earlier one is not repeated."""
+    seen: set[str] = set()
+    kept: list[ImageFiles] = []
+    others: Counter[str] = Counter()
+    for part in parts:
+        kept.append(part.select([i for i, path in enumerate(part.paths) if path not in seen]))
+        seen.update(part.paths)
+        others.update(part.others)
+    labelled = any(part.classes is not None for part in kept)
+    classes = tuple(name for part in kept for name in part.classes or [None] * len(part.paths))
+    return ImageFiles(
+        tuple(path for part in kept for path in part.paths),
+        classes if labelled else None,
+        "; ".join(dict.fromkeys(part.why for part in parts if part.why)),
+        others,
+        tuple(output for part in parts for output in part.outputs),
+    )
 
-    They are splits if `train` exists with at least one of the others, or is the only folder; otherwise `root` itself is
-    the training folder, so that a class may be called `train`.
+
+class Folder(NamedTuple):
+    """What is directly in a folder, without hidden entries; paths, those of folders sorted by their bytes.
+
+    output  the kind of folder, if fastmoco wrote it
     """
-    _, folders, _ = _entries(root)
-    names = {os.path.basename(folder).lower(): folder for folder in folders}
-    tests = [names[name] for name in TEST_FOLDERS if name in names]
-    if "train" in names and (tests or len(names) == 1):
-        return names["train"], tests[0] if tests else None
-    return root, None
+
+    identity: tuple[int, int]
+    folders: list[str]
+    files: list[str]
+    output: str | None
 
 
-def list_folder(root: str) -> ImageFiles:
-    """Every image below `root`, with its class if the folders are classes.
+def list_folder(root: str, without: Collection[str] = (), *, arrays: bool = False) -> ImageFiles:
+    """Every image below `root`, without classes.
 
-    Folders are classes if no image is directly in `root`, every image is directly in one of its sub-folders, and there
-    are at least two of those; then each of them must contain an image. In any other layout images have no labels.
+    without  folders to leave out
 
     A folder reached twice, through symbolic links, is listed once, under its real path if that is below `root`.
     Raises DataError if a folder cannot be read or there are no images.
     """
-    seen, paths, skipped = set(), [], 0
+    seen: set[tuple[int, int]] = set()
+    paths: list[str] = []
+    unknown: list[str] = []
+    outputs: list[tuple[str, str]] = []
+    others: Counter[str] = Counter()
     folders, links = [root], []  # links are followed after all real folders
     while folders or links:
-        folder = folders.pop() if folders else links.pop()
-        identity, below, files = _entries(folder)
-        if identity in seen:
+        path = folders.pop() if folders else links.pop()
+        folder = read_folder(path)
+        if folder.identity in seen or path in without:
             continue
-        seen.add(identity)
-        for path in below:
-            (links if os.path.islink(path) else folders).append(path)
-        images = [path for path in files if path.lower().endswith(EXTENSIONS)]
-        paths += images
-        skipped += len(files) - len(images)
+        seen.add(folder.identity)
+        if folder.output is not None:
+            outputs.append((path, folder.output))
+            continue
+        for below in folder.folders:
+            (links if os.path.islink(below) else folders).append(below)
+        for file in folder.files:
+            if arrays:
+                if file.lower().endswith(ARRAY):
+                    paths.append(file)
+                else:
+                    others[extension(os.path.basename(file))] += 1
+            elif file.lower().endswith(EXTENSIONS):  # as `may_be_image`, in half the time
+                if file.endswith(".png") and is_own_picture(file):
+                    outputs.append((file, "picture"))
+                else:
+                    paths.append(file)
+            elif may_be_image(name := os.path.basename(file)) is None:
+                unknown.append(file)
+            else:
+                others[extension(name)] += 1
         links.sort(key=os.fsencode, reverse=True)
+    for path, found in zip(unknown, are_images(unknown), strict=True):
+        if found:
+            paths.append(path)
+        else:
+            others[extension(os.path.basename(path))] += 1
     if not paths:
-        raise DataError(
-            f"{printable(root)} holds no images ({_count(skipped, 'other file')}); expected files that end in "
-            f"{', '.join(EXTENSIONS)}, in it or below"
-        )
+        raise no_images(root, others, outputs)
     paths.sort(key=_order)
-    return ImageFiles(tuple(paths), _classes(root, paths), skipped)
+    return ImageFiles(tuple(paths), others=others, outputs=tuple(sorted(outputs)))
 
 
-def read_list(path: str) -> ImageFiles:
-    """The images of a list file: one path per line, relative to the file's folder, optionally with `<TAB>class`.
+def no_images(root: str, others: Mapping[str, int], outputs: Collection[tuple[str, str]] = ()) -> DataError:
+    """The error for a folder without images, with what is there instead."""
+    there = [describe_others(others)] if others else []
+    if outputs:
+        there.append(f"{len(outputs):,} output{'s' * (len(outputs) != 1)} of fastmoco")
+    return DataError(
+        f"{printable(root)} holds no images ({', '.join(there) or 'no files'}); expected files that end in "
+        f"{', '.join(EXTENSIONS)} or begin like one of these, in it or below"
+    )
 
-    Either every line has a class or none has. Keeps order and repetitions. Raises DataError with the line number.
-    """
-    text = _text(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    paths, classes = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        image, tab, label = line.rstrip("\r").partition("\t")
-        if not image:
+
+def holds_image(root: str, *, arrays: bool = False) -> bool:
+    """Whether there is an image below `root`: looks no further than the first. Raises DataError."""
+    seen: set[tuple[int, int]] = set()
+    folders = [root]
+    while folders:
+        folder = read_folder(folders.pop())
+        if folder.identity in seen or folder.output is not None:
             continue
-        if not image.lower().endswith(EXTENSIONS) or "\0" in line:
-            raise DataError(
-                f"line {number} of {printable(path)} is '{printable(image[:80])}'; expected the path of an image "
-                f"({', '.join(EXTENSIONS)}), then nothing, or a tab and a class"
-            )
-        paths.append(os.path.join(folder, image))
-        classes.append(label.strip() if tab else None)
-        if classes[-1] == "" or (classes[0] is None) != (classes[-1] is None):
-            has = (
-                "no class, unlike the first" if not tab else "a class, unlike the first" if label else "an empty class"
-            )
-            raise DataError(f"line {number} of {printable(path)} has {has}; give a class on every line or on none")
-    if not paths:
-        raise DataError(f"{printable(path)} names no images; expected one path per line")
-    labelled = tuple(name for name in classes if name is not None)
-    return ImageFiles(tuple(paths), labelled or None)
+        seen.add(folder.identity)
+        if any_image(folder.files, arrays=arrays):
+            return True
+        folders += reversed(folder.folders)
+    return False
 
 
-def _text(path: str) -> str:
-    """The content of a list file. Raises DataError if it cannot be read or is no text."""
-    expected = "expected text with one image path per line"
-    try:
-        with Timed(path):
-            descriptor, status = open_regular(path)
-        with open(descriptor, "rb") as file, Timed(path):
-            if b"\0" in file.read(_LIST_PROBE_BYTES):
-                raise DataError(f"{printable(path)} is neither a folder nor a list; {expected}")
-            check_length(status.st_size, _MAX_LIST_BYTES)
-            file.seek(0)
-            return file.read(status.st_size).decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"cannot read {printable(path)} ({error.strerror or error}); {expected}") from error
+def any_image(files: Collection[str], *, arrays: bool = False) -> bool:
+    """Whether one of these files is an image."""
+    if arrays:
+        return any(file.lower().endswith(ARRAY) for file in files)
+    unknown = []
+    for file in files:
+        name = os.path.basename(file)
+        kind = may_be_image(name)
+        if kind and not (name.endswith(".png") and is_own_picture(file)):
+            return True
+        if kind is None:
+            unknown.append(file)
+    return any(are_images(unknown))
 
 
-def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
-    """(identity, folders, files) of `folder` without hidden ones. A dangling link counts as a file, bad later."""
-    folders, files = [], []
+def read_folder(folder: str) -> Folder:
+    """What is directly in `folder`. A dangling link counts as a file, bad later. Raises DataError."""
+    folders, files, names = [], [], set[str]()
     try:
         with Timed(folder):
             status, entries = os.stat(folder), os.scandir(folder)
@@ -161,34 +205,16 @@ def _entries(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
                     folders.append(entry.path)
                 elif is_file or entry.is_symlink():  # not a pipe, socket or device
                     files.append(entry.path)
+                    if entry.name.endswith(".json"):
+                        names.add(entry.name)
     except OSError as error:
         raise DataError(
             f"cannot read the folder {printable(folder)} ({error.strerror}); make it readable or leave it out"
         ) from error
-    return (status.st_dev, status.st_ino), sorted(folders, key=os.fsencode), files
+    output = kind_of_folder(folder, names, [os.path.basename(path) for path in folders])
+    return Folder((status.st_dev, status.st_ino), sorted(folders, key=os.fsencode), files, output)
 
 
 def _order(path: str, separator: str = os.sep) -> bytes:
     """The key by which files are sorted: a path's bytes on Linux."""
     return os.fsencode(path if separator == "/" else path.replace(separator, "/"))
-
-
-def _classes(root: str, images: list[str]) -> tuple[str, ...] | None:
-    """The first-level folder of each image, if those are classes by the rule of `list_folder`."""
-    parents = [os.path.dirname(image) for image in images]
-    name_of = {parent: os.path.relpath(parent, root) for parent in set(parents)}
-    if len(name_of) < 2 or any(os.sep in name or name == os.curdir for name in name_of.values()):
-        return None
-    names = set(name_of.values())
-    folders = [os.path.basename(path) for path in _entries(root)[1] if not os.path.islink(path)]
-    empty = [name for name in folders if name not in names]
-    if empty:
-        raise DataError(
-            f"the class folder {printable(os.path.join(root, empty[0]))} holds no images "
-            f"({len(empty)} of {len(folders)} class folders are empty); fill or remove it"
-        )
-    return tuple(name_of[parent] for parent in parents)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

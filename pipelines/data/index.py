@@ -1,20 +1,25 @@
 """The index of a data set: N upright images, their sizes and labels, and where their bytes are stored.
 
-N images · H, W height and width in pixels of the upright image
+N images · H, W height and width in pixels of the upright image · C channels
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from pipelines.data.choices import Choices
 from pipelines.data.decode import decode, printable
+from pipelines.data.decoding import DEFAULT, Decoding
+from pipelines.data.formats.deep import Span
 from pipelines.data.quarantine import LEFT_OUT, REPLACED, Entry, Ledger, grey
 from pipelines.data.record_digests import RecordDigests
 from pipelines.errors import DataError
 from pipelines.reads import read_file, read_part
+
+STORED = ("in memory", "in files", "in tar archives", "in a .beton file")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +90,12 @@ class ImageIndex:
     labels       (N,) int64, or None without labels
     class_names  names of the labels 0, 1, ...; empty without labels
     paths        N absolute paths; undecodable bytes of a name are surrogate escapes, so that `open` works
-    pixels       (N, H, W, 3) uint8 RGB
+    pixels       (N, H, W, C) uint8
     records      positions in a `.beton` file or in tar archives
     scanned      (N, 16) uint8, BLAKE2b of files as `fastmoco scan` read them, zero if changed since; None without
     ledger       records images that have become bad, which are then replaced by grey; None: a bad image is an error
+    decoding     how encoded images become pixels
+    labelled     number of these images that have a label in the bank of their data set, where not all have
     """
 
     name: str
@@ -100,6 +107,8 @@ class ImageIndex:
     records: PackedRecords | None = None
     scanned: np.ndarray | None = None
     ledger: Ledger | None = None
+    decoding: Decoding = DEFAULT
+    labelled: int = 0
 
     def __post_init__(self) -> None:
         given = [x for x in (self.paths, self.pixels, self.records and self.records.offsets) if x is not None]
@@ -107,14 +116,14 @@ class ImageIndex:
         count = len(given[0])
         assert self.sizes.shape == (count, 2)
         assert self.sizes.dtype == np.int32
-        assert self.pixels is None or (self.pixels.dtype == np.uint8 and self.pixels.shape[3:] == (3,))
+        assert self.pixels is None or (self.pixels.dtype == np.uint8 and self.pixels.ndim == 4)
         assert self.labels is None or (self.labels.shape == (count,) and self.labels.dtype == np.int64)
 
     @classmethod
     def from_pixels(
         cls, name: str, pixels: np.ndarray, labels: np.ndarray | None = None, class_names: tuple[str, ...] = ()
     ) -> ImageIndex:
-        """An index of images already in memory: pixels (N, H, W, 3) uint8, labels (N,) of any integer type."""
+        """An index of images already in memory: pixels (N, H, W, C) uint8, labels (N,) of any integer type."""
         sizes = np.full((len(pixels), 2), pixels.shape[1:3], dtype=np.int32)
         labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         return cls(name, sizes, labels, class_names, pixels=pixels)
@@ -122,12 +131,17 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def channels(self) -> int:
+        """C of every image: 3 unless others were asked for."""
+        return self.decoding.channels if self.pixels is None else self.pixels.shape[3]
+
     def is_encoded(self, i: int) -> bool:
         """Whether image i is an encoded file, rather than pixels in memory or in a `.beton`."""
         return self.pixels is None and not (self.records is not None and self.records.raw[i])
 
     def read(self, i: int) -> np.ndarray:
-        """Image i, upright: (H, W, 3) uint8 RGB.
+        """Image i, upright: (H, W, C) uint8.
 
         Raises DataError if the file is unreadable, bad or has changed. With a ledger, such an image is recorded and
         replaced by grey, and DataError is raised only if there are too many.
@@ -140,13 +154,13 @@ class ImageIndex:
             if self.ledger is None:
                 raise
             self.ledger.note(Entry(self.display_name(i), str(error), REPLACED))
-            return grey(*self.sizes[i].tolist())
+            return grey(int(self.sizes[i, 0]), int(self.sizes[i, 1]), self.channels)
 
     def _read(self, i: int) -> np.ndarray:
         height, width = (int(side) for side in self.sizes[i])
         if not self.is_encoded(i):
             return np.frombuffer(bytearray(self.stored_bytes(i)), dtype=np.uint8).reshape(height, width, 3)
-        image = decode(self.stored_bytes(i), self.display_name(i))
+        image = decode(self.stored_bytes(i), self.display_name(i), self.decoding)
         if image.shape[:2] != (height, width):
             raise DataError(
                 f"{self.display_name(i)} is {image.shape[1]}×{image.shape[0]} pixels and was {width}×{height} when the "
@@ -198,7 +212,12 @@ class ImageIndex:
             pixels=None if self.pixels is None else self.pixels[positions],
             records=None if self.records is None else self.records.select(positions),
             scanned=None if self.scanned is None else self.scanned[positions],
+            labelled=0,
         )
+
+    def unlabelled(self, labelled: int = 0) -> ImageIndex:
+        """The same images without labels, which so many of them have elsewhere."""
+        return replace(self, labels=None, class_names=(), labelled=labelled)
 
     @cached_property
     def uniform_size(self) -> tuple[int, int] | None:
@@ -216,14 +235,22 @@ class ImageIndex:
             sides = f"of {low_w}–{high_w}×{low_h}–{high_h}"
         else:
             sides = "of no size"
-        classes = "no labels" if self.labels is None else f"{len(self.class_names)} classes"
+        if self.labels is None:
+            classes = f"labels for {self.labelled:,} of them" if self.labelled else "no labels"
+        else:
+            classes = f"{len(self.class_names)} classes"
         return f"{printable(self.name)}: {len(self):,} images {sides} (width×height), {classes}, {self._storage()}"
 
-    def _storage(self) -> str:
+    @property
+    def stored(self) -> str:
+        """How the images are stored, one of `STORED`."""
         if self.records is None:
             return "in memory" if self.pixels is not None else "in files"
-        if self.records.in_beton:
-            return "in a .beton file"
+        return "in a .beton file" if self.records.in_beton else "in tar archives"
+
+    def _storage(self) -> str:
+        if self.records is None or self.records.in_beton:
+            return self.stored
         return f"in {len(self.records.paths):,} tar archives" if len(self.records.paths) > 1 else "in a tar archive"
 
 
@@ -234,22 +261,31 @@ class Dataset:
     train       images for pretraining
     test        images that an evaluation classifies, or None
     bank        labelled images that an evaluation compares `test` with or fits on: `train` itself if it has labels,
-                otherwise another split that has (STL-10), else None
+                otherwise another split (STL-10) or those of its images that have, else None
     quarantine  (path, reason) of every bad file left out; empty unless `bad_images="quarantine"`
-    skipped     number of files skipped because their names have no image extension
+    choices     what was taken as data, as labels and as the test split, and why
     indexing    text that describes the source of the image sizes, if there is a scan
+    tolerated   (path, fault) of images with faults beside their pixels, or truncated ones that are accepted
+    span        the values of the training images of more than 8 bits, or of some of them; None without
     """
 
     train: ImageIndex
     test: ImageIndex | None = None
     bank: ImageIndex | None = None
     quarantine: tuple[tuple[str, str], ...] = ()
-    skipped: int = 0
+    choices: Choices = field(default_factory=Choices)
     indexing: str = ""
+    tolerated: tuple[tuple[str, str], ...] = ()
+    span: Span | None = None
 
     def __post_init__(self) -> None:
         if self.bank is None and self.train.labels is not None:
             object.__setattr__(self, "bank", self.train)
+
+    @property
+    def skipped(self) -> int:
+        """Number of files that are no images."""
+        return sum(self.choices.others.values())
 
     def with_ledger(self, ledger: Ledger) -> Dataset:
         """The same data set with bad images recorded: those left out now, others when they are read and replaced.

@@ -13,9 +13,8 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from pipelines.data.decode import exif_orientation
+from pipelines.data.formats.exif import orientation
 from pipelines.data.headers import TAIL_BYTES
 
 # EXIF 2.3, tag 0x0112: upright = stored, transposed, then its rows reversed, then its columns reversed.
@@ -38,7 +37,7 @@ _COMPONENTS = (
 
 @dataclass(frozen=True, slots=True)
 class PlainJpeg:
-    """height, width in pixels as stored; orientation 1 to 8 as in `decode.exif_orientation`."""
+    """height, width in pixels as stored; orientation 1 to 8 EXIF's."""
 
     height: int
     width: int
@@ -140,6 +139,4 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
 def _orientation(exif: bytes | None) -> int:
     if exif is None:
         return 1
-    image = Image.Image()
-    image.info["exif"] = exif  # as Pillow's JPEG reader stores it
-    return exif_orientation(image)
+    return orientation(exif)[0]

@@ -63,13 +63,13 @@ class Ledger:
             return []
 
 
-def grey(height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8: the replacement of a bad image of that size.
+def grey(height: int, width: int, channels: int = 3) -> np.ndarray:
+    """(H, W, C) uint8: the replacement of a bad image of that size.
 
     It is the same on every backend and in every epoch, whatever happened to the file. Another image of the data set
     would then be in it twice, and so be its own negative.
     """
-    return np.full((height, width, 3), 128, dtype=np.uint8)
+    return np.full((height, width, channels), 128, dtype=np.uint8)
 
 
 def _entries(lines: bytes) -> list[Entry]:

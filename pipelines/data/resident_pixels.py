@@ -1,6 +1,6 @@
 """The decoded data set in one buffer on the device.
 
-N images · H, W sides of an image in pixels
+N images · H, W sides of an image in pixels · C channels
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DENSE = 64
 class ResidentPixels:
     """Decoded images in device memory, concatenated.
 
-    pixels   uint8, contiguous: (N, H, 3, W) if planar, else flat (sum of H·W·3,)
+    pixels   uint8, contiguous: (N, H, C, W) if planar, else flat (sum of H·W·C,)
     offsets  (N,) int64, start of each image
     sizes    (N, 2) int32, height and width
-    planar   whether a row of an image is (3, W) rather than (W, 3): images of one size, on a CPU only small ones
+    planar   whether a row of an image is (C, W) rather than (W, C): images of one size, on a CPU only small ones
     """
 
     pixels: Tensor
@@ -43,28 +43,39 @@ class ResidentPixels:
 
 def load(index: ImageIndex, device: torch.device, workers: int) -> ResidentPixels:
     """Decodes every image. Raises DataError if one is bad, or if they do not fit."""
-    needed, free = resident_bytes(index), free_memory_bytes(device)
+    needed, free, where = tightest(index, device)
     if needed > SHARE_OF_FREE_MEMORY * free:
         fitting = max(1, int(len(index) * SHARE_OF_FREE_MEMORY * free / needed))
         raise DataError(
             f"--pipeline resident needs {needed / 2**30:.1f} GiB for {len(index):,} decoded images, more than "
-            f"{SHARE_OF_FREE_MEMORY:.0%} of the {free / 2**30:.1f} GiB free on {device}: use another --pipeline, or "
+            f"{SHARE_OF_FREE_MEMORY:.0%} of the {free / 2**30:.1f} GiB free on {where}: use another --pipeline, or "
             f"--limit {fitting}"
         )
-    ends = np.cumsum(index.sizes.astype(np.int64).prod(axis=1) * 3)
+    ends = np.cumsum(index.sizes.astype(np.int64).prod(axis=1) * index.channels)
     offsets = np.concatenate([[0], ends[:-1]])
-    flat = _read_all(index, offsets, int(ends[-1]), workers)
     height, width = index.uniform_size or (0, 0)
     planar = height > 0 and (device.type == "cuda" or max(height, width) <= DENSE)
+    flat = _read_all(index, offsets, int(ends[-1]), workers, planar)
     if planar:
-        flat = flat.view(len(index), height, width, 3).permute(0, 1, 3, 2).contiguous()
+        flat = flat.view(len(index), height, index.channels, width)
     sizes = torch.from_numpy(np.ascontiguousarray(index.sizes))
     return ResidentPixels(flat.to(device), torch.from_numpy(offsets).to(device), sizes.to(device), planar)
 
 
 def resident_bytes(index: ImageIndex) -> int:
     """Bytes of device memory that the decoded images take."""
-    return int(index.sizes.astype(np.int64).prod(axis=1).sum()) * 3
+    return int(index.sizes.astype(np.int64).prod(axis=1).sum()) * index.channels
+
+
+def tightest(index: ImageIndex, device: torch.device) -> tuple[int, int, str]:
+    """(bytes that the decoded images take, bytes free, where): on the device, or on the host, whichever has less.
+
+    On their way to a GPU they are all in the host's memory, unless they are there before.
+    """
+    needed, free = resident_bytes(index), free_memory_bytes(device)
+    if device.type == "cuda" and index.pixels is None and (on_host := available_bytes()) < free:
+        return needed, on_host, "the host, through which they go"
+    return needed, free, str(device)
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -74,10 +85,14 @@ def free_memory_bytes(device: torch.device) -> int:
     return available_bytes()
 
 
-def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers: int) -> Tensor:
-    """All decoded images, concatenated: flat uint8 on the host."""
+def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers: int, planar: bool) -> Tensor:
+    """All decoded images, concatenated: flat uint8 on the host; each row as (C, W) if `planar`.
+
+    The images are in memory once, and one more for every worker.
+    """
     if index.pixels is not None:
-        return torch.from_numpy(index.pixels).flatten()
+        pixels = torch.from_numpy(index.pixels)
+        return (pixels.permute(0, 1, 3, 2) if planar else pixels).flatten()
     flat, stopped = np.empty(total_bytes, dtype=np.uint8), threading.Event()
 
     def read(chunk: range) -> None:
@@ -85,6 +100,7 @@ def _read_all(index: ImageIndex, offsets: np.ndarray, total_bytes: int, workers:
             if stopped.is_set():
                 return
             pixels = index.read(i)
+            pixels = pixels.transpose(0, 2, 1) if planar else pixels
             flat[offsets[i] : offsets[i] + pixels.size] = pixels.reshape(-1)
 
     starts = range(0, len(index), _IMAGES_PER_TASK)

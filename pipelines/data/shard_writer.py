@@ -11,9 +11,11 @@ from pathlib import Path
 from types import TracebackType
 
 from pipelines.data.decode import printable
+from pipelines.data.decoding import DEFAULT, Decoding
 from pipelines.data.record_digests import digest
 from pipelines.data.space import telling_space
-from pipelines.data.tar_shards import CLASS_NAMES, labels_of, list_members, read_sizes
+from pipelines.data.tar_classes import CLASS_NAMES, labels_of
+from pipelines.data.tar_shards import inspect_members, list_members
 from pipelines.errors import DataError
 from pipelines.platforms import lock, open_folder, sync
 
@@ -25,11 +27,13 @@ class ShardWriter:
     is removed by the next one that writes to PATH. Only one process at a time can write to PATH.
 
     shard_bytes  an archive is closed when it reaches this size
+    decoding     with which the images were found to be good
 
     Raises DataError if another process writes to PATH, and OSError.
     """
 
-    def __init__(self, path: Path, shard_bytes: float) -> None:
+    def __init__(self, path: Path, shard_bytes: float, decoding: Decoding = DEFAULT) -> None:
+        self._decoding = decoding
         self.path, self._shard_bytes = path.absolute(), shard_bytes
         self._part = self.path.with_name(self.path.name + ".part")
         self._archive: tarfile.TarFile | None = None
@@ -96,11 +100,15 @@ class ShardWriter:
             raise _not_kept(self.path, f"{len(records.names):,} of {len(self._written):,} images can be read")
         if names != class_names:
             raise _not_kept(self.path, "the names of its classes have line breaks, or are not those of a folder")
-        sizes, bad = read_sizes(records)
-        if bad:
-            raise _not_kept(self.path, bad[0][1])
+        headers = inspect_members(records, self._decoding)
+        if headers.bad:
+            raise _not_kept(self.path, headers.bad[0][1])
         for i, (expected, size, label) in enumerate(self._written):
-            found = digest(records.read(i)), tuple(sizes[i].tolist()), None if labels is None else int(labels[i])
+            found = (
+                digest(records.read(i)),
+                tuple(headers.sizes[i].tolist()),
+                None if labels is None else int(labels[i]),
+            )
             if found != (expected, size, label):
                 raise _not_kept(self.path, f"{printable(records.names[i])} is another image or has another class")
 

@@ -1,8 +1,8 @@
 """Tar archives of images in WebDataset layout: listed, indexed, and never extracted.
 
 An archive is a sequence of samples, files whose names agree up to the first dot after the last slash: `0042.jpg` is an
-image and `0042.cls` its label. If no image has a `.cls`, the folders inside the archives are the classes, provided that
-every image is directly in one of at least two sibling folders. Other files are skipped.
+image and `0042.cls` its label (`tar_classes`). A link to an image in the same archive is that image; other files are
+passed over.
 
 Images are read in place, at their offsets, so archives may be on a slow or a shared disk. This needs uncompressed
 archives: compressed members have no offsets.
@@ -11,26 +11,33 @@ archives: compressed members have no offsets.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.data.decode import bad_image, printable
-from pipelines.data.files import EXTENSIONS, TEST_FOLDERS, ImageFiles
-from pipelines.data.headers import MAX_THREADS, read_part_header
+from pipelines.data.decoding import Decoding
+from pipelines.data.file_kinds import EXTENSIONS, HEAD_BYTES, begins_like_image, extension, may_be_image
+from pipelines.data.files import ImageFiles, holds_image, read_folder
+from pipelines.data.formats.bands import BandsError
+from pipelines.data.formats.unsupported import describe
+from pipelines.data.headers import MAX_THREADS, Header, Headers, Progress, collected, inspect_part
 from pipelines.data.index import PackedRecords
+from pipelines.data.layout import TESTS, TRAIN, find_splits
+from pipelines.data.tar_classes import classes_of
 from pipelines.errors import DataError
-from pipelines.reads import Timed, read_file
+from pipelines.reads import Timed
 
-CLASS_NAMES = "classes.txt"  # next to the archives: the names of class 0, class 1, …, one per line
 MAX_LABEL_BYTES = 256
 MAX_ARCHIVES = 10**6
+MAX_LINKS = 8  # from one to the next
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -59,9 +66,9 @@ class Members:
 def find_shards(data: str) -> Shards | None:
     """The archives of `data`, or None if it is something else.
 
-    data  a `.tar`, a pattern such as `train-{000000..000146}.tar`, or a folder of archives. A folder may contain
-          folders `train` and `val` (`valid`, `validation`, `test`), or archives with those words in their names; then
-          the latter are the test split.
+    data  a `.tar`, a pattern such as `train-{000000..000146}.tar`, or a folder of archives without other images. A
+          folder may contain folders named like `train` and `val` (`layout`), or archives with those words in their
+          names; then the latter are the test split.
 
     Raises DataError if an archive of a pattern is missing, or a folder contains both plain and compressed archives.
     """
@@ -74,25 +81,27 @@ def find_shards(data: str) -> Shards | None:
         return Shards((path,)) if path.endswith(".tar") else None
     if not os.path.isdir(path):
         return None
-    below = {name: os.path.join(path, name) for name in ("train", *TEST_FOLDERS)}
-    splits = {name: _archives(folder) for name, folder in below.items() if os.path.isdir(folder)}
-    if splits.get("train"):
-        return Shards(splits["train"], next((splits[name] for name in TEST_FOLDERS if splits.get(name)), ()))
+    train, tests = find_splits(read_folder(path).folders)
+    if train is not None and (archives := _archives(train)):
+        return Shards(archives, next((found for folder in tests if (found := _archives(folder))), ()))
     here = _archives(path)
     if not here:
         return None
-    named = {word: tuple(p for p in here if word in os.path.basename(p).lower()) for word in ("train", *TEST_FOLDERS)}
-    if not named["train"]:
+    named = {word: tuple(p for p in here if word in os.path.basename(p).lower()) for word in (TRAIN[0], *TESTS)}
+    if not named[TRAIN[0]]:
         return Shards(here)
-    return Shards(named["train"], next((named[word] for word in TEST_FOLDERS if named[word]), ()))
+    return Shards(named[TRAIN[0]], next((named[word] for word in TESTS if named[word]), ()))
 
 
 def _archives(folder: str) -> tuple[str, ...]:
+    """The archives in a folder; none if there are images outside of them, which are the data then."""
     with os.scandir(folder) as entries:
         names = sorted((entry.name for entry in entries if not entry.name.startswith(".")), key=os.fsencode)
     archives = tuple(os.path.join(folder, name) for name in names if name.endswith(".tar"))
+    if not archives or holds_image(folder):
+        return ()
     compressed = [name for name in names if _is_compressed(name)]
-    if archives and compressed:
+    if compressed:
         raise _compressed(os.path.join(folder, compressed[0]))
     return archives
 
@@ -131,6 +140,9 @@ def list_members(archives: Sequence[str]) -> Members:
     with ThreadPoolExecutor(min(MAX_THREADS, len(archives))) as pool:
         contents = list(pool.map(_list_archive, archives))
     images = [(file, image) for file, (images, _) in enumerate(contents) for image in images]
+    others: Counter[str] = Counter()
+    for _, passed_over in contents:
+        others.update(passed_over)
     if not images:
         raise DataError(
             f"{printable(archives[0])} {f'and {len(archives) - 1:,} more hold' if len(archives) > 1 else 'holds'} no "
@@ -145,13 +157,19 @@ def list_members(archives: Sequence[str]) -> Members:
         tuple(image.name for _, image in images),
     )
     paths = tuple(f"{archives[file]}/{image.name}" for file, image in images)
-    classes = _classes([image for _, image in images], archives)
-    return Members(ImageFiles(paths, classes, sum(skipped for _, skipped in contents)), records)
+    classes, why = classes_of([(image.name, image.label) for _, image in images])
+    return Members(ImageFiles(paths, classes, why, others), records)
 
 
-def read_sizes(records: PackedRecords) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Sizes (N, 2) int32 of all images, and (position, reason) of each bad one, whose size is 0×0."""
-    sizes, bad = np.zeros((len(records.names), 2), dtype=np.int32), []
+def inspect_members(
+    records: PackedRecords, decoding: Decoding, progress: Progress = lambda done, total: None
+) -> Headers:
+    """The headers of all images, those of bad ones with a reason.
+
+    progress  called with the number of archives read so far, and of all
+    """
+    headers: list[Header | None] = [None] * len(records.names)
+    bands: list[tuple[int, int]] = []
 
     def of_archive(file: int) -> list[tuple[int, str]]:
         reasons, path = [], records.paths[file]
@@ -159,19 +177,23 @@ def read_sizes(records: PackedRecords) -> tuple[np.ndarray, list[tuple[int, str]
             for i in np.flatnonzero(records.files == file).tolist():
                 name = f"{records.names[i]} in {path}"
                 try:
-                    length = int(records.lengths[i])
+                    offset, length = int(records.offsets[i]), int(records.lengths[i])
                     with Timed(name):
-                        sizes[i] = read_part_header(archive.fileno(), int(records.offsets[i]), length, name)
+                        headers[i] = inspect_part(archive.fileno(), offset, length, name, decoding)
                 except OSError as error:
                     reasons.append((i, str(bad_image(name, ValueError(error.strerror or str(error))))))
                 except DataError as error:
                     reasons.append((i, str(error)))
+                    if isinstance(error.__cause__, BandsError):
+                        bands.append((i, error.__cause__.found))
         return reasons
 
+    bad: list[tuple[int, str]] = []
     with ThreadPoolExecutor(min(MAX_THREADS, len(records.paths))) as pool:
-        for reasons in pool.map(of_archive, range(len(records.paths))):
+        for done, reasons in enumerate(pool.map(of_archive, range(len(records.paths))), start=1):
             bad += reasons
-    return sizes, sorted(bad)
+            progress(done, len(records.paths))
+    return collected(headers, sorted(bad), bands)
 
 
 class _Image(NamedTuple):
@@ -181,36 +203,74 @@ class _Image(NamedTuple):
     label: str | None
 
 
-def _list_archive(path: str) -> tuple[list[_Image], int]:
-    """The images of an archive in order, and the number of other members. Reads headers only."""
-    images: list[tuple[str, tarfile.TarInfo]] = []
+def _list_archive(path: str) -> tuple[list[_Image], Counter[str]]:
+    """The images of an archive in order, and the number of other members by extension. Reads headers only."""
+    found: list[tuple[str, tarfile.TarInfo]] = []  # images and links
     labels: dict[str, str] = {}
-    skipped = 0
+    others: Counter[str] = Counter()
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             for member in _members(archive, path):
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}"
-                if not member.isreg() or member.issparse() or name.startswith("."):
-                    skipped += not member.isdir()
-                elif extension == "cls" and member.size <= MAX_LABEL_BYTES:
+                folder, name = posixpath.split(member.name)
+                stem, _, ending = name.partition(".")
+                if member.isdir() or not stem:
+                    continue
+                if ending == "cls" and member.isreg() and member.size <= MAX_LABEL_BYTES:
                     file = archive.extractfile(member)
                     assert file is not None
-                    labels[key] = file.read().decode("utf-8", "surrogateescape").strip()
-                elif name.lower().endswith(EXTENSIONS):
-                    images.append((key, member))
+                    labels[f"{folder}/{stem}"] = file.read().decode("utf-8", "surrogateescape").strip()
+                elif member.islnk() or member.issym() or (_is_plain(member) and _is_image(archive, member, path)):
+                    found.append((f"{folder}/{stem}", member))
                 else:
-                    skipped += 1
+                    others[extension(name) if _is_plain(member) else "devices or sparse files"] += 1
             complete = _ends_with_zeros(path)
     except (OSError, tarfile.TarError, ValueError) as error:
+        if (kind := _other_kind(path)) is not None:
+            raise DataError(
+                f"{printable(path)} is no tar archive that images can be read from in place: {kind}"
+            ) from error
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"{printable(path)} is not a readable tar archive ({printable(reason)}); copy it again"
         ) from error
     if not complete:
         raise DataError(f"{printable(path)} has no end-of-archive marker: it is truncated; copy it again")
-    return [_Image(m.name, m.offset_data, m.size, labels.get(key)) for key, m in images], skipped
+    images = []
+    by_name = {posixpath.normpath(member.name): member for _, member in found}
+    for key, member in found:
+        target = _target(member, by_name)
+        if target is None:
+            others["links elsewhere"] += 1
+        else:
+            images.append(_Image(member.name, target.offset_data, target.size, labels.get(key) or None))
+    return images, others
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
+
+
+def _is_image(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bool:
+    by_name = may_be_image(posixpath.basename(member.name))
+    if by_name is not None:
+        return by_name
+    assert archive.fileobj is not None
+    with Timed(path):
+        archive.fileobj.seek(member.offset_data)
+        return begins_like_image(archive.fileobj.read(min(HEAD_BYTES, member.size)))
+
+
+def _target(member: tarfile.TarInfo, images: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The image that a member is or links to; None if that is no image of the archive."""
+    for _ in range(MAX_LINKS):
+        if not (member.islnk() or member.issym()):
+            return member
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        found = images.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+        if found is None:
+            return None
+        member = found
+    return None
 
 
 def _members(archive: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
@@ -230,39 +290,11 @@ def _ends_with_zeros(path: str) -> bool:
         return file.read() == bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _classes(images: Sequence[_Image], archives: Sequence[str]) -> tuple[str, ...] | None:
-    labels = [image.label for image in images]
-    if all(label is None for label in labels):
-        folders = [os.path.dirname(os.path.normpath(f"/{image.name}")) for image in images]
-        top = os.path.commonpath(folders)
-        folders = [os.path.relpath(folder, top) for folder in folders]
-        deep = any(os.sep in folder or folder == os.curdir for folder in folders)
-        return None if deep or len(set(folders)) < 2 else tuple(folders)
-    for image, label in zip(images, labels, strict=True):
-        if not label:
-            raise DataError(
-                f"{printable(image.name)} has no label in a .cls file, and other images have one; expected one for "
-                f"every image, or for none"
-            )
-    return tuple(label for label in labels if label is not None)
-
-
-def labels_of(archives: Sequence[str], files: ImageFiles) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """(N,) int64 labels, or None, and the names of the classes.
-
-    With a `classes.txt` next to the archives, labels are line numbers of that file, from 0. Raises DataError if a label
-    is not one.
-    """
-    path = Path(archives[0]).with_name(CLASS_NAMES)
-    if files.classes is None or not path.is_file():
-        return files.labels(), files.class_names()
+def _other_kind(path: str) -> str | None:
+    """What a file is that is no tar archive, such as one compressed with gzip, and the remedy; None if unknown."""
     try:
-        names = tuple(read_file(str(path)).decode("utf-8", "surrogateescape").splitlines())
-    except OSError as error:
-        raise DataError(f"cannot read {printable(str(path))} ({error.strerror or error}); fix or remove it") from error
-    number_of = {str(number): number for number in range(len(names))}
-    odd = sorted(set(files.classes) - number_of.keys())
-    if odd or len(set(names)) != len(names):
-        problem = f"an image has the label {printable(odd[0])}" if odd else "one name is listed twice"
-        raise DataError(f"{printable(str(path))} names {len(names)} classes, and {problem}; fix or remove the file")
-    return np.array([number_of[name] for name in files.classes], dtype=np.int64), names
+        with Timed(path), open(path, "rb") as file:
+            start = file.read(257)  # up to the mark of a tar archive
+    except OSError:
+        return None
+    return describe(start) if start.strip(b"\0") else None

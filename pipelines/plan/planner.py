@@ -104,14 +104,15 @@ class Planner:
 def eval_plans(sizes: np.ndarray, positions: np.ndarray, batch_size: int, side: int) -> Iterator[BatchPlan]:
     """Plans with one centred view of every image of `positions`, once and in order; the last plan may be smaller.
 
-    Crops of up to 64 pixels use the largest centred square, larger ones 224/256 of it, like the resize to 256 and
-    centre crop to 224 pixels of ImageNet evaluation. Plans have boxes (1, B, 4) and no colour.
+    Crops of up to 64 pixels are the largest centred square. Larger ones are the standard view of ImageNet evaluation: a
+    resize of the shorter side to 256/224 of theirs, and a crop of the centre. Plans have boxes (1, B, 4), for larger
+    crops the largest squares too, and no colour.
     """
-    fraction = 1.0 if side <= 64 else 224 / 256
-    square = np.maximum(1, np.rint(sizes.min(axis=1) * fraction)).astype(np.int32)
+    shorter = 0 if side <= 64 else round(side * 256 / 224)
+    square = sizes.min(axis=1).astype(np.int32)
     corner = (sizes - square[:, None]) // 2
     boxes = np.concatenate([corner, square[:, None], square[:, None]], axis=1).astype(np.int32)
     for number, start in enumerate(range(0, len(positions), batch_size)):
         chosen = positions[start : start + batch_size]
         empty = np.empty((1, len(chosen), 0), dtype=np.float32)
-        yield BatchPlan(number, 0, chosen, boxes[chosen][None], empty, np.arange(len(chosen)))
+        yield BatchPlan(number, 0, chosen, boxes[chosen][None], empty, np.arange(len(chosen)), shorter)

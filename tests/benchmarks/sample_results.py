@@ -56,14 +56,15 @@ def pipelines(rate: float = 500.0) -> dict[str, Any]:
 
 
 def step(rate: float = 60.0) -> dict[str, Any]:
-    def variant(images_per_s: float) -> dict[str, Any]:
+    def variant(images_per_s: float, number_format: str) -> dict[str, Any]:
         numbers = {"images_per_s": images_per_s, "ms": 8e3 / images_per_s, "ratio_to_plain": images_per_s / 20.0}
         summaries: dict[str, Any] = {key: summary(value) for key, value in numbers.items()}
         memory = {"peak_resident_bytes": 5e6}
+        summaries |= {"format": number_format}
         return summaries | {"tflop_per_s": 0.1, "share_of_roofline": 0.5, "warm_up_s": 1.0, "memory": memory}
 
     result = _result("step-cifar-cpu", task=TASK, dtype="torch.bfloat16", left_out={})
-    return result | {"rungs": {"plain": variant(20.0), "trainstep": variant(rate)}}
+    return result | {"rungs": {"plain": variant(20.0, "fp32"), "trainstep": variant(rate, "bf16")}}
 
 
 def train(share: float = 0.5) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def test_only_training_minutes_count(curve: list[Evaluation]) -> None:
     assert [e.knn_percent for e in curve] == [20.0, 34.0, 41.0, 39.5]
 
 
+def test_the_accuracy_is_that_of_the_demo() -> None:
+    """On the encoder's output, of which the published targets are."""
+    records = [{"step": 0, "epoch": 0, "knn_top1_percent": 20.0, "knn_output_top1_percent": 18.0}]
+    assert [e.knn_percent for e in evaluations(records, batch_size=50)] == [18.0]
+
+
 def test_a_target_is_reached_at_the_first_evaluation_with_that_accuracy(curve: list[Evaluation]) -> None:
     at_35, at_41 = first_at(curve, 35.0), first_at(curve, 41.0)
     assert at_35 is not None

@@ -25,6 +25,7 @@ from benchmarks.measure.sample_data import generate_jpegs, open_index, stored_by
 from benchmarks.measure.turns import interleave
 from benchmarks.measure.variants import CONFIGS, VARIANTS, step_flops, time_limit
 from fastmoco.errors import ConfigError
+from pipelines import host_memory
 from pipelines.backends.select import PIPELINES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +134,7 @@ def test_memory_includes_children_and_the_peak_includes_freed_memory() -> None:
         child.stdout.readline()
         assert resources.memory_bytes() - before > megabytes << 20
         child.communicate(b"\n")
-    resources.reset_peak_resident()
+    host_memory.reset_peak_resident()
     resident = resources.resident_bytes()
     block = torch.ones(megabytes << 18)
     del block

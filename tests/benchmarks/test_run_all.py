@@ -161,7 +161,7 @@ def test_missing_libraries_are_reported_with_the_command_that_installs_them(
     monkeypatch.setattr(run_all, "_installed", lambda module: False)
     main(settings, [part("good")], scripts)
     out = capsys.readouterr().out
-    assert all(f"uv sync {flags}" in out for flags in ("--extra dali", "--extra ffcv", "--group bench"))
+    assert all(f"uv sync --inexact {flags}" in out for flags in ("--extra dali", "--extra ffcv", "--group bench"))
 
 
 def test_quick_runs_without_data_on_generated_images(
@@ -248,6 +248,8 @@ def test_images_are_found_by_name_in_folders_and_tar_files(tmp_path: Path, monke
     assert folder is not None
     assert (Path(folder) / "test" / "a.txt").read_text() == "an image"
     assert find_images("stl10", data) is None
+    (tmp_path / "cifar100").mkdir()
+    assert find_images("cifar10", [str(tmp_path / "cifar100"), str(tmp_path / "cifar100.tar.xz")]) is None
 
 
 def test_the_parts_are_listed_with_their_limits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import report, step
+from benchmarks import report, roofline, step
+from benchmarks.measure.plain import Task
 from benchmarks.measure.turns import attempt, interleave, reason, save
 from benchmarks.measure.variants import VARIANTS, Variant
 from fastmoco.errors import ConfigError
@@ -121,9 +123,10 @@ class Runner:
 
     warm_up_s = 0.0
 
-    def __init__(self, variant: Variant, *_: Any) -> None:
+    def __init__(self, variant: Variant, task: Task, device: torch.device, dtype: torch.dtype, *_: Any) -> None:
         if variant.name in ("triton", "graph"):
             raise FAILURES[0][0] if variant.name == "triton" else RuntimeError("capture refused")
+        self.dtype = dtype if variant.low_precision else torch.float32
         self.memory = {"allocated_bytes": 1e9, "reserved_bytes": 4e9, "peak_allocated_bytes": 3e9, "nvml_bytes": 4e9}
         failing = {"one-pass": (1, OUT_OF_MEMORY), "trainstep": (2, RuntimeError("CUDA error"))}
         self._read = failing_in(*failing.get(variant.name, (99, OUT_OF_MEMORY)))
@@ -137,6 +140,8 @@ class Runner:
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "Runner", Runner)
     monkeypatch.setattr(step, "step_flops", lambda task: 10**9)
+    monkeypatch.setattr(step, "pick_amp", lambda name, device: "bf16")
+    monkeypatch.setattr(step, "matrix_product", lambda name, device, side: lambda: None)
     everywhere = tuple(replace(variant, only_on=None) for variant in VARIANTS)
     monkeypatch.setattr(step, "VARIANTS", everywhere)
 
@@ -160,6 +165,62 @@ def test_variants_of_the_step_that_fail_are_listed_and_the_others_are_written(tm
     assert "Not measured: graph (RuntimeError: capture refused)" in text
     assert "peak memory of the training step, resnet18 at 16 px, batch 8, `amp`: **3.00 GB**, 100% of the plain" in text
     assert "| amp | 3,000 | 100% | 4,000 | 4,000 |" in text
+
+
+@pytest.mark.parametrize(
+    ("amp", "formats"),
+    [
+        ("bf16", {"plain": "fp32", "channels-last": "fp32", "amp": "bf16", "compile": "bf16"}),
+        ("fp32", {"plain": "fp32", "channels-last": "fp32", "compile": "fp32"}),
+    ],
+)
+def test_every_variant_is_held_against_a_product_in_the_format_in_which_it_trains(
+    amp: str, formats: dict[str, str], tmp_path: Path, simulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[str] = []
+
+    def product(name: str, device: torch.device, side: int) -> Callable[[], None]:
+        products.append(name)
+        return lambda: time.sleep({"fp32": 0.02, "bf16": 0.005}[name])
+
+    monkeypatch.setattr(step, "matrix_product", product)
+    monkeypatch.setattr(step, "pick_amp", lambda name, device: amp)
+    names = "plain,channels-last,amp,compile"
+    step.main(replace(SETTINGS, out=tmp_path, rungs=names), quiet())
+    result = json.loads((tmp_path / "step-cifar.json").read_text())
+    assert {name: rung["format"] for name, rung in result["rungs"].items()} == formats
+    assert products == list(result["peaks_tflop_per_s"]) == list(dict.fromkeys(formats.values()))
+    for rung in result["rungs"].values():
+        peak = result["peaks_tflop_per_s"][rung["format"]]["median"]
+        assert rung["share_of_roofline"] == pytest.approx(rung["tflop_per_s"] / peak)
+    assert ("amp" in result["left_out"]) == (amp == "fp32")
+    rates = roofline._from_step(result, CPU).rates
+    assert {name: number_format for name, number_format, _ in rates} == formats
+
+
+@pytest.mark.parametrize(
+    ("amp", "capability", "batch", "missing"),
+    [
+        ("bf16", "AVX512", 512, ["winograd"]),
+        ("fp32", "AVX2", 128, ["amp"]),
+        ("fp32", "AVX512", 128, ["amp", "winograd"]),
+    ],
+)
+def test_the_cpu_suite_has_the_variants_of_the_processor(
+    amp: str, capability: str, batch: int, missing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "pick_amp", lambda name, device: amp)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(step, "Runner", lambda variant, *_: variant.name)
+    settings = step.Settings(suite="cpu", device="cpu")
+    (ablation,) = step._ablations(settings)
+    assert ablation.task.batch_size == batch
+    left_out: dict[str, str] = {}
+    built = list(step._build(ablation, settings, CPU, step.DTYPES[amp], left_out))
+    assert list(left_out) == missing
+    assert built[0] == "plain"
+    assert built[-1] == "kept-memory"  # the step of `fastmoco train`
+    assert "compile" not in built
 
 
 def test_a_run_that_is_killed_has_written_its_rounds_and_the_report_says_so(

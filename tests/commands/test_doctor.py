@@ -136,7 +136,7 @@ def test_the_command_tries_every_part(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert code == ExitCode.DONE
     assert by_name.keys() == {each.name for each in CHECKS}
     skipped = {name for name, entry in by_name.items() if entry["status"] == "skipped"}
-    assert skipped == {"triton", "CUDA graph", "NCCL"}
+    assert skipped == {"triton", "1×1 convolution", "CUDA graph", "NCCL"}
     tried = by_name.keys() - skipped - {n for n, entry in by_name.items() if entry["status"] == "missing"}
     assert all(by_name[name]["figures"] for name in tried)
     assert out["use"]["device"] == "cpu"

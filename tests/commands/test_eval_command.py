@@ -16,25 +16,22 @@ from PIL import Image
 from rich.console import Console
 from sklearn.neighbors import KNeighborsClassifier
 
+from fastmoco.backbones.read import read_backbone
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from fastmoco.evaluation.extractor import Extractor
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.splits import Subset
-from fastmoco.export.read import read_backbone
 from pipelines.data.dataset import load_dataset
 from pipelines.data.shapes import make_shapes
-from tests.commands.test_cli import TINY
 
 CLASSES = ("bird", "cat", "frog")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A completed run on shapes: two steps of the smallest network."""
-    out = tmp_path_factory.mktemp("runs") / "trained"
-    assert main(["train", *TINY, "--crop-size", "16", "--out", str(out)]) == ExitCode.DONE
-    return out
+def trained(shapes_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that run, in which evaluations are written."""
+    return Path(shutil.copytree(shapes_run, tmp_path_factory.mktemp("runs") / "trained"))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +76,7 @@ def test_every_probe_and_all_output_files(run, trained: Path, folder: Path, tmp_
     record = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert [probe["probe"] for probe in record["probes"]] == [
         "knn",
+        "knn-output",
         "linear",
         "logistic",
         "few-label",
@@ -88,11 +86,18 @@ def test_every_probe_and_all_output_files(run, trained: Path, folder: Path, tmp_
     for probe in record["probes"]:
         assert 0 <= probe["top1_percent"] <= 100
         assert probe["seconds"] >= 0
-    assert [probe["labels"] for probe in record["probes"][3:5]] == [30, 6]
+    assert [probe["labels"] for probe in record["probes"][4:6]] == [30, 6]
     assert record["data"]["classes"] == list(CLASSES)
     assert record["backbone"]["arch"] == "resnet18"
     assert re.fullmatch("[0-9a-f]{64}", record["backbone"]["weights_sha256"])
-    assert record["label_free"]["verdict"] in output.replace("\n", " ")
+    assert record["label_free"]["verdict"].removeprefix("not collapsed: ") in output
+    assert f"is it learning? {record['verdict']}: {record['remedy']}" in output.splitlines()
+    assert record["ended"]
+    lines = [
+        line for line in output.splitlines() if re.match(r"(knn|linear|logistic|few-label|fine-tune).*: top-1 ", line)
+    ]
+    assert len(lines) == 7, "each as soon as it is there"
+    assert "accuracy of 24 queries, against a bank of 60 images" in output
     for line in ("24 images of cifar-like/test, against 60 of cifar-like/train", "± ", "bird", "effective rank"):
         assert line in output
     for name in record["files"]:
@@ -108,25 +113,41 @@ def test_every_probe_and_all_output_files(run, trained: Path, folder: Path, tmp_
     assert record["probes"][0]["top1_percent"] == pytest.approx(100 * right / 24)
 
 
-def test_knn_accuracy_equals_scikit_learn_on_the_cached_features(run, trained: Path, tmp_path: Path) -> None:
+def test_knn_accuracies_equal_scikit_learn_on_the_cached_features(run, trained: Path, tmp_path: Path) -> None:
     code, _ = run(trained, "--limit", "200", "--probes", "knn", "--knn-k", "20", "--no-pictures")
     assert code == ExitCode.DONE
     record = json.loads((trained / "eval" / "eval.json").read_text())
+    assert record["files"] == ["confusion-knn.csv", "confusion-knn-output.csv"]
+    assert {path.name for path in (trained / "eval").iterdir()} == {*record["files"], "eval.json"}
     dataset = load_dataset("shapes", data_root=tmp_path, limit=200)
     assert dataset.test is not None
     options = EvalOptions(run=str(trained), data_root=str(tmp_path / "cache"))
     extractor = Extractor(read_backbone(trained), options, torch.device("cpu"), Console(quiet=True))
-    bank, queries = (
-        extractor.features(Subset(index, np.arange(len(index)))).numpy() for index in (dataset.train, dataset.test)
-    )
+    bank, queries = (extractor.features(Subset(i, np.arange(len(i)))) for i in (dataset.train, dataset.test))
     votes: Any = lambda distance: np.exp((1 - distance) / 0.1)  # noqa: E731 - the stubs lack callables
-    reference = KNeighborsClassifier(20, weights=votes, metric="cosine", algorithm="brute")
-    reference.fit(bank, dataset.train.labels)
     assert dataset.test.labels is not None
-    assert record["probes"][0]["top1_percent"] == pytest.approx(
-        100 * reference.score(queries, dataset.test.labels), abs=0.1
-    )
+    sides = {"knn": (bank, queries), "knn-output": (extractor.project(bank), extractor.project(queries))}
+    assert [probe["probe"] for probe in record["probes"]] == list(sides)
+    for probe, (own_bank, own_queries) in zip(record["probes"], sides.values(), strict=True):
+        reference = KNeighborsClassifier(20, weights=votes, metric="cosine", algorithm="brute")
+        reference.fit(own_bank.numpy(), dataset.train.labels)
+        expected = 100 * reference.score(own_queries.numpy(), dataset.test.labels)
+        assert probe["top1_percent"] == pytest.approx(expected, abs=0.1)
+    assert [probe["settings"]["on"] for probe in record["probes"]] == ["features", "output"]
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 2, "the features were read from the cache"
+
+
+def test_a_backbone_without_its_head_has_features_only(run, trained: Path, tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone.safetensors"
+    assert main(["export", str(trained), "--to", "safetensors", "-o", str(backbone)]) == ExitCode.DONE
+    line = (backbone, "--data", "shapes", "--limit", "100", "--probes", "knn", "--no-pictures", "--out", tmp_path / "e")
+    code, output = run(*line)
+    assert code == ExitCode.DONE
+    assert re.search(r"kNN on +features.*this file has no projection head", output)
+    assert [probe["probe"] for probe in json.loads((tmp_path / "e" / "eval.json").read_text())["probes"]] == ["knn"]
+    code, output = run(*line, "--knn-on", "output")
+    assert code == ExitCode.CONFIG
+    assert "--knn-on output needs the projection head" in output
 
 
 def test_features_are_extracted_once(run, trained: Path, folder: Path, tmp_path: Path) -> None:
@@ -152,6 +173,36 @@ def test_the_linear_probe_on_new_crops(run, trained: Path, folder: Path, tmp_pat
     code, output = run(trained, "--data", folder, "--probes", "linear", *flags, "--out", tmp_path / "out")
     assert code == ExitCode.DONE
     assert f"SGD, lr 30 cosine, 2 epochs, {kind} views" in output
+
+
+def test_probes_that_have_ended_are_kept_when_it_is_stopped(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmoco.evaluation.suite.Evaluation._linear", stopped)
+    flags = ["--data", str(folder), "--out", str(tmp_path / "out"), "--data-root", str(tmp_path), "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["eval", str(trained), *flags]) == 130
+    output = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "eval.json").read_text())
+    ended = ["knn", "knn-output"]
+    assert [probe["probe"] for probe in record["probes"]] == ended
+    assert not record["ended"]
+    assert set(record["files"]) == {f"confusion-{probe}.{kind}" for probe in ended for kind in ("csv", "png")}
+    assert f"knn: top-1 {record['probes'][0]['top1_percent']:.1f} % in " in output
+    assert f"stopped: knn, knn-output ended before, kept in {tmp_path}/out/eval.json" in output
+
+
+def test_knn_in_training_is_told_apart(run, trained: Path, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    flags = ("--data", folder, "--probes", "knn", "--no-pictures", "--out", tmp_path / "out")
+    assert "kNN in training" not in run(copy, *flags)[1], "it was not measured"
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "epoch": 3, "knn_top1_percent": 26.94}\n')
+    said = "kNN in training was 26.9 % at epoch 3, with the run's own bank and queries (--limit 16), k 200 and T 0.1: "
+    assert said in run(copy, *flags)[1]
 
 
 def test_threads_are_tuned_unless_a_number_is_given(
@@ -195,13 +246,26 @@ def test_without_labels_only_collapse_is_diagnosed(run, trained: Path, folder: P
     code, output = run(trained, "--data", unlabelled, "--out", tmp_path / "out")
     assert code == ExitCode.DONE
     assert "none, without labels" in output
-    assert "verdict" in output
+    assert "is it learning? " in output
+    assert output.count("lower is better") == 3, "alignment, uniformity and separation"
     record = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert record["probes"] == []
     assert sorted(record["files"]) == ["feature_map.png", "retrieval.png"]
     code, line = run(trained, "--data", unlabelled, "--probes", "knn", "--out", tmp_path / "out")
     assert code == ExitCode.DATA
     assert "unlabelled has no labels, and the knn probe needs labelled images of two classes" in line
+
+
+def test_an_evaluation_of_a_failed_run_says_so(run, trained: Path, folder: Path, tmp_path: Path) -> None:
+    failed = shutil.copytree(trained, tmp_path / "failed")
+    status = json.loads((failed / "status.json").read_text())
+    (failed / "status.json").write_text(json.dumps(status | {"state": "failed", "exit_code": 5, "step": 1_234}))
+    arguments = ("--data", folder, "--probes", "knn", "--no-pictures", "--out", tmp_path / "out")
+    said = "this run failed at step 1,234 with exit code 5; what it saved before is evaluated"
+    for path, lines in ((failed, 1), (next((failed / "checkpoints").glob("*.safetensors")), 1), (trained, 0)):
+        code, output = run(path, *arguments)
+        assert code == ExitCode.DONE
+        assert " ".join(output.split()).count(said) == lines
 
 
 def test_without_a_test_split_a_tenth_is_held_out(run, trained: Path, folder: Path, tmp_path: Path) -> None:
@@ -281,9 +345,7 @@ def test_a_damaged_image_is_named(run, trained: Path, folder: Path, tmp_path: Pa
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exited:
-        main(["eval", "--help"])
-    assert exited.value.code in (0, None)
-    text = capsys.readouterr().out
+    assert main(["eval", "--help-all"]) == ExitCode.DONE
+    text = capsys.readouterr().out.replace("--[no-]", "--")
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "run"]
     assert [name for name in names if "--" + name.replace("_", "-") not in text] == []

@@ -97,7 +97,7 @@ def test_the_same_seed_draws_the_same_picture(folder, tmp_path, run):
         return pixels(tmp_path / name)
 
     first = draw("a.png")
-    assert first.shape[1] < 4 * 2 * 100 + 100
+    assert first.shape[1] < 4 * 3 * 100 + 100
     assert (first == draw("b.png")).all()
     assert (first == draw("c.png", "--pipeline", "resident")).all()
     assert (first != draw("d.png", "--seed", "1")).any()

@@ -97,7 +97,7 @@ def test_gpus_starts_stops_and_resumes(start: Callable[..., Started], tmp_path: 
     process.terminate()
     assert process.wait(60) == ExitCode.PREEMPTED, (tmp_path / "output").read_text()
     output = (tmp_path / "output").read_text()
-    assert "fastmoco: stopped: stopped by SIGTERM at step " in output
+    assert "fastmoco: stopped by SIGTERM at step " in output
     assert "Traceback" not in output
     assert status(run) == ("preempted", ExitCode.PREEMPTED)
     wait_for_exit(children)

@@ -159,10 +159,11 @@ def buckets_of(world: World) -> dict[str, Any]:
             assert flat.grads is not None
             reducer = GradientReducer(encoder, flat, world, overlap=overlap, bucket_bytes=2**14)
             for _ in range(2):  # it must be reusable
-                flat.grads.zero_()
                 sum((p * (world.rank + 1)).sum() for p in encoder.parameters()).backward()  # pyright: ignore
+                if not reducer.overlaps:
+                    flat.collect_gradients()
                 reducer.finish()
-            values = {float(v) for p in encoder.parameters() if p.grad is not None for v in p.grad.unique()}
+            values = {float(v) for view in flat.named(flat.grads).values() for v in view.unique()}
             sums[f"{overlap} {decay}"] = (values, len(reducer._buckets), reducer.bytes == 4 * len(flat.grads))
     return sums
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastmoco import train as train_module
+from fastmoco import trainer
 from fastmoco.cli import parse_train
+from fastmoco.console import shown_path
 from fastmoco.distributed.world import World
 from fastmoco.errors import AlreadyReportedError, ExitCode
 from fastmoco.run.metrics import read_metrics
@@ -33,7 +34,7 @@ def ending(out: Path, *arguments: str, console: Console | None = None) -> str:
     """Run one rank; returns how it ended."""
     config = parse_train([*BASE, "--out", str(out), *arguments])
     try:
-        train_module.train(config, console or Console(file=io.StringIO()))
+        trainer.train(config, console or Console(file=io.StringIO()))
     except AlreadyReportedError as error:
         return f"already reported {error.code}"
     except Exception as error:
@@ -47,7 +48,7 @@ def interrupted(out: Path, *arguments: str, rank: int, at: int, how: str) -> str
 
     def views(self: TwoViewPipeline, start: int, stop: int):
         for step, batch in enumerate(original(self, start, stop), start):
-            if step == at and stop > start + 1 and self.planner.rank == rank:
+            if step == at and stop == 8 and self.planner.rank == rank:  # others are for views.png and evaluations
                 if how == "signal":
                     signal.raise_signal(signal.SIGTERM)
                 elif how == "bad image":
@@ -182,7 +183,9 @@ def test_the_evaluation_is_that_of_one_rank(two: list[dict[str, Any]], one: Path
     assert results[0] == expected[0]  # exactly, of the same weights
     assert "knn_pixels_top1_percent" in results[0]
     for result, reference in zip(evaluations(folder / "unlabelled"), evaluations(one / "unlabelled"), strict=True):
-        assert result == pytest.approx(reference, rel=1e-4)
+        assert result.get("verdict") == reference.get("verdict")
+        numbers, expected = ({k: v for k, v in r.items() if not isinstance(v, str)} for r in (result, reference))
+        assert numbers == pytest.approx(expected, rel=1e-4)
         assert "uniformity" in result
 
 
@@ -191,7 +194,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes(two: list[dict[str, 
     """The resumed run is bit-identical to the uninterrupted one. And a run of four ranks resumes with two."""
     endings = [own["stopped"] for own in two]
     assert sorted(ending.partition(":")[0] for ending in endings) == ["Preempted", "already reported 75"]
-    assert "saved: resume with --resume" in "".join(endings)
+    assert f"saved: resume with: fastmoco train --resume {shown_path(folder / 'stopped')}" in "".join(endings)
     assert status(folder / "stopped")[:2] == ("preempted", ExitCode.PREEMPTED)
 
     endings = results(start(4, four_ranks, folder))

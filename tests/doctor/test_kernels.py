@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco.doctor import kernels, pixels
+from fastmoco.doctor import kernels, pixels, pointwise
 from fastmoco.doctor.compare import worst
 from fastmoco.doctor.findings import Finding, Status, Target
 from fastmoco.model.batchnorm import cpu as batchnorm_cpu
@@ -72,6 +72,23 @@ def test_an_error_in_a_kernel_is_found(monkeypatch: pytest.MonkeyPatch, wrong: s
     assert findings[wrong].advice
 
 
+def test_colour_on_a_cpu_tells_whether_it_is_compiled(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels.c_ops, "loop", lambda: pixels.c_ops.Loop(None, "no C compiler was found"))
+    finding = pixels.colour(target)
+    assert finding.status == Status.OK
+    assert finding.figures["implementation"] == "torch"
+    assert finding.text.endswith("it is not compiled: no C compiler was found")
+    assert "apt-get install gcc" in finding.advice
+    monkeypatch.undo()
+    if pixels.c_ops.loop().library is None:
+        pytest.skip(pixels.c_ops.loop().reason)
+    finding = pixels.colour(target)
+    assert finding.status == Status.OK
+    assert finding.figures["implementation"] == "C"
+    assert finding.figures["plain_seconds"] > 0
+    assert not finding.advice
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_kernel_that_writes_nothing_is_found(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     correct = info_nce.info_nce
@@ -87,11 +104,12 @@ def test_triton_kernels_are_right_in_the_interpreter(require_backend: Any) -> No
         kernels.batch_norm_kernel("triton", CPU, (16, 8, 4, 4), "fp16"),
         kernels.info_nce_kernel("triton", CPU, 8, 64, 16),
         kernels.update_kernel("triton", CPU, 1000),
+        pointwise.pointwise_kernel(CPU, pointwise.Shape(8, 16, 32, 4), "fp16"),
         pixels.colour_kernel("triton", CPU, 4, 16),
         pixels.crop_kernel("triton", CPU, 4, 12),
     ):
         assert finding.status == Status.OK, finding
-        assert finding.figures["implementation"] == "triton"
+        assert finding.figures["implementation"] in ("triton", "triton-fused")
 
 
 def test_triton_is_not_for_a_cpu_and_its_absence_on_a_gpu_is_missing(

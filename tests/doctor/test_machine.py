@@ -14,7 +14,7 @@ from fastmoco.doctor.findings import CHOICES, Status, Target
 from fastmoco.doctor.isolation import attempt
 from fastmoco.doctor.units import bytes_text, one_line, si
 from fastmoco.errors import DeviceError
-from pipelines import host_memory
+from pipelines import cgroups, host_memory
 
 
 def test_machine(target: Target) -> None:
@@ -52,19 +52,19 @@ def test_limits_of_a_container(target: Target, tmp_path: Path, monkeypatch: pyte
             "memory.stat": f"inactive_file {2**29}",
         },
     }[version]
-    files["proc/self/cgroup"] = {1: "4:memory:/", 2: "0::/"}[version]
-    group = tmp_path / "sys/fs/cgroup" / {1: "memory", 2: ""}[version]
+    files["proc/self/cgroup"] = {1: "4:memory,cpu:/", 2: "0::/"}[version]
     for name, text in files.items():
-        path = tmp_path / name if name.startswith("proc") else group / name
+        controller = {1: name.partition(".")[0], 2: ""}[version]
+        path = tmp_path / name if name.startswith("proc") else tmp_path / "sys/fs/cgroup" / controller / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    limits = host_memory.container_limits(str(tmp_path))
-    monkeypatch.setattr(machine, "_cgroup", lambda controller: group)
+    limits, quota = host_memory.container_limits(str(tmp_path)), cgroups.cpu_quota(str(tmp_path))
     monkeypatch.setattr(host_memory, "container_limits", lambda: limits)
-    monkeypatch.setattr(machine, "usable_cpus", lambda: 8)
-    assert machine.cpu_quota() == 1.5
+    monkeypatch.setattr(machine, "affine_cpus", lambda: 8)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert quota == 1.5
     assert limits == [(2**31, 2**29)]
-    assert "OMP_NUM_THREADS=1" in machine.processor(target).advice
+    assert "the container's quota is 1.5 of 8 cores" in machine.processor(target).advice
     memory = machine.memory(target)
     assert memory.figures["total_bytes"] == 2**31
     assert memory.figures["free_bytes"] <= 2**31 - 2**29

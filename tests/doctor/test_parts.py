@@ -45,7 +45,9 @@ def test_wrong_pixels_are_found(target: Target, monkeypatch: pytest.MonkeyPatch)
     assert "another --pipeline than resident" in finding.advice
 
 
-@pytest.mark.parametrize(("name", "command"), [("dali", "fastmoco[dali]"), ("ffcv", "libturbojpeg0-dev")])
+@pytest.mark.parametrize(
+    ("name", "command"), [("dali", "uv sync --inexact --extra dali"), ("ffcv", "libturbojpeg0-dev")]
+)
 def test_a_missing_pipeline_says_what_it_would_bring(
     target: Target, monkeypatch: pytest.MonkeyPatch, name: str, command: str
 ) -> None:

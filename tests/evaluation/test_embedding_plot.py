@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmoco.errors import ConfigError
-from fastmoco.evaluation.embedding_plot import MIN_POINTS, draw, project
+from fastmoco.evaluation.embedding_plot import MIN_POINTS, Thumbnails, draw, project, spaced
 from fastmoco.evaluation.options import check_method
 
 
@@ -51,6 +51,27 @@ def test_points_are_coloured_by_class(tmp_path: Path, classes: int, labelled: bo
     hues = {tuple(colour) for colour in (coloured // 64).tolist()}
     assert len(coloured) > 1_000
     assert len(hues) >= (6 if classes > 10 else 3 if classes else 1)
+
+
+def test_points_with_thumbnails_are_spread_and_do_not_overlap() -> None:
+    generator = np.random.default_rng(0)
+    points = np.concatenate([generator.normal(0, 0.01, (500, 2)), [[10, 0], [0, 10], [-10, -10]]]).astype(np.float32)
+    chosen = spaced(points)
+    assert {500, 501, 502} < set(chosen.tolist())
+    assert len(chosen) == 4, "one of the 500 that lie together"
+    assert len(spaced(generator.uniform(size=(1000, 2)), count=20)) == 20
+    assert spaced(np.zeros((7, 2))).tolist() == [0]
+
+
+def test_images_are_drawn_where_there_are_no_labels(tmp_path: Path) -> None:
+    points = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)
+    pixels = np.full((2, 8, 8, 3), (250, 120, 10), np.uint8)
+    draw(points, None, (), "title", tmp_path / "m.png", Thumbnails(np.array([0, 3]), pixels, ["a$.jpg", "b" * 99]))
+    with Image.open(tmp_path / "m.png") as image:
+        found = np.argwhere((np.asarray(image.convert("RGB")) == (250, 120, 10)).all(-1))
+    assert len(found) == pytest.approx(2 * 56 * 56, rel=0.1)
+    top_right, bottom_left = found[found[:, 1] > found[:, 1].mean()], found[found[:, 1] < found[:, 1].mean()]
+    assert top_right[:, 0].max() < bottom_left[:, 0].min()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap is installed")

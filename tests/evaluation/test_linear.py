@@ -22,21 +22,26 @@ def trained(features: Tensor, labels: Tensor, classes: int, sgd: Sgd) -> torch.n
     return fit_linear(batches, steps, features.shape[1], classes, sgd, CPU)
 
 
+def with_ones(features: Tensor) -> np.ndarray:
+    """(N, D + 1) float64: a constant feature whose weight is the bias."""
+    return torch.cat([features, features.new_ones(len(features), 1)], dim=1).double().numpy()
+
+
 def test_full_batches_reach_the_optimum_of_scikit_learn() -> None:
-    """The same objective: mean cross-entropy + ½ wd ‖W‖², which is scikit-learn's with C = 1 / (N · wd)."""
+    """The same objective: mean cross-entropy + ½ wd (‖W‖² + ‖b‖²), which is scikit-learn's with C = 1 / (N · wd) and
+    the bias as the weight of a constant feature."""
     features, labels, queries, query_labels = blobs(600, 2000)
     decay = 1e-2
     sgd = Sgd(lr=1.0, epochs=300, batch_size=600, schedule="constant", weight_decay=decay)
     layer = trained(features, labels, 7, sgd)
-    reference = LogisticRegression(C=1 / (len(features) * decay), tol=1e-8, max_iter=2000)
-    reference.fit(features.double().numpy(), labels)
-    torch.testing.assert_close(layer.weight.detach().double(), torch.from_numpy(reference.coef_), rtol=0, atol=1e-4)
-    # intercepts are defined up to a constant added to all classes
-    shift = layer.bias.detach().double() - torch.from_numpy(reference.intercept_)
-    torch.testing.assert_close(shift, shift.mean().expand_as(shift), rtol=0, atol=1e-4)
+    reference = LogisticRegression(C=1 / (len(features) * decay), tol=1e-8, max_iter=2000, fit_intercept=False)
+    reference.fit(with_ones(features), labels)
+    expected = torch.from_numpy(reference.coef_)
+    torch.testing.assert_close(layer.weight.detach().double(), expected[:, :-1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(layer.bias.detach().double(), expected[:, -1], rtol=0, atol=1e-4)
     top1 = measure(layer(queries), query_labels).top1_percent
     assert 60 < top1 < 95, "the task is neither trivial nor impossible"
-    assert top1 == pytest.approx(100 * reference.score(queries.numpy(), query_labels.numpy()), abs=0.1)
+    assert top1 == pytest.approx(100 * reference.score(with_ones(queries), query_labels.numpy()), abs=0.1)
 
 
 def test_the_authors_schedule_ends_near_the_unregularised_optimum() -> None:
@@ -68,6 +73,15 @@ def test_every_image_once_per_epoch_in_different_orders() -> None:
     orders = [torch.cat([labels for _, labels in collected[e * 3 : e * 3 + 3]]).tolist() for e in range(3)]
     assert all(sorted(order) == list(range(23)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
+
+
+def test_normalised_features_have_no_length() -> None:
+    """As in lightly's tutorial: with momentum 0 and L2-normalised features, their scale changes nothing."""
+    features, labels, _, _ = blobs(200, 1)
+    sgd = Sgd(lr=1, epochs=3, momentum=0.0, normalize=True)
+    small, large = (trained(scale * features, labels, 7, sgd) for scale in (1e-3, 1e3))
+    torch.testing.assert_close(small.weight, large.weight)
+    assert not torch.allclose(small.weight, trained(features, labels, 7, Sgd(lr=1, epochs=3, momentum=0.0)).weight)
 
 
 def test_the_same_seed_gives_the_same_layer() -> None:

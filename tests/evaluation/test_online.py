@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmoco.config import DataConfig, RunConfig, RunOptions
+from fastmoco.config.choices import KnnSpace
 from fastmoco.distributed.world import World
 from fastmoco.evaluation import online
 from fastmoco.evaluation.geometry import alignment, effective_rank, uniformity
@@ -23,6 +24,7 @@ from pipelines.data.shapes import CLASS_NAMES, make_shapes
 from pipelines.plan.planner import Planner
 
 CPU = torch.device("cpu")
+GEOMETRY = ("alignment", "uniformity", "effective_rank")
 
 
 def shapes(count: int, start: int = 0, *, labelled: bool = True) -> ImageIndex:
@@ -30,8 +32,8 @@ def shapes(count: int, start: int = 0, *, labelled: bool = True) -> ImageIndex:
     return ImageIndex.from_pixels("shapes", pixels, labels if labelled else None, CLASS_NAMES if labelled else ())
 
 
-def evaluator_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> OnlineEvaluator:
-    config = RunConfig(data=DataConfig(pipeline="resident", workers=1), run=RunOptions(knn_k=5))
+def evaluator_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32, knn_on: KnnSpace = "both") -> OnlineEvaluator:
+    config = RunConfig(data=DataConfig(pipeline="resident", workers=1), run=RunOptions(knn_k=5, knn_on=knn_on))
     config, _ = resolve(config.replace(batch_size=32), dataset.train, CPU)
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)
@@ -43,6 +45,7 @@ def evaluator_of(dataset: Dataset, *, dtype: torch.dtype = torch.float32) -> Onl
 @pytest.fixture(autouse=True)
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "PAIRS", 128)
+    monkeypatch.setattr(online, "PAIRS_WITH_LABELS", 128)
 
 
 @pytest.fixture
@@ -57,12 +60,12 @@ def encoder() -> Encoder:
     return built
 
 
-def features(encoder: Encoder, index: ImageIndex, positions: np.ndarray) -> torch.Tensor:
+def features(encoder: Encoder, index: ImageIndex, positions: np.ndarray, *, output: bool = False) -> torch.Tensor:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR.mean, CIFAR.std))
     pixels = torch.from_numpy(index.pixels[positions]).permute(0, 3, 1, 2)  # pyright: ignore[reportOptionalSubscript]
     encoder.eval()
     with torch.no_grad():
-        extracted = encoder.features((pixels / 255 - mean) / std)
+        extracted = (encoder if output else encoder.features)((pixels / 255 - mean) / std)
     encoder.train()
     return extracted
 
@@ -78,10 +81,19 @@ def test_with_a_test_split_the_training_images_are_the_bank(encoder: Encoder) ->
     bank, test = np.arange(120), np.arange(40)
     assert dataset.test is not None
     subsets = (dataset.train, bank), (dataset.test, test)
-    expected = [(features(encoder, *s), labels(*s)) for s in subsets]
-    accuracy = knn_accuracy(*expected[0], *expected[1], k=5, temperature=0.1, num_classes=10)
+    expected = {}
+    for name, output in (("knn_top1_percent", False), ("knn_output_top1_percent", True)):
+        sides = [(features(encoder, *s, output=output), labels(*s)) for s in subsets]
+        accuracy = knn_accuracy(*sides[0], *sides[1], k=5, temperature=0.1, num_classes=10)
+        expected[name] = pytest.approx(accuracy, abs=2.6)  # up to one image
     assert evaluator.has_labels
-    assert evaluator.evaluate(encoder) == {"knn_top1_percent": pytest.approx(accuracy, abs=2.6)}  # up to one image
+    metrics = evaluator.evaluate(encoder)
+    assert {name: metrics[name] for name in expected} == expected
+    assert set(metrics) == {*expected, *GEOMETRY}
+    spaces: tuple[KnnSpace, ...] = ("features", "output")
+    for knn_on, name in zip(spaces, expected, strict=True):
+        metrics = evaluator_of(dataset, knn_on=knn_on).evaluate(encoder)
+        assert {key: value for key, value in metrics.items() if key.startswith("knn")} == {name: expected[name]}
     pixels = evaluator.pixels()
     assert pixels is not None
     assert 10 < pixels < 100
@@ -103,15 +115,18 @@ def test_a_bank_separate_from_the_training_images(encoder: Encoder) -> None:
     dataset = Dataset(shapes(64, labelled=False), shapes(40, 500), bank=shapes(100, 200))
     evaluator = evaluator_of(dataset)
     assert evaluator.has_labels
-    assert set(evaluator.evaluate(encoder)) == {"knn_top1_percent"}
+    assert set(evaluator.evaluate(encoder)) == {"knn_top1_percent", "knn_output_top1_percent", *GEOMETRY}
 
 
-def test_without_labels_it_measures_alignment_uniformity_and_rank(encoder: Encoder) -> None:
-    dataset = Dataset(shapes(64, labelled=False))
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
+def test_it_measures_alignment_uniformity_and_rank(encoder: Encoder, labelled: bool) -> None:
+    dataset = Dataset(shapes(64, labelled=labelled))
     evaluator = evaluator_of(dataset)
-    assert not evaluator.has_labels
-    assert evaluator.pixels() is None
+    assert evaluator.has_labels == labelled
+    assert (evaluator.pixels() is not None) == labelled
     metrics = evaluator.evaluate(encoder)
+    for name in ("knn_top1_percent", "knn_output_top1_percent"):
+        assert (metrics.pop(name, None) is not None) == labelled
 
     source = ResidentCrops(dataset.train, 16, CPU, 1)
     planner = Planner(dataset.train.sizes, seed=0, batch_size=32, augmentation=CIFAR, shuffle_keys=True)

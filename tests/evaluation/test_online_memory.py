@@ -91,7 +91,7 @@ def evaluator_of(
     dataset: Dataset, source: Any = None, *, side: int = SIDE, knn_k: int = 5
 ) -> tuple[OnlineEvaluator, Callable[[], list[str]]]:
     """An evaluator, and a function that returns the lines printed since its last call."""
-    run = RunOptions(knn_k=knn_k)
+    run = RunOptions(knn_k=knn_k, knn_on="features")
     config = RunConfig(data=DataConfig(pipeline="resident", workers=1), run=run).replace(batch_size=32, crop_size=side)
     resolved, _ = resolve(config, dataset.train, CPU)
     source = source or ResidentCrops(dataset.train, side, CPU, 1)
@@ -156,6 +156,7 @@ def test_imagenet_never_holds_more_than_the_budget(free, extracted, monkeypatch:
     monkeypatch.setattr(online, "BATCH", 32)
     free.bytes = 2 * 16 * 2**20
     evaluator, printed = evaluator_of(Dataset(parts[0], parts[1]), source, side=96)
+    monkeypatch.setattr(evaluator, "_geometry", lambda _: {})  # of 1,024 pairs, however many images there are
     with LargestTensor() as largest:
         accuracy = evaluator.pixels()
         results = evaluator.evaluate(WideEncoder())  # type: ignore[arg-type]
@@ -179,7 +180,7 @@ def test_with_enough_memory_all_images_are_used_and_nothing_is_said(shapes: Data
     free.bytes = 2 * 4 * 3 * SIDE**2 * 1200
     evaluator, printed = evaluator_of(shapes)
     assert evaluator.pixels() is not None
-    assert set(evaluator.evaluate(Encoder())) == {"knn_top1_percent"}  # type: ignore[arg-type]
+    assert "knn_top1_percent" in evaluator.evaluate(Encoder())  # type: ignore[arg-type]
     assert extracted == [(1000, 256), (200, 200)] * 2
     assert printed() == []
 
@@ -188,7 +189,7 @@ def test_views_up_to_64_pixels_are_compared_as_they_are(shapes: Dataset, free, m
     dims = []
     for side in (64, 65):
         evaluator, _ = evaluator_of(shapes, side=side)
-        monkeypatch.setattr(evaluator, "_knn", lambda name, function, dim: dims.append(dim))
+        monkeypatch.setattr(evaluator, "_knn", lambda name, function, widths: dims.extend(widths))
         evaluator.pixels()
     assert dims == [3 * 64 * 64, 3 * 32 * 32]
 
@@ -207,7 +208,7 @@ def test_too_little_memory_for_k_neighbours_leaves_it_out(shapes: Dataset, free,
     free.bytes = 100
     evaluator, printed = evaluator_of(shapes)
     assert evaluator.pixels() is None
-    assert evaluator.evaluate(Encoder()) == {}  # type: ignore[arg-type]
+    assert set(evaluator.evaluate(Encoder())) == {"alignment", "uniformity", "effective_rank"}  # type: ignore[arg-type]
     assert extracted == []
     reason = "of features of all images exceed the 0.0 MiB for them on cpu"
     assert printed() == [f"kNN of raw pixels is left out: 3.5 MiB {reason}", f"kNN is left out: 0.1 MiB {reason}"]
@@ -250,7 +251,9 @@ def test_an_evaluation_that_always_runs_out_is_left_out(shapes: Dataset, free, e
     assert evaluator.evaluate(encoder) == {}  # type: ignore[arg-type]
     assert encoder.training
     assert len(extracted) == 1 + online.RETRIES
-    assert printed()[-1].startswith("kNN is left out: it has run out of memory on CPU")
+    knn, others = printed()[-2:]
+    assert knn.startswith("kNN is left out: it has run out of memory on CPU")
+    assert others.startswith("alignment, uniformity and effective rank are left out: it has run out of memory on CPU")
 
 
 def test_other_errors_are_not_hidden(shapes: Dataset, free) -> None:
@@ -266,7 +269,7 @@ def test_without_labels_it_is_left_out(free) -> None:
     encoder = Encoder()
     encoder.features = lambda images: (_ for _ in ()).throw(NO_MEMORY)  # type: ignore[assignment]
     assert evaluator.evaluate(encoder) == {}  # type: ignore[arg-type]
-    assert printed()[0].startswith("the evaluation without labels is left out: it has run out of memory on CPU")
+    assert printed()[0].startswith("alignment, uniformity and effective rank are left out: it has run out of memory")
 
 
 def test_training_goes_on_without_the_evaluation(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -324,15 +327,16 @@ def test_a_rank_that_runs_out_alone_ends_the_run_by_name(shapes: Dataset, free, 
     evaluator._world = TwoRanks(*[torch.tensor([2**40])] * 2)
     left = [error]
 
-    def accuracy(*_: Any, **__: Any) -> float:
+    def accuracy(*_: Any, **__: Any) -> list[float]:
         if left:
             raise left.pop()
-        return 12.5
+        return [12.5]
 
     monkeypatch.setattr(online, "distributed_knn_accuracy", accuracy)
     if error is NO_MEMORY:
         with pytest.raises(DeviceError, match="kNN has run out of memory on CPU"):
             evaluator.evaluate(Encoder())  # type: ignore[arg-type]
         return
+    monkeypatch.setattr(evaluator, "_geometry", lambda _: {})
     assert evaluator.evaluate(Encoder())["knn_top1_percent"] == 12.5  # type: ignore[arg-type]
     assert len(printed()) == 1

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from fastmoco.evaluation.retrieval import choose_queries, draw, retrieve
+from fastmoco.evaluation.retrieval import choose_queries, decimals, draw, retrieve
 
 
 def test_hand_computed_neighbours() -> None:
@@ -32,6 +32,20 @@ def test_queries_are_interleaved_by_class() -> None:
     assert choose_queries(None, 2, 10).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("similarity", "expected"),
+    [
+        ([[0.91, 0.85, 0.4]], 2),
+        ([[0.9981, 0.9979, 0.9954], [0.9991, 0.9982, 0.9961]], 3),  # 0.998 0.998 0.995 and 0.999 0.998 0.996
+        ([[0.99994, 0.99982]], 4),
+        ([[1.0, 1.0, 1.0]], 5),  # copies of one image: no number of decimals tells them apart
+        ([[0.5]], 2),
+    ],
+)
+def test_captions_have_the_decimals_that_differ(similarity: list[list[float]], expected: int) -> None:
+    assert decimals(similarity) == expected
+
+
 @pytest.mark.parametrize("side", [8, 32, 224])
 def test_frames_are_green_where_the_classes_agree(tmp_path: Path, side: int) -> None:
     queries = torch.full((2, side, side, 3), 128, dtype=torch.uint8)
@@ -49,3 +63,18 @@ def test_frames_are_green_where_the_classes_agree(tmp_path: Path, side: int) -> 
     assert green == 2 * red > 0
     assert frames([0, 1], [[0, 0, 0], [1, 1, 1]]) == (green * 3 // 2, 0)
     assert frames(None, None) == (0, 0)
+
+
+def test_names_of_files_stand_below_where_there_are_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, line, **k: (written.append(line), text(self, xy, line, **k))
+    )
+    views = torch.full((1, 2, 32, 32, 3), 128, dtype=torch.uint8)
+    files = ["a.jpg"], [["b.jpg", "n02101006_Gordon_setter.JPEG"]]
+    draw(views[:, 0], views, [[0.91, 0.5]], None, None, (), tmp_path / "r.png", files)
+    assert {"a.jpg", "b.jpg", "0.91"} <= set(written)
+    (long,) = (line for line in written if "…" in line)
+    assert long.startswith("n02")
+    assert long.endswith(".JPEG")

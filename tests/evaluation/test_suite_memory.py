@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastmoco.backbones.read import LoadedBackbone
 from fastmoco.errors import DeviceError
 from fastmoco.evaluation import budget, confusion, extractor, suite
 from fastmoco.evaluation.cache import FeatureCache
@@ -19,7 +20,6 @@ from fastmoco.evaluation.logistic import fit_bytes
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.evaluation.splits import EvaluationSplit, Subset, split_dataset
 from fastmoco.evaluation.suite import Evaluation
-from fastmoco.export.read import LoadedBackbone
 from pipelines.data.index import Dataset, ImageIndex
 from pipelines.data.shapes import CLASS_NAMES, make_shapes
 

@@ -17,11 +17,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from fastmoco.backbones.detectron2 import detectron2_name
+from fastmoco.backbones.formats import model_in
+from fastmoco.backbones.read import LoadedBackbone
+from fastmoco.backbones.write import export
 from fastmoco.commands.export import load_lines
 from fastmoco.errors import ConfigError
-from fastmoco.export.formats import detectron2_name, model_in
-from fastmoco.export.read import LoadedBackbone
-from fastmoco.export.write import export
 from fastmoco.model.encoder import feature_dim
 from fastmoco.model.resnet import ResNetFamily
 from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS
@@ -171,7 +172,11 @@ LOAD = "; model.load_state_dict(torch.load('b.pth'), strict=False)"
         ("resnet18", "torchvision", f"{TORCHVISION}resnet18(){LOAD}"),
         ("resnext50_32x4d", "torchvision", f"{TORCHVISION}resnext50_32x4d(){LOAD}"),
         ("resnext50_32x8d", "torchvision", f"{TORCHVISION}resnet50(groups=32, width_per_group=8){LOAD}"),
-        ("resnet18", "timm", f"{TIMM}create_model('resnet18'){LOAD}"),
+        (
+            "resnet18",
+            "timm",
+            "import timm; model = timm.create_model('resnet18', checkpoint_path='b.pth', num_classes=0)",
+        ),
         ("resnext50_32x8d", "timm", f"{TIMM}create_model('resnet50', cardinality=32, base_width=8){LOAD}"),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
+from fastmoco.backbones.preprocessing import Preprocessing
 from fastmoco.evaluation.features import Normalise
-from fastmoco.export.preprocessing import Preprocessing
 from pipelines.augment.presets import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from pipelines.backends.resident import ResidentCrops
 from pipelines.backends.torch import TorchCrops
@@ -22,7 +23,7 @@ from pipelines.plan.planner import eval_plans
 from tests.oddities import good_files, picture
 
 CPU = torch.device("cpu")
-ODD = {file.name: file for file in good_files()}
+ODD = {file.name: file for file in good_files() if not file.name.startswith("faulty")}  # which Pillow refuses
 
 
 def evaluated(kind: type[ResidentCrops] | type[TorchCrops], index: ImageIndex, side: int) -> Tensor:
@@ -76,15 +77,20 @@ def test_odd_files_have_the_colours_and_the_orientation_of_the_pipelines(name: s
     assert grey_levels(actual, expected).mean() <= file.tolerance + 1e-4
 
 
-@pytest.mark.parametrize(("side", "fraction"), [(32, 1.0), (64, 1.0), (72, 224 / 256), (224, 224 / 256)])
-@pytest.mark.parametrize("size", [(300, 200), (201, 333), (20, 20), (1, 9)])
-def test_the_centre_square_is_resized_and_normalised(side: int, fraction: float, size: tuple[int, int]) -> None:
-    """Against Pillow, whose antialiased bilinear filter agrees with torch's to one grey level."""
+@pytest.mark.parametrize("side", [32, 64, 72, 224])
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (20, 20), (1, 9), (40, 339)])
+def test_the_centre_is_resized_and_normalised(side: int, size: tuple[int, int]) -> None:
+    """Against Pillow, whose antialiased bilinear filter agrees with torch's to one grey level: the centre square for
+    small views, torchvision's Resize and CenterCrop for others, also of images that are very wide."""
     pixels = picture(300, 340)[: size[0], : size[1]]
-    length = max(1, round(fraction * min(size)))
+    image, length = Image.fromarray(pixels), min(size)
     top, left = (size[0] - length) // 2, (size[1] - length) // 2
-    crop = Image.fromarray(pixels).crop((left, top, left + length, top + length))
-    expected = np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR)) / 255
+    if side > 64:
+        view = Compose([Resize(round(side * 256 / 224)), CenterCrop(side)])(image)
+    else:
+        square = image.crop((left, top, left + length, top + length))
+        view = square.resize((side, side), Image.Resampling.BILINEAR)
+    expected = np.asarray(view) / 255
     actual = Preprocessing(side, CIFAR_MEAN, CIFAR_STD)(Image.fromarray(pixels)).permute(1, 2, 0)
     difference = np.abs(actual.numpy() * np.array(CIFAR_STD) + CIFAR_MEAN - expected)
     assert actual.dtype == torch.float32

@@ -9,8 +9,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastmoco
+from fastmoco.backbones.description import RECORD
+from fastmoco.backbones.read import LoadedBackbone, read_backbone
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
-from fastmoco.export.read import RECORD, LoadedBackbone, read_backbone
 from fastmoco.model.architectures import identify
 from fastmoco.model.encoder import Encoder, build_encoder
 from fastmoco.registry import ARCHITECTURES
@@ -163,7 +162,7 @@ def test_the_authors_checkpoint(tmp_path: Path, encoder: Encoder, zipped: bool) 
     found = read_backbone(str(path), arch="resnet18", stem="cifar", side=24)
     assert_same_features(found, encoder)
     assert (found.side, found.mean, found.std, found.data) == (24, CIFAR_MEAN, CIFAR_STD, None)
-    assert found.origin == str(path)
+    assert found.origin == f"{path} (state_dict.module.encoder_q, not state_dict.module.encoder_k)"
 
 
 def test_the_authors_cifar_demo(tmp_path: Path, encoder: Encoder) -> None:
@@ -253,12 +252,6 @@ def test_the_example_in_the_readme_classifies(run: Path, tmp_path: Path, monkeyp
     assert capsys.readouterr().out == "light\n"
 
 
-def test_importing_the_package_costs_nothing() -> None:
-    script = "import sys, fastmoco; fastmoco.load_backbone; print(*sorted({'torch', 'numpy'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
-    assert done.stdout.split() == []
-
-
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -280,9 +273,7 @@ def backbone_state(encoder: Encoder) -> dict[str, Tensor]:
 def test_nothing_executes(tmp_path: Path, encoder: Encoder, zipped: bool) -> None:
     state: dict[str, Any] = backbone_state(encoder) | {"extra": Malice(tmp_path / "executed")}
     torch.save(state, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="holds a Python object") as caught:
-        read_backbone(tmp_path / "evil.pth")
-    assert "\n" not in str(caught.value)
+    assert_same_features(read_backbone(tmp_path / "evil.pth"), encoder)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Malice(tmp_path / "executed")))
     with pytest.raises(CheckpointError):
         read_backbone(tmp_path / "evil.pkl")
@@ -291,13 +282,16 @@ def test_nothing_executes(tmp_path: Path, encoder: Encoder, zipped: bool) -> Non
 
 def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"it holds a Python object \(torch\.nn\.modules\.linear\.Linear\)"):
+    with pytest.raises(CheckpointError, match=r"holds a whole model \(torch\.nn\.modules\.linear\.Linear\)"):
         read_backbone(tmp_path / "model.pt")
 
 
 def test_a_small_file_that_claims_much_is_refused_before_it_costs_memory(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "huge.pth")
-    with pytest.raises(CheckpointError, match=r"would take 4,398,046,511,104 bytes, and the file has"):
+    with torch.device("meta"):
+        state = build_encoder("resnet152", width=64).backbone.state_dict()
+    expanded = {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+    torch.save(expanded, tmp_path / "huge.pth")
+    with pytest.raises(CheckpointError, match=r"would take 9\d\d,\d\d\d,\d\d\d,\d\d\d bytes, and the file has"):
         read_backbone(tmp_path / "huge.pth")
     packed = tmp_path / "packed.pth"
     with zipfile.ZipFile(tmp_path / "huge.pth") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
@@ -337,7 +331,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"begins with b'.*', expected a safetensors file"):
             read_backbone(tmp_path / "page")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match="it holds a list, expected a state dict"):
+    with pytest.raises(CheckpointError, match=r"holds no ResNet: expected names such as .*, found 0"):
         read_backbone(tmp_path / "list.pth")
 
 
@@ -350,9 +344,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         ("layer2.0.bn1.weight", None, "layer2.0.bn1.weight is missing"),
         ("layer2.0.se.weight", torch.ones(3), "'layer2.0.se.weight' is unexpected"),
         ("layer4.2.conv1.weight", torch.ones(3), "(2, 2, 2, 3) basic blocks"),
-        ("conv1.weight", torch.ones(8, 1, 3, 3), "conv1.weight is [8, 1, 3, 3]"),
         ("conv1.weight", torch.ones(9, 3, 3, 3), "has 9 channels"),
-        ("conv1.weight", None, "holds no ResNet, neither of MoCo nor bare"),
+        ("conv1.weight", None, "there is no conv1.weight"),
     ],
 )
 def test_another_architecture_is_refused(

@@ -14,7 +14,7 @@ import torch
 
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
-from fastmoco.train import Trainer
+from fastmoco.trainer import Trainer
 from pipelines import reads
 from pipelines.augment.presets import V1
 from pipelines.backends.torch import TorchCrops

@@ -15,6 +15,7 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from fastmoco.run import data_record
 from fastmoco.run.data_record import FILE_NAME, SAMPLE, difference, take
+from pipelines.data import manifest
 from pipelines.data.dataset import load_dataset
 from pipelines.data.index import ImageIndex
 from tests.oddities import encode, picture
@@ -73,7 +74,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 def resume(folder: Path, *arguments: str) -> int:
     """Resumes for another epoch, and returns the exit code."""
     flags = ["--resume", "--out", str(folder / "run"), "--data", str(folder / "images"), "--epochs", "2"]
-    return main(["train", *TINY, *flags, "--allow-changed", "data", "epochs", *arguments])
+    return main(["train", *TINY, *flags, *arguments])
 
 
 def all_black(images: Path) -> None:
@@ -240,6 +241,13 @@ def test_a_touched_file_that_was_scanned_is_read_again(images: Path) -> None:
     error, note = changed(images, lambda folder: (folder / f"{OUTSIDE:03}.bmp").touch())
     assert not error
     assert note.endswith("their contents are the same")
+
+
+def test_a_scan_whose_manifest_is_deleted_is_no_change(images: Path) -> None:
+    """Without the manifest that a run began with, the images are compared as if they had not been scanned."""
+    scan(images)
+    error, _ = changed(images, lambda folder: (folder / manifest.FILE_NAME).unlink())
+    assert not error
 
 
 def test_two_scans_are_compared_without_reading(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,5 +214,5 @@ def test_a_disk_that_loses_bytes_of_an_archive_is_no_success(data, tmp_path, cap
     add = shard_writer._add
     monkeypatch.setattr(shard_writer, "_add", lossy)
     with pytest.raises(DataError, match="what is read back is not what was written"):
-        make_shards.make(make_shards.Settings(data=str(data), out=tmp_path / "out"), make_shards.Console(quiet=True))
+        make_shards.make(make_shards.Settings(data=(str(data),), out=tmp_path / "out"), make_shards.Console(quiet=True))
     assert names(tmp_path) == set()

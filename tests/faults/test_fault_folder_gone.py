@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fastmoco.cli import main
+from fastmoco.console import shown_path
 from fastmoco.errors import ExitCode
 from fastmoco.run.directory import read_status
-from fastmoco.train import Trainer
+from fastmoco.trainer import Trainer
 from tests.run.test_train import RESIDENT, newest
 
 FLAGS = [*RESIDENT, "--cpu-threads", "1", "--epochs", "1", "--knn-every", "0"]
@@ -65,7 +66,7 @@ def test_a_folder_that_is_gone_is_noticed_at_the_next_write(
     assert error.count("\n") == 1
     assert f"{run}, the folder of the run, was deleted or renamed while it trained" in error
     if happens is rename:
-        assert "renamed back, and resume with --resume" in error
+        assert f"renamed back, and resume with: fastmoco train --resume {shown_path(run)}" in error
         assert not run.exists()
         status = read_status(tmp_path / "renamed")
         assert (status["state"], status["exit_code"]) == ("failed", ExitCode.CHECKPOINT)

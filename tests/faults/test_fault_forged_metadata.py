@@ -54,6 +54,8 @@ FORGERIES = {
     "no data": ({"data": ABSENT}, "data is None"),
     "a list as data": ({"data": ["x"]}, "data is ['x']"),
     "a number as the content of the data": ({"data_content": 7}, "data_content is 7"),
+    "a list as images": ({"images": [1]}, "images is [1]"),
+    "images without a number": ({"images": {"sizes": "0" * 16}}, "expected the hashes of the images"),
     "no versions": ({"versions": ABSENT}, "versions is None"),
     "numbers as versions": ({"versions": {"torch": 2}}, "versions is {'torch': 2}"),
     "no config": ({"config": ABSENT}, "config is None"),

@@ -37,13 +37,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "trained"
-    assert main(["train", *TINY, "--crop-size", "16", "--out", str(out)]) == ExitCode.DONE
-    return out
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of thirty noisy images: a picture of them takes more than a page."""
     folder = tmp_path_factory.mktemp("photos")
@@ -67,12 +60,12 @@ def failed(capsys: pytest.CaptureFixture[str], arguments: list[str], code: ExitC
     return error
 
 
-def test_an_export_to_a_full_disk(trained: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_to_a_full_disk(shapes_run: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An export that does not fit names its file and the bytes it needs, and leaves the earlier export as it was."""
     path = disk / "backbone.safetensors"
     path.write_text("earlier")
     fill(disk, leave_bytes=8192)
-    error = failed(capsys, ["export", str(trained), "--to", "safetensors", "-o", str(path), "--overwrite"])
+    error = failed(capsys, ["export", str(shapes_run), "--to", "safetensors", "-o", str(path), "--overwrite"])
     assert f"cannot write {path} (No space left on device: " in error
     assert "bytes are needed and 8,192 bytes are free" in error
     assert names(disk) == {"filler", "backbone.safetensors"}
@@ -95,17 +88,17 @@ def test_a_picture_of_views_on_a_full_disk(
 @pytest.mark.parametrize(
     ("writer", "file"),
     [
-        ("write_csv", "confusion-knn.csv"),
+        ("write_confusion", "confusion-knn.csv"),
         ("draw_confusion", "confusion-knn.png"),
         ("_draw_neighbours", "retrieval.png"),
         ("embedding_plot.draw", "feature_map.png"),
-        ("write_json", "eval.json"),
+        ("Record.write", "eval.json"),
     ],
 )
 def test_an_evaluation_on_a_full_disk(
     writer: str,
     file: str,
-    trained: Path,
+    shapes_run: Path,
     photos: Path,
     disk: Path,
     tmp_path: Path,
@@ -113,8 +106,8 @@ def test_an_evaluation_on_a_full_disk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whichever file of an evaluation does not fit is named; those before it are whole, and nothing is left of it."""
-    owner: Any = eval_module.embedding_plot if "." in writer else eval_module
-    name = writer.rpartition(".")[2]
+    part, _, name = writer.rpartition(".")
+    owner: Any = getattr(eval_module, part) if part else eval_module
     original = getattr(owner, name)
 
     def full(*arguments: Any, **named: Any) -> Any:
@@ -127,11 +120,11 @@ def test_an_evaluation_on_a_full_disk(
     )  # t-SNE takes a second
     arguments = ["--data", str(photos), "--probes", "knn", "--no-feature-cache", "--device", "cpu"]
     arguments += ["--cpu-threads", "1", "--workers", "0", "--data-root", str(tmp_path / "cache")]
-    error = failed(capsys, ["eval", str(trained), *arguments, "--out", str(disk / "out")])
+    error = failed(capsys, ["eval", str(shapes_run), *arguments, "--out", str(disk / "out")])
     assert f"cannot write {disk}/out/{file} (No space left on device: " in error
     assert file not in names(disk / "out")
     for path in (disk / "out").iterdir():
-        assert path.suffix in (".csv", ".png")
+        assert path.suffix in (".csv", ".png", ".json")
         assert path.stat().st_size > 10
 
 
@@ -175,7 +168,7 @@ def test_the_results_of_a_sweep_on_a_full_disk(
             if config.model.moco_m:
                 fill(disk)
 
-    monkeypatch.setattr("fastmoco.train.train", train)
+    monkeypatch.setattr("fastmoco.trainer.train", train)
     arguments = ["--vary", "moco-m=0,0.9", "--out", str(disk / "sweep")]
     if diverges:
         with pytest.raises(RuntimeError, match="the error of a run"):

@@ -15,7 +15,7 @@ from fastmoco.run import recorder
 from fastmoco.run.directory import RunDirectory, read_status
 from fastmoco.run.metrics import MetricsWriter, read_metrics
 from fastmoco.run.recorder import RunRecorder
-from fastmoco.train import Trainer
+from fastmoco.trainer import Trainer
 from pipelines.backends.two_view import TwoViewPipeline
 from tests.run.test_train import RESIDENT
 from tests.small_disk import fill, small_disk

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.data import decode as decoding
 from pipelines.data.decode import decode
+from pipelines.data.formats import common
 from pipelines.data.headers import read_header
 from pipelines.data.plain_jpeg import plain_jpeg
 from pipelines.data.scan import scan
@@ -38,7 +38,7 @@ def outcome(read: Callable[[], object]) -> object:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "MAX_PIXELS", MAX_PIXELS)
+    monkeypatch.setattr(common, "MAX_PIXELS", MAX_PIXELS)
 
 
 @pytest.mark.timeout(300)

@@ -22,13 +22,6 @@ PRECIOUS = b"precious"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(["train", *TINY, "--crop-size", "16", "--out", str(out)]) == ExitCode.DONE
-    return out
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(16):
@@ -72,10 +65,10 @@ def test_only_regular_files_are_appended_to_or_read(tmp_path: Path, target: Path
 NAMES = ("status.json", "metrics.jsonl", "curves.png", "backbone.safetensors", "config.json")
 
 
-def test_a_resumed_run_writes_through_no_link(finished: Path, tmp_path: Path, target: Path) -> None:
+def test_a_resumed_run_writes_through_no_link(shapes_run: Path, tmp_path: Path, target: Path) -> None:
     """Files of a run folder that are links, or have links for temporary files, are replaced when the run is resumed."""
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    shutil.copytree(shapes_run, run)
     for name in (*(f"{name}.tmp" for name in NAMES), "curves.png", "backbone.safetensors"):
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(target)
@@ -94,11 +87,11 @@ def test_a_resumed_run_writes_through_no_link(finished: Path, tmp_path: Path, ta
     ],
 )
 def test_a_run_whose_parts_are_links_is_not_resumed(
-    name: str, code: ExitCode, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, code: ExitCode, shapes_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run folder whose lock or sub-folder is a link to elsewhere is refused, and nothing is written there."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    shutil.copytree(finished, run)
+    shutil.copytree(shapes_run, run)
     if (run / name).is_dir():
         (run / name).rename(elsewhere)
     elif name == ".lock":
@@ -135,7 +128,7 @@ def test_metrics_that_are_a_link_become_a_file(tmp_path: Path) -> None:
 
 
 def test_pictures_and_evaluations_write_through_no_link(
-    finished: Path, photos: Path, tmp_path: Path, target: Path
+    shapes_run: Path, photos: Path, tmp_path: Path, target: Path
 ) -> None:
     """A link with the name of a picture or of a file of an evaluation is replaced, and what it leads to stays."""
     out, cache = tmp_path / "out", ["--data-root", str(tmp_path / "cache"), "--device", "cpu"]
@@ -144,7 +137,7 @@ def test_pictures_and_evaluations_write_through_no_link(
         (out / name).symlink_to(target)
     views = ["views", str(photos), "-o", str(out / "views.png"), "--count", "2", "--crop-size", "16"]
     assert main([*views, *cache]) == ExitCode.DONE
-    evaluation = ["eval", str(finished), "--data", str(photos), "--out", str(out), "--workers", "0", *cache]
+    evaluation = ["eval", str(shapes_run), "--data", str(photos), "--out", str(out), "--workers", "0", *cache]
     assert main([*evaluation, "--cpu-threads", "1"]) == ExitCode.DONE
     assert target.read_bytes() == PRECIOUS
     for name in ("eval.json", "retrieval.png", "views.png"):
@@ -152,11 +145,11 @@ def test_pictures_and_evaluations_write_through_no_link(
 
 
 def test_the_folder_of_an_evaluation_in_a_run_is_no_link(
-    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shapes_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`fastmoco eval` does not follow a link named eval in a run folder; a folder is to be named with --out."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    shutil.copytree(finished, run)
+    shutil.copytree(shapes_run, run)
     elsewhere.mkdir()
     (run / "eval").symlink_to(elsewhere)
     cache = ["--data-root", str(tmp_path / "cache"), "--device", "cpu"]

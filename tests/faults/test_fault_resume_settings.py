@@ -23,17 +23,13 @@ def train(out: Path, *flags: str | Path) -> int:
     return main(["train", *QUICK, "--out", str(out), *map(str, flags)])
 
 
-def test_more_epochs_need_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A finished run goes on for more epochs with --allow-changed epochs, which is said, and without it is refused."""
+def test_more_epochs_need_no_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run goes on for more epochs, which is said; with --schedule it equals one planned so, bit for bit."""
     run = tmp_path / "run"
     assert train(run, *ONE, "--schedule", "3") == ExitCode.DONE
     capsys.readouterr()
-    assert train(run, "--epochs", "2", "--schedule", "3", "--resume") == ExitCode.CHECKPOINT
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "epochs is 2 and was 1" in line
-    assert line.endswith("--allow-changed epochs")
-    assert train(run, "--epochs", "2", "--schedule", "3", "--resume", "--allow-changed", "epochs") == ExitCode.DONE
-    assert capsys.readouterr().out.count("resumed although epochs is 2 and was 1") == 1
+    assert train(run, "--epochs", "2", "--schedule", "3", "--resume") == ExitCode.DONE
+    assert capsys.readouterr().out.count("extended from 1 to 2 epochs: the learning rate at step 4 is") == 1
     assert_same_run(run, trained(tmp_path / "whole", "--epochs", "2", "--schedule", "3", settings=QUICK))
 
 
@@ -57,7 +53,7 @@ def test_fewer_epochs_than_done_are_refused(tmp_path: Path, capsys: pytest.Captu
     run = tmp_path / "run"
     assert train(run, "--epochs", "2") == ExitCode.DONE
     capsys.readouterr()
-    assert train(run, *ONE, "--resume", "--allow-changed", "epochs") == ExitCode.CHECKPOINT
+    assert train(run, *ONE, "--resume") == ExitCode.CHECKPOINT
     (line,) = capsys.readouterr().err.splitlines()
     assert "is from step 8, and --epochs 1 are 4 steps" in line
 
@@ -72,12 +68,12 @@ def test_changed_images_need_a_flag(tmp_path: Path, capsys: pytest.CaptureFixtur
     (photos / "39.jpg").unlink()
     (photos / "40.jpg").write_bytes(encode(picture(30, 20), "JPEG", quality=90))
     capsys.readouterr()
-    more = ["--data", photos, "--limit", "40", "--epochs", "2", "--resume", "--allow-changed", "epochs"]
+    more = ["--data", photos, "--limit", "40", "--epochs", "2", "--resume"]
     assert train(run, *more) == ExitCode.DATA
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("--allow-changed-data")
     assert train(run, *more, "--allow-changed-data") == ExitCode.DONE
-    assert "resumed although the images" in capsys.readouterr().out.replace("resumed although epochs", "")
+    assert "resumed although the images have other sizes in pixels" in capsys.readouterr().out
 
 
 def test_quarantine_may_begin_on_resume(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastmoco.backbones.read import LoadedBackbone, read_backbone
+from fastmoco.backbones.write import export
 from fastmoco.errors import CheckpointError
 from fastmoco.evaluation.cache import FeatureCache
-from fastmoco.export.read import LoadedBackbone, read_backbone
-from fastmoco.export.write import export
 from fastmoco.model.architectures import family
 from fastmoco.run.sealed import SEAL, sealed_bytes
 

@@ -24,7 +24,7 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode, Interrupted
 from fastmoco.evaluation.online import OnlineEvaluator
 from fastmoco.run.preemption import StopFlag
-from fastmoco.train import Trainer
+from fastmoco.trainer import Trainer
 from tests.oddities import encode, picture
 from tests.run.test_train import RESIDENT, TINY, assert_same_run
 
@@ -56,9 +56,9 @@ def raising(number: signal.Signals, original: Callable, *, call: int = 1) -> Cal
     [
         "fastmoco.run.start.load_dataset",
         "pipelines.data.resident_pixels._read_all",
-        "fastmoco.train.select",
-        "fastmoco.train.build_state",
-        "fastmoco.train.Trainer._evaluate",
+        "fastmoco.trainer.select",
+        "fastmoco.trainer.build_state",
+        "fastmoco.trainer.Trainer._evaluate",
     ],
     ids=["index", "decode", "check", "build", "evaluation"],
 )
@@ -76,7 +76,7 @@ def test_a_signal_before_the_first_step_ends_the_run(
     monkeypatch.setattr(Trainer, "_steps", lambda self: pytest.fail("a step was made"))
     assert train(tmp_path / "run", "--check", "on", "--knn-every", "1") == ExitCode.PREEMPTED
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"fastmoco: stopped: stopped by {number.name} with nothing to save: start again"
+    assert line == f"fastmoco: stopped by {number.name} with nothing to save: start again"
     if (tmp_path / "run" / "status.json").exists():
         assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == ExitCode.PREEMPTED
     assert not [path for path in (tmp_path / "run").rglob("*") if ".tmp" in path.name]
@@ -122,16 +122,46 @@ def test_a_signal_ends_every_command(
     owner = importlib.import_module(module)
     monkeypatch.setattr(owner, name, raising(signal.SIGTERM, getattr(owner, name)))
     assert main(command) == ExitCode.PREEMPTED
-    assert capsys.readouterr().err == "fastmoco: stopped: stopped by SIGTERM with nothing to save: start again\n"
+    assert capsys.readouterr().err == "fastmoco: stopped by SIGTERM with nothing to save: start again\n"
 
 
-def test_signals_are_deferred_where_state_is_changed() -> None:
-    """In a step and in a save a signal only sets a flag; in an evaluation it interrupts."""
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_signals_are_deferred_where_state_is_changed(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a step and in a save a signal sets a flag, and a line says so at once; in an evaluation it interrupts."""
     with StopFlag() as stop, stop.deferred():
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.name == "SIGTERM"
-        with pytest.raises(Interrupted, match="stopped by SIGTERM"), stop.interrupting():
+        signal.raise_signal(number)
+        assert stop.name == number.name
+        said = f"fastmoco: {number.name}: stopping when this step is done and saved; another signal ends it at once\n"
+        assert capfd.readouterr().err == ("" if number == signal.SIGHUP else said)
+        with pytest.raises(Interrupted, match=f"stopped by {number.name}"), stop.interrupting():
             pytest.fail("the signal came before this block")
+
+
+@pytest.mark.parametrize(
+    ("second", "after_s", "launched", "ends"),
+    [
+        (signal.SIGTERM, 0.5, False, False),  # forwarded by a launcher
+        (signal.SIGTERM, 2.5, False, True),
+        (signal.SIGTERM, 60.0, True, False),  # torchrun's
+        (signal.SIGINT, 0.5, False, True),
+        (signal.SIGINT, 60.0, True, True),
+    ],
+)
+def test_a_copy_of_the_first_signal_is_one_with_it(
+    second: signal.Signals, after_s: float, launched: bool, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a later or another signal ends the process at once, and it is recorded before."""
+    now, codes, messages = [100.0], list[int](), list[str]()
+    monkeypatch.setattr("fastmoco.run.preemption.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fastmoco.run.preemption.os._exit", codes.append)
+    with StopFlag(launched=launched) as stop, stop.deferred():
+        stop.before_exit = lambda message, _: messages.append(message)
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += after_s
+        signal.raise_signal(second)
+    assert codes == ([128 + second] if ends else [])
+    expected = f"ended by SIGTERM and then {second.name}, before the state was saved"
+    assert messages == ([expected] if ends else [])
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
@@ -148,7 +178,7 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None
@@ -185,7 +215,7 @@ sys.exit(main(arguments))
 @pytest.mark.parametrize(
     ("module", "function", "flags"),
     [
-        ("pipelines.data.headers", "read_header", ["train", *TINY, "--data", "photos", "--out", "run"]),
+        ("pipelines.data.headers", "inspect_header", ["train", *TINY, "--data", "photos", "--out", "run"]),
         ("pipelines.data.index", "decode", ["train", *RESIDENT, "--limit", "4000", "--data", "photos", "--out", "run"]),
         ("pipelines.data.scan", "_scan_file", ["scan", "photos", "--workers", "0", "--out", "scan.npz"]),
     ],
@@ -213,10 +243,39 @@ def test_a_real_signal_while_images_are_read(
             process.kill()
     assert process.returncode == ExitCode.PREEMPTED
     (line,) = errors.splitlines()
-    assert line == f"fastmoco: stopped: stopped by {number.name} with nothing to save: start again"
+    assert line == f"fastmoco: stopped by {number.name} with nothing to save: start again"
     assert_nothing_of(process.pid)
     assert not list(tmp_path.rglob("*.tmp*"))
     assert not (tmp_path / "scan.npz").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_is_obeyed_inside_a_step_of_seconds(tmp_path: Path) -> None:
+    """ResNet-50 at 224 pixels on a CPU: a line says at once that the signal has arrived, and that step is the last."""
+    out = tmp_path / "run"
+    flags = ["--arch", "resnet50", "--crop-size", "224", "--batch-size", "8", "--bn-splits", "1", "--moco-k", "16"]
+    flags += ["--limit", "64", "--epochs", "1000", "--knn-every", "0", "--log-every", "1", "--check", "off"]
+    flags += ["--device", "cpu", "--cpu-threads", "1", "--pipeline", "resident", "--no-tensorboard", "--out", str(out)]
+    command = [sys.executable, "-m", "fastmoco", "train", "shapes", *flags]
+
+    def logged() -> list[int]:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [step["step"] for step in map(json.loads, lines) if "loss" in step]
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(logged, process)
+            done = logged()[-1]
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr
+            assert process.stderr.readline().startswith("fastmoco: SIGTERM: stopping when this step is done")
+            assert len(logged()) <= done + 1, "said within the step"
+            assert process.wait(timeout=120) == ExitCode.PREEMPTED
+        finally:
+            process.kill()
+    step = json.loads((out / "status.json").read_text())["step"]
+    assert done <= step <= done + 2, "the step in which the signal arrived is the last"
 
 
 @pytest.mark.slow

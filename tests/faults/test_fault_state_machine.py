@@ -201,5 +201,9 @@ class Runs(RuleBasedStateMachine):
 def test_any_sequence_of_faults_continues_exactly() -> None:
     """After any sequence of saves, kills, damage and full disks, a run continues exactly from its newest checkpoint."""
     Runs.happened.clear()
-    run_state_machine_as_test(Runs, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))
-    assert Runs.happened == {"full disk", "kill", "damage", "prune", "resume"}
+    every_kind = {"full disk", "kill", "damage", "prune", "resume"}
+    for _ in range(5):  # damage needs two checkpoints, which 25 sequences may not have
+        run_state_machine_as_test(Runs, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))
+        if Runs.happened == every_kind:
+            break
+    assert Runs.happened == every_kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,45 @@ def test_a_mean_far_larger_than_the_spread(fused: ModuleType, offset: float) -> 
     found = run(fused.split_batch_norm, tensors, 2, False, False, DEVICE)
     assert relative(found["running_var"], exact["running_var"]) <= 1e-5
     assert (found["y"] - exact["y"]).abs().max() <= 2e-6 * offset
+
+
+@pytest.mark.parametrize("uses", ["both", "first", "second"])
+@pytest.mark.parametrize(("relu", "with_residual"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_uses_of_the_output_have_their_gradients_added(
+    fused: ModuleType, dtype: torch.dtype, relu: bool, with_residual: bool, uses: str
+) -> None:
+    """As autograd adds them: the same bits, but for Triton's interpreter, which cuts bfloat16 off."""
+    tensors = inputs((6, 25, 5, 3), dtype)
+    second = torch.randn(tensors["grad"].shape).to(dtype)
+    total = {"both": tensors["grad"] + second, "first": tensors["grad"], "second": second}[uses]
+
+    def used(*args: Any) -> Tensor:
+        y, again = fused.split_batch_norm(*args, twice=True)
+        assert torch.equal(y, again)
+        return Uses.apply(y, again, second.to(DEVICE), uses)
+
+    once = run(fused.split_batch_norm, {**tensors, "grad": total}, 3, relu, with_residual, DEVICE)
+    twice = run(used, tensors, 3, relu, with_residual, DEVICE)
+    assert twice.keys() == once.keys()
+    for name, tensor in once.items():
+        assert torch.equal(twice[name], tensor) or (
+            (DEVICE, dtype, uses) == ("cpu", torch.bfloat16, "both") and relative(twice[name], tensor) <= 2**-7
+        ), name
+
+
+class Uses(torch.autograd.Function):
+    """Passes its gradient to the first, a given one to the second, or only one of the two."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, again: Tensor, second: Tensor, uses: str) -> Tensor:
+        ctx.second, ctx.uses = second, uses
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        first, second = ctx.uses in ("both", "first"), ctx.uses in ("both", "second")
+        return grad if first else None, ctx.second if second else None, None, None
 
 
 def test_groups_do_not_see_each_other(fused: ModuleType) -> None:

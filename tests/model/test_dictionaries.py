@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import narrow_resnet
+from reference import LoopBatchNorm, narrow_resnet
 from torch import Tensor, nn
 
 from fastmoco.cli import main
@@ -86,7 +87,7 @@ class Reference:
     """One encoder and SGD, in plain torch; subclasses say what is contrasted."""
 
     def __init__(self, step: TrainStep, bn_splits: int) -> None:
-        backbone = narrow_resnet("resnet18", 0.125, bn_splits).to(torch.float64)
+        backbone = narrow_resnet("resnet18", 0.125, partial(LoopBatchNorm, splits=bn_splits)).to(torch.float64)
         backbone.load_state_dict(step.model.query.backbone.state_dict())
         self.f = nn.Sequential(backbone, copy.deepcopy(step.model.query.head))
         decay, momentum = HYPER["weight_decay"], HYPER["sgd_momentum"]
@@ -309,7 +310,7 @@ def resolved(count: int = 1000, **values) -> dict[str, Any]:
 
 def test_what_each_mechanism_leaves_open_is_filled_in() -> None:
     found = resolved(mechanism="end-to-end")
-    assert (found["moco_k"], found["batch_size"], found["moco_m"]) == (512, 512, 0.0)
+    assert (found["moco_k"], found["batch_size"], found["moco_m"]) == (64, 64, 0.0)
     found = resolved(mechanism="memory-bank")
     assert (found["moco_k"], found["moco_m"], found["bank_m"]) == (1000, 0.0, 0.5)
     assert resolved(mechanism="queue")["moco_m"] == 0.99

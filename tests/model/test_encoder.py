@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from fastmoco.errors import ConfigError
-from fastmoco.model.encoder import build_encoder
+from fastmoco.model.encoder import build_encoder, reset_first_convolution
 from fastmoco.registry import ARCHITECTURES
 
 
@@ -31,6 +31,19 @@ def test_at_width_1_the_backbone_is_torchvisions(arch: str) -> None:
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(trained.eval().features(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_convolution_can_have_torchs_initial_weights() -> None:
+    """He et al. with fan-out: √(2 / 576) = 0.059. torch's default: uniform of standard deviation 1 / √(3 · 27) = 0.111,
+    as in the CIFAR demo, which replaces the layer. All other weights stay as they are."""
+    torch.manual_seed(0)
+    backbone = build_encoder("resnet18", stem="cifar").backbone
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    reset_first_convolution(backbone)
+    assert before["conv1.weight"].std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.06)
+    assert backbone.conv1.weight.std().item() == pytest.approx(81**-0.5, rel=0.06)
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert changed == ["conv1.weight"]
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "resnext50_32x8d"])
@@ -72,7 +85,7 @@ def test_fractional_widths_scale_every_channel(arch: str, features: int, stem: s
 def test_the_cifar_stem_keeps_the_resolution(stem: str, side: int) -> None:
     backbone = build_encoder("resnet18", width=0.125, stem=stem).backbone
     seen = []
-    backbone.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    backbone.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].shape[-1]))
     backbone(torch.randn(2, 3, 32, 32))
     assert seen == [side]
 
@@ -160,7 +173,7 @@ def test_a_block_computes_what_torchvisions_does(arch: str, channels: int, train
     found = []
     for module in (block, like):
         x = torch.randn(4, channels, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        y = module(x)
+        y = module((x, x))[0] if module is block else module(x)
         y.square().sum().backward()
         found.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
     for ours, theirs in zip(*found, strict=True):

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.errors import DataError
-from pipelines.workers import checked, worker_options
+from pipelines.workers import checked, start_server, worker_options
+from tests.ranks import results, start
 
 CPU = torch.device("cpu")
 SemLock = type(multiprocessing.get_context("forkserver").Lock()).__mro__[1]
@@ -99,3 +100,13 @@ def test_workers_exit_when_the_flag_is_set(started: tuple[Iterator[Any], Any]) -
     for worker in workers:
         worker.join(10)
     assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def blocked_signals() -> set[int]:
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}
+
+
+def test_tests_of_several_ranks_receive_signals_whoever_started_the_fork_server() -> None:
+    """The server is one per process, and blocks signals if a loader started it."""
+    start_server()
+    assert results(start(1, blocked_signals)) == [set()]

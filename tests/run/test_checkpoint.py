@@ -61,6 +61,17 @@ def test_tensors_are_loaded_bit_identically(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, sidecar(path).name]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_checkpoint_has_the_mode_of_other_files(tmp_path: Path, umask: int) -> None:
+    """Whoever may read the metrics of a run may read its weights; safetensors writes files for their owner only."""
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, 7, tensors_of(7), META)
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (path, sidecar(path))] == [0o666 & ~umask] * 2
+
+
 def test_loaded_tensors_outlive_the_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1, tensors_of(1), {})
     tensors, _ = load(path, tensors_of(0))

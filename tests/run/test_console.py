@@ -8,7 +8,17 @@ import math
 import pytest
 from rich.console import Console
 
-from fastmoco.console import Fact, StepMetrics, TrainingProgress, duration, show_facts, summary_facts
+from fastmoco.console import (
+    Fact,
+    StepMetrics,
+    TrainingProgress,
+    counted,
+    duration,
+    say,
+    short,
+    show_facts,
+    summary_facts,
+)
 
 HOSTILE = "[red]not markup[/red] [/] \x1b[2J\u202efdp.exe\r\n\udcff"
 
@@ -116,3 +126,32 @@ def test_the_summary_has_the_accuracy_before_training_and_of_raw_pixels() -> Non
     assert lines[2] == "  time       3 min 30 s"
     assert lines[3] == "  speed      50,123 images/s"
     assert lines[5].strip() == "runs/a/curves.png"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_what_is_copied_from_a_terminal_is_whole(width: int) -> None:
+    path = "/data/" + "a-long-folder/" * 9 + "backbone.safetensors"
+    command = f"fastmoco eval {path} --probes knn,linear"
+    console = Console(file=io.StringIO(), highlight=False, force_terminal=True, width=width, color_system=None)
+    show_facts(
+        console, "done", [Fact("folder", path, "chosen since the disk of the other one is full"), Fact("next", command)]
+    )
+    say(console, command)
+    lines = output_of(console).splitlines()
+    assert f"  folder  {path}" in lines
+    assert f"  next    {command}" in lines
+    assert command in lines
+    assert not {"│", "╭", "─"} & set(output_of(console))
+    reasons = [line.strip() for line in lines if line.startswith(" " * 10)]
+    assert " ".join(reasons) == "(chosen since the disk of the other one is full)"
+    assert all(len(line) <= width for line in lines if line.strip() in reasons)
+
+
+def test_numbers_and_plurals_read_as_people_write_them() -> None:
+    assert [short(value) for value in (1000, 0.0299, 1e-12, 12_345.6, 0)] == ["1,000", "0.0299", "1e-12", "12,346", "0"]
+    assert [counted(number, "thread") for number in (0, 1, 2, 2_000)] == [
+        "0 threads",
+        "1 thread",
+        "2 threads",
+        "2,000 threads",
+    ]

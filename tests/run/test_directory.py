@@ -13,8 +13,9 @@ import torch
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.run import checkpoint
-from fastmoco.run.directory import RunDirectory, default_run_name, read_config, read_status
+from fastmoco.run.directory import RunDirectory, read_config, read_status
 from fastmoco.run.environment import git_commit, versions
+from fastmoco.run.folder_names import default_run_name
 
 
 def a_run(path: Path) -> Path:

@@ -18,7 +18,7 @@ from fastmoco.cli import main, parse_train
 from fastmoco.errors import CheckpointError, ExitCode
 from fastmoco.run.directory import read_status
 from fastmoco.run.metrics import read_metrics
-from fastmoco.train import train
+from fastmoco.trainer import train
 
 ARCHIVE = Path(__file__).with_name("run-0.1.0.tar.xz")
 LOSSES = [4.15374, 4.08580, 3.99023, 4.05852, 3.95465, 4.13246, 4.11211, 4.01927]  # of steps 9 to 16

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmoco.config import RunConfig
+from fastmoco.config.resume import absolute_data
 from fastmoco.distributed.launch import RankInfo
 from fastmoco.errors import ConfigError
 from fastmoco.recipes import RECIPES, recipe
@@ -18,7 +19,23 @@ from fastmoco.run.resolve import resolve
 from pipelines.data.index import ImageIndex
 
 CPU = torch.device("cpu")
-MAY_STAY_OPEN = {"cpu_threads", "limit", "crop_scale_min", "head", "out", "checkpoint_every", "schedule", "gpus"}
+MAY_STAY_OPEN = {
+    "cpu_threads",
+    "limit",
+    "train_folder",
+    "test_folder",
+    "value_range",
+    "crop_scale_min",
+    "head",
+    "out",
+    "checkpoint_every",
+    "schedule",
+    "gpus",
+    "resume_from",
+    "init",
+    "init_prefix",
+    "init_sha256",
+} | {"hflip", "vflip", "color_jitter", "grayscale", "blur", "solarize", "mean", "std"}  # those of --aug
 
 
 def images(count: int, height: int, width: int) -> ImageIndex:
@@ -30,8 +47,14 @@ def resolved(index: ImageIndex, **given) -> dict:
     return resolve(RunConfig().replace(data="./folder", **given), index, CPU)[0].flat()
 
 
+def resolved_on_gpu(index: ImageIndex, **given) -> dict:
+    """Resolve for a GPU, which need not be here if format, kernels and pipeline are given."""
+    known = {"amp": "bf16", "kernels": "torch", "pipeline": "torch"} | given
+    return resolve(RunConfig().replace(data="./folder", **known), index, torch.device("cuda"))[0].flat()
+
+
 def test_small_images_get_the_cifar_recipe() -> None:
-    found = resolved(images(50_000, 32, 32))
+    found = resolved_on_gpu(images(50_000, 32, 32))
     wanted = {
         "arch": "resnet18",
         "stem": "cifar",
@@ -52,7 +75,7 @@ def test_small_images_get_the_cifar_recipe() -> None:
 
 
 def test_photographs_get_the_imagenet_recipe() -> None:
-    found = resolved(images(200_000, 375, 500))
+    found = resolved_on_gpu(images(200_000, 375, 500))
     wanted = {
         "arch": "resnet50",
         "stem": "imagenet",
@@ -73,6 +96,32 @@ def test_photographs_get_the_imagenet_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "side", "wanted"),
+    [
+        (60, 300, {"epochs": 200, "batch_size": 56, "moco_k": 60, "lr": 0.03 * 56 / 64}),
+        (10_000, 300, {"epochs": 20, "batch_size": 64, "moco_k": 4096, "lr": 0.03}),
+        (1_281_167, 300, {"epochs": 1}),
+        (50_000, 32, {"arch": "resnet18", "stem": "cifar", "crop_size": 32, "moco_t": 0.1, "epochs": 4}),
+    ],
+)
+def test_a_cpu_gets_a_run_of_hours(count: int, side: int, wanted: dict[str, object]) -> None:
+    found = resolved(images(count, side, side))
+    if side > 112:
+        wanted = {"arch": "resnet18", "stem": "imagenet", "crop_size": 112, "aug": "v1", "moco_m": 0.99} | wanted
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert (found["cos"], found["schedule"]) == (True, None)
+    reasons = resolve(RunConfig().replace(data="./folder"), images(count, side, side), CPU)[1]
+    assert reasons["batch_size"] == "the device is a CPU"
+    assert reasons.get("epochs", "") == ("" if count == 60 else "the device is a CPU; 200 on a GPU")
+
+
+def test_settings_that_are_given_win_on_a_cpu_too() -> None:
+    given = {"arch": "resnet50", "crop_size": 224, "batch_size": 256, "epochs": 200, "schedule": (120, 160)}
+    found = resolved(images(10_000, 300, 300), **given)
+    assert {name: found[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
     ("height", "width", "side", "stem"),
     [
         (28, 28, 28, "cifar"),  # MNIST
@@ -87,13 +136,13 @@ def test_photographs_get_the_imagenet_recipe() -> None:
     ],
 )
 def test_the_view_is_as_large_as_the_images_allow(height: int, width: int, side: int, stem: str) -> None:
-    found = resolved(images(1000, height, width))
+    found = resolved_on_gpu(images(1000, height, width))
     assert (found["crop_size"], found["stem"]) == (side, stem)
 
 
 def test_the_median_decides_among_mixed_sizes() -> None:
     sizes = np.array([[32, 32]] * 3 + [[500, 400]] * 8 + [[20, 900]], dtype=np.int32)
-    assert resolved(ImageIndex("x", sizes, paths=("x.png",) * 12))["crop_size"] == 224
+    assert resolved_on_gpu(ImageIndex("x", sizes, paths=("x.png",) * 12))["crop_size"] == 224
 
 
 @given(st.integers(2, 3000), st.integers(1, 700), st.integers(1, 700))
@@ -170,11 +219,11 @@ def test_the_learning_rate_follows_the_batch() -> None:
     ("epochs", "schedule"), [(200, (120, 160)), (100, (60, 80)), (10, (6, 8)), (3, (2,)), (1, (1,)), (800, (480, 640))]
 )
 def test_the_schedule_keeps_its_fractions(epochs: int, schedule: tuple[int, ...]) -> None:
-    assert resolved(images(1000, 300, 300), epochs=epochs)["schedule"] == schedule
+    assert resolved_on_gpu(images(1000, 300, 300), epochs=epochs)["schedule"] == schedule
 
 
 def test_cosine_replaces_the_schedule() -> None:
-    found = resolved(images(1000, 300, 300), cos=True)
+    found = resolved_on_gpu(images(1000, 300, 300), cos=True)
     assert found["cos"]
     assert found["schedule"] is None
 
@@ -226,7 +275,7 @@ def test_no_setting_of_a_recipe_is_replaced(name: str) -> None:
     config = recipe(name)
     assert RunConfig.from_json(config.to_json()) == config
     found, _ = resolve(config, images(70_000, 32, 32), CPU)
-    for field, value in config.flat().items():
+    for field, value in (config.flat() | {"data": absolute_data(config.data.data)}).items():
         if value is not None and value != "auto":
             assert found.flat()[field] == value, field
 
@@ -240,7 +289,11 @@ def test_an_unknown_recipe_comes_with_the_nearest() -> None:
     ("device", "given", "kernels", "compile", "cuda_graph"),
     [
         ("cpu", {}, "torch", "off", "off"),
+        ("cpu", {"epochs": 100_000}, "torch", "off", "off"),
         ("cuda", {}, "triton", "off", "on"),
+        ("cuda", {"epochs": 100_000}, "triton", "default", "on"),
+        ("cuda", {"epochs": 100_000, "compile": "off"}, "triton", "off", "on"),
+        ("cuda", {"epochs": 100_000, "checkpoint_activations": True}, "triton", "off", "on"),
         ("cuda", {"kernels": "torch"}, "torch", "default", "on"),
         ("cuda", {"kernels": "torch", "checkpoint_activations": True}, "torch", "off", "on"),
         ("cuda", {"compile": "max-autotune", "cuda_graph": "off"}, "triton", "max-autotune", "off"),
@@ -255,6 +308,21 @@ def test_how_a_step_is_computed_follows_from_the_device(
     assert (found.kernels, found.compile, found.cuda_graph) == (kernels, compile, cuda_graph)
 
 
+def test_long_runs_on_a_gpu_are_compiled_where_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch, require_backend: Callable[[str], None]
+) -> None:
+    require_backend("triton")
+    config = RunConfig().replace(data="./x", amp="bf16", pipeline="torch", epochs=100_000, batch_size=100)
+    device, found = torch.device("cuda"), images(1000, 32, 32)
+    assert resolve(config, found, device)[0].run.compile == "default"
+    assert resolve(config.replace(epochs=9_999), found, device)[0].run.compile == "off"
+    assert resolve(config, found, device, RankInfo(size=2, local_size=2))[0].run.compile == "off"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    resolved, reasons = resolve(config, found, device)
+    assert (resolved.run.compile, resolved.run.kernels) == ("off", "triton")
+    assert reasons["compile"] == "without torch.compile: no C compiler is installed"
+
+
 def test_settings_for_a_gpu_are_refused_without_one() -> None:
     with pytest.raises(ConfigError, match="--cuda-graph on needs a GPU, and the device is cpu: use --cuda-graph off"):
         resolved(images(100, 32, 32), cuda_graph="on")
@@ -267,7 +335,9 @@ def test_settings_for_a_gpu_are_refused_without_one() -> None:
 
 def resolved_for(devices: int, count: int = 50_000, **given) -> dict:
     rank_info = RankInfo(size=devices, local_size=min(devices, 8))
-    return resolve(RunConfig().replace(data="./folder", **given), images(count, 32, 32), CPU, rank_info)[0].flat()
+    known = {"amp": "bf16", "kernels": "torch", "pipeline": "torch"} | given
+    config = RunConfig().replace(data="./folder", **known)
+    return resolve(config, images(count, 32, 32), torch.device("cuda"), rank_info)[0].flat()
 
 
 @pytest.mark.parametrize(
@@ -302,3 +372,32 @@ def test_ranks_of_a_machine_share_its_cores() -> None:
     cores = resolved_for(1)["workers"]
     assert resolved_for(8)["workers"] == max(1, cores // 8)
     assert resolved_for(8, workers=5)["workers"] == 5
+
+
+def test_a_recipe_adapts_to_fewer_images_and_a_flag_does_not() -> None:
+    demo = recipe("cifar10-demo").replace(data="./folder")
+    fields = frozenset(demo.flat())
+    config, reasons = resolve(demo, images(300, 32, 32), CPU, from_recipe=fields)
+    found = config.flat()
+    assert (found["batch_size"], found["moco_k"], found["lr"]) == (296, 300, (demo.optim.lr or 0) * 296 / 512)
+    assert reasons["moco_k"] == "the recipe's 4,096 are more than the 300 images"
+    assert reasons["batch_size"] == "the recipe's 512 are more than the 300 images"
+    for flag in ("moco_k", "batch_size"):
+        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} .* is larger than the 300 images"):
+            resolve(demo, images(300, 32, 32), CPU, from_recipe=fields - {flag})
+    config, reasons = resolve(demo, images(50_000, 32, 32), CPU, from_recipe=fields)
+    assert (config.optim.batch_size, config.model.moco_k) == (512, 4096)
+    assert not reasons.keys() & {"moco_k", "batch_size"}
+
+
+def test_small_crops_of_photographs_keep_the_mean_and_std_of_imagenet() -> None:
+    config, reasons = resolve(RunConfig().replace(data="./folder", crop_size=64), images(500, 300, 400), CPU)
+    assert (config.augment.aug, config.augment.normalization, config.model.stem) == ("cifar", "imagenet", "cifar")
+    assert reasons["crop_size"] == (
+        "crops up to 64 pixels: as in the recipe cifar10-demo, but with ImageNet's mean and std, since the images are "
+        "larger"
+    )
+    for flags, side in (({}, 64), ({"crop_size": 32}, 48), ({"crop_size": 64, "aug": "cifar"}, 300)):
+        assert resolved(images(500, side, side), **flags)["normalization"] == "aug"
+    own = resolved(images(500, 300, 400), crop_size=64, mean=(0.5,), std=(0.5,))
+    assert (own["normalization"], own["mean"]) == ("aug", (0.5,))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from fastmoco.errors import ExitCode, Preempted
 from fastmoco.run.metrics import read_metrics
 from fastmoco.run.preemption import StopFlag
 from fastmoco.step.schedules import lr_at
-from fastmoco.train import Trainer, train
+from fastmoco.trainer import Trainer, train
 from pipelines.backends.two_view import TwoViewPipeline
 from tests.oddities import encode, picture
 
@@ -37,7 +39,8 @@ TINY = ["--limit", "32", "--batch-size", "8", "--bn-splits", "2", "--moco-k", "1
 TINY += ["--arch", "resnet18", "--crop-size", "8", "--amp", "fp32", "--knn-k", "5", "--device", "cpu"]
 TINY += ["--workers", "1", "--seed", "3", "--cpu-threads", "2"]
 RESIDENT = [*TINY, "--pipeline", "resident"]
-EXACT = ("step", "epoch", "loss", "lr", "knn_top1_percent", "knn_pixels_top1_percent", "skipped_steps")
+KNN = tuple(f"knn_{of}top1_percent" for of in ("", "output_", "pixels_"))
+EXACT = ("step", "epoch", "loss", "lr", *KNN, "skipped_steps")
 
 
 def trained(out: Path, *arguments: str | Path, settings: list[str] = RESIDENT) -> Path:
@@ -88,7 +91,7 @@ def test_a_run_writes_all_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()} - {".lock"}
     assert names == {
         *("config.json", "status.json", "metrics.jsonl", "tb", "views.png", "curves.png", "checkpoints"),
-        "backbone.safetensors",
+        *("start.json", "backbone.safetensors"),
     }
     assert any((finished / "tb").iterdir())
     for picture_name in ("views.png", "curves.png"):
@@ -115,7 +118,9 @@ def test_metrics_have_their_fields_in_order(finished: Path) -> None:
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 2, 4, 4, 6, 8, 8]
     assert [record["epoch"] for record in records] == [0, 0, 1, 1, 1, 2, 2]
-    assert set(records[0]) == {"step", "epoch", "knn_top1_percent", "knn_pixels_top1_percent"}
+    geometry = {"alignment", "uniformity", "effective_rank"}
+    assert set(records[0]) == {"step", "epoch", *KNN, *geometry}
+    assert set(records[-1]) == {"step", "epoch", *KNN[:2], "verdict", "remedy", *geometry}
     logs = [record for record in records if "loss" in record]
     assert [record["step"] for record in logs] == [2, 4, 6, 8]
     for record in logs:
@@ -201,7 +206,7 @@ def test_an_unlabelled_folder_reports_alignment_and_uniformity(
     evaluated = [record for record in read_metrics(out / "metrics.jsonl") if "alignment" in record]
     assert [record["step"] for record in evaluated] == [0, 4]
     for record in evaluated:
-        assert set(record) == {"step", "epoch", "alignment", "uniformity", "effective_rank"}
+        assert set(record) - {"verdict", "remedy"} == {"step", "epoch", "alignment", "uniformity", "effective_rank"}
         assert record["alignment"] > 0
         assert record["uniformity"] < 0
         assert record["effective_rank"] >= 1
@@ -261,7 +266,7 @@ def run_until(out: Path, stop_at: int | None, arguments: list[str]) -> None:
 
     def views(self: TwoViewPipeline, start: int, stop: int):
         for step, batch in enumerate(original(self, start, stop), start):
-            if step == stop_at and stop > start + 1:  # not the batch for the picture
+            if step == stop_at and stop == STEPS:  # of the run; others are for views.png and evaluations
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
@@ -299,7 +304,8 @@ def test_a_run_stopped_anywhere_resumes_bit_identically(
         out, resume = Path(folder) / "run", []
         for stop_at in stops:
             with pytest.raises(
-                Preempted, match=rf"stopped by SIGTERM at step {stop_at + 1}, saved: resume with --resume"
+                Preempted,
+                match=rf"stopped by SIGTERM at step {stop_at + 1}, saved: resume with: fastmoco train --resume",
             ):
                 run_until(out, stop_at, [*arguments, *resume])
             resume = ["--resume"]
@@ -395,6 +401,15 @@ def wait_for(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+# Starts a command in its own process group and forwards SIGTERM to it.
+LAUNCHER = """
+import signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+sys.exit(child.wait())
+"""
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -414,8 +429,9 @@ def test_real_kills_and_signals(start, tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=60) == ExitCode.PREEMPTED
     errors = (tmp_path / "errors").read_text()
-    assert errors.startswith("fastmoco: stopped: stopped by SIGTERM at step ")
-    assert errors.count("\n") == 1
+    at_once, last = errors.splitlines()
+    assert at_once.startswith("fastmoco: SIGTERM: stopping when this step is done and saved")
+    assert last.startswith("fastmoco: stopped by SIGTERM at step ")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in workers):
@@ -439,6 +455,27 @@ def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=60) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", process.returncode)
+    assert (
+        "before the state was saved: resume from the last checkpoint with: fastmoco train --resume" in status["message"]
+    )
     checkpoint = max((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
     assert load_file(checkpoint)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_group_of_a_launcher_saves(tmp_path: Path) -> None:
+    """A launcher in the same group forwards the signal that it gets itself, as `uv run` does: the run gets it twice."""
+    flags = ["--pipeline", "resident", "--epochs", "1000", "--knn-every", "0", "--out", str(tmp_path / "run")]
+    run = [sys.executable, "-m", "fastmoco", "train", *TINY, *BASE, *flags]
+    with (tmp_path / "errors").open("wb") as errors:
+        launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, *run], stderr=errors, start_new_session=True)
+    try:
+        wait_for(tmp_path / "run", 4, launcher)
+        os.killpg(launcher.pid, signal.SIGTERM)
+        assert launcher.wait(timeout=120) == ExitCode.PREEMPTED, (tmp_path / "errors").read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"

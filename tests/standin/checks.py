@@ -19,9 +19,9 @@ FAST = ("cifar", "fp16")
 OTHERS = (
     *("fp32", "torch", "torch-fp32", "torch-fp16", "one-group", "torch-one-group", "symmetric", "end-to-end"),
     *("memory-bank", "checkpointed", "half-gradients", "contiguous-stem", "deterministic", "torch-deterministic"),
-    *("imagenet", "imagenet-fp16", "imagenet-torch", "imagenet-checkpointed"),
+    *("imagenet", "imagenet-fused", "imagenet-fp16", "imagenet-torch", "imagenet-checkpointed"),
 )
-COMPILED = ("compiled",)
+COMPILED = ("compiled", "compiled-torch", "compiled-symmetric", "compiled-contiguous-stem", "imagenet-compiled")
 GROUPS = (FAST, OTHERS, COMPILED)
 
 

@@ -6,7 +6,8 @@ N batch · C, O channels · H, W sides
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tests.standin.runtime import launch
 
+_observers: list[Callable[[Any, Sequence[Any]], None]] = []
 _libraries: list[torch.library.Library] = []  # an override lasts as long as its library
 
 
@@ -32,7 +34,17 @@ def install() -> None:
     JITFunction.run = _run_triton
 
 
+@contextmanager
+def before_triton(observe: Callable[[Any, Sequence[Any]], None]) -> Iterator[None]:
+    """Call it with every Triton kernel that is launched in this block, and its arguments, before the launch."""
+    _observers.append(observe)
+    yield
+    _observers.remove(observe)
+
+
 def _run_triton(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    for observe in _observers:
+        observe(self, args)
     for value in args:
         if isinstance(value, Tensor) and not (value.is_cuda or value.is_pinned()):
             raise ValueError(f"{self.__name__} is given a tensor of shape {tuple(value.shape)} on {value.device}")

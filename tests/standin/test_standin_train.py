@@ -5,13 +5,14 @@ DALI is left out, since its own kernels cannot run here.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.progress import Progress
+from rich.console import Console
 
 from tests.oddities import encode, picture
 from tests.standin.run import run_program
@@ -86,8 +87,7 @@ def test_with_ffcv(tmp_path: Path, photographs: Path, require_backend: Callable[
     names = tuple(sorted(os.path.join(photographs, name) for name in os.listdir(photographs)))
     index = ImageIndex("photographs", read_headers(list(names))[0], paths=names)
     beton = str(tmp_path / "photographs.beton")
-    with Progress(disable=True) as progress:
-        convert(index, Settings(data=str(photographs), out=beton, workers=1), progress)
+    convert(index, Settings(data=(str(photographs),), out=beton, workers=1), Console(quiet=True))
     report = train(tmp_path / "run", beton, "--pipeline", "ffcv", "--workers", "1")
     check_steps(report)
     assert report["violations"] == 0
@@ -97,3 +97,18 @@ def test_a_wait_between_two_steps_is_seen(tmp_path: Path) -> None:
     report = train(tmp_path / "run", "shapes", "--pipeline", "resident", "--log-every", "1")
     with pytest.raises(AssertionError, match="after 9"):
         check_steps(report)
+
+
+def test_the_largest_batch_that_fits_trains_in_the_memory_it_was_measured_for(tmp_path: Path) -> None:
+    """With a CUDA graph, which keeps the memory of a step."""
+    out = tmp_path / "run"
+    flags = [flag for flag in FLAGS if flag not in ("--batch-size", str(BATCH), "--moco-k", "64")]
+    given = ["--data", "shapes", "--out", str(out), "--limit", "4500", *flags, "--moco-k", "4000", "--lr", "0.03"]
+    report = run_program("train", "--memory", "700000000", "--", *given, "--batch-size", "auto", "--cuda-graph", "on")
+    assert report["exit_code"] == 0, report["output"] + report["error"]
+    memory = json.loads((out / "batch_size.json").read_text())
+    assert memory["limit"] == ""
+    assert 0.8 * memory["budget_bytes"] < memory["curve"][str(memory["batch"])] <= memory["budget_bytes"]
+    assert max(map(int, memory["curve"])) > memory["batch"], "a larger one was tried"
+    (last,) = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in r][-1:]
+    assert last["device_memory_bytes"] < memory["budget_bytes"]

@@ -1,9 +1,14 @@
-"""The fused InfoNCE against cross entropy over all logits in float64, in loss and gradient."""
+"""The fused InfoNCE against cross entropy over all logits in float64, in loss and gradient.
+
+With exact products, as torch is set in tests; with operands rounded to float16, as it is set by default, where
+`tensor_cores` is asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +29,26 @@ def fused(require_backend: Callable[[str], None]) -> ModuleType:
     from fastmoco.step import info_nce_triton
 
     return info_nce_triton
+
+
+@pytest.fixture
+def precisions() -> Iterator[Callable[[str, str], None]]:
+    """Sets the precision of torch's convolutions and matrix products, for one test."""
+    cudnn: Any = torch.backends.cudnn
+    settings: list[Any] = [cudnn.conv, torch.backends.cuda.matmul]
+    before = [setting.fp32_precision for setting in settings]
+
+    def set_all(*values: str) -> None:
+        for setting, value in zip(settings, values, strict=True):
+            setting.fp32_precision = value
+
+    yield set_all
+    set_all(*before)
+
+
+@pytest.fixture
+def tensor_cores(precisions: Callable[[str, str], None]) -> None:
+    precisions("tf32", "ieee")
 
 
 def embeddings(n: int, k: int, channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,13 +111,109 @@ def test_agrees_with_the_plain_loss_under_autocast(fused: ModuleType) -> None:
         assert relative(value, other) <= 2e-6
 
 
-def test_queries_of_16_bits_meet_a_float32_queue_in_float32(fused: ModuleType) -> None:
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("queue_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("q_dtype", FLOATS, ids=str)
+def test_types_may_differ(fused: ModuleType, q_dtype: torch.dtype, queue_dtype: torch.dtype) -> None:
     q, k, queue = embeddings(9, 50, 32)
-    tensors = q.bfloat16(), k, queue
-    exact = loss_and_gradient(cross_entropy, tuple(t.double() for t in tensors))
-    loss, grad = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors))
-    assert relative(loss, exact[0]) <= 2e-6
-    assert relative(grad, exact[1]) <= 2**-8  # the gradient has the queries' type
+    tensors = q.to(q_dtype), k, queue.to(queue_dtype)
+    if q_dtype == torch.float32:
+        exact = loss_and_gradient(cross_entropy, tuple(t.double() for t in tensors))
+        loss, grad = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors))
+        assert relative(loss, exact[0]) <= 2e-6
+        assert relative(grad, exact[1]) <= 2e-6
+    else:
+        check_rounded(fused, tensors, TEMPERATURE)
+
+
+def rounded_loss_and_gradient(tensors: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64, with negatives of operands rounded to float16: losses (N,), gradient of their mean, sigmoids (N,)."""
+    q, k, queue = (t.double() for t in tensors)
+    rounded_q, rounded_queue = q.half().double(), queue.half().double()
+    logits = rounded_q @ rounded_queue.T / temperature
+    gap = logits.logsumexp(dim=1) - (q * k).sum(dim=1) / temperature
+    mean = logits.softmax(dim=1) @ rounded_queue
+    grad = gap.sigmoid()[:, None] * (mean - k) / temperature / len(q)
+    return F.softplus(gap), grad, gap.sigmoid()
+
+
+def check_rounded(fused: ModuleType, tensors: tuple[Tensor, ...], temperature: float) -> None:
+    """The loss has the rounding of operands only; the gradient also that of weights and of partial means.
+
+    Each of these is at most 2^-11 of a weighted mean of unit vectors, scaled by the gradient's sigmoid(gap) / τ.
+    """
+    losses, wanted, sigmoid = rounded_loss_and_gradient(tensors, temperature)
+    loss, grad = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors), temperature)
+    # float32: products of unit vectors within 1e-7 of themselves, as log-sum-exp takes them
+    float32 = 2e-7 / temperature
+    assert (loss - losses.mean()).abs() <= 2e-6 * losses.mean() + float32
+    last_bit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(tensors[0].dtype, 0.0)
+    allowed = (2**-10 + 2 * float32) * sigmoid / temperature / len(losses) + last_bit * wanted.norm(dim=1) + 1e-7
+    assert ((grad / 3.0 - wanted).norm(dim=1) <= allowed).all()
+    exact = loss_and_gradient(info_nce, tuple(t.double() for t in tensors), temperature)[0]
+    assert (loss - exact).abs() <= 2**-10 / temperature + 2e-6 * exact + float32
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize(
+    ("n", "k", "channels"),
+    [
+        (1, 1, 16),
+        (7, 123, 20),
+        (20, 64, 64),
+        pytest.param(130, 140, 32, marks=pytest.mark.slow),
+        (5, 1024, 128),
+        (5, 700, 256),
+        (3, 90, 520),
+    ],
+    ids=lambda v: str(v),
+)
+def test_negatives_on_tensor_cores_lose_no_more_than_11_bits_do(
+    fused: ModuleType, n: int, k: int, channels: int
+) -> None:
+    check_rounded(fused, embeddings(n, k, channels), TEMPERATURE)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("queue_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("q_dtype", FLOATS, ids=str)
+def test_types_may_differ_on_tensor_cores(fused: ModuleType, q_dtype: torch.dtype, queue_dtype: torch.dtype) -> None:
+    q, k, queue = embeddings(19, 200, 48)
+    check_rounded(fused, (q.to(q_dtype), k, queue.to(queue_dtype)), TEMPERATURE)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("temperature", [1e-3, 0.02, 20.0])
+def test_extreme_temperatures_on_tensor_cores(fused: ModuleType, temperature: float) -> None:
+    q, _, queue = embeddings(6, 277, 32)
+    check_rounded(fused, (q, q.roll(1, dims=0), queue), temperature)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_weights_below_the_range_of_float16_count(fused: ModuleType) -> None:
+    """One key is e²⁰ times as heavy as each of 4,000 others: e⁻²⁰ is less than half of the smallest float16."""
+    unit = torch.eye(16)
+    tensors = unit[:1], unit[1:2], torch.cat([unit[:1], unit[2:3].repeat(4000, 1)])
+    exact = loss_and_gradient(cross_entropy, tuple(t.double() for t in tensors), 0.05)
+    found = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors), 0.05)
+    assert exact[1][0, 2] > 0
+    assert relative(found[1][0, 2], exact[1][0, 2]) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "products", "rounds"),
+    [("ieee", "ieee", False), ("none", "none", False), ("tf32", "ieee", True), ("ieee", "tf32", True)],
+)
+def test_products_are_exact_where_torch_is_set_to_be(
+    fused: ModuleType, precisions: Callable[[str, str], None], convolutions: str, products: str, rounds: bool
+) -> None:
+    precisions(convolutions, products)
+    tensors = embeddings(8, 64, 16)
+    exact = loss_and_gradient(cross_entropy, tuple(t.double() for t in tensors))[1]
+    found = loss_and_gradient(fused.info_nce, tuple(t.to(DEVICE) for t in tensors))[1]
+    assert (relative(found, exact) > 5e-6) == rounds
 
 
 def test_a_tiny_loss_keeps_its_digits(fused: ModuleType) -> None:
@@ -130,6 +251,38 @@ def test_keys_that_ask_for_a_gradient_are_refused(fused: ModuleType) -> None:
     q, k, queue = (t.to(DEVICE) for t in embeddings(2, 5, 16))
     with pytest.raises(AssertionError):
         fused.info_nce(q, k.requires_grad_(), queue, TEMPERATURE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # in opcheck
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_keeps_the_rules_of_torch(fused: ModuleType, q_dtype: torch.dtype) -> None:
+    """Schema, fake implementation, registered gradient, and tracing with static and dynamic shapes."""
+    q, k, queue = (t.to(DEVICE) for t in embeddings(5, 40, 16))
+    arguments = q.to(q_dtype).requires_grad_(), k, queue, TEMPERATURE
+    results = torch.library.opcheck(torch.ops.fastmoco.info_nce.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.slow
+def test_it_compiles_into_one_graph(fused: ModuleType) -> None:
+    def loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+        return 2.0 * fused.info_nce(F.normalize(q, dim=1), k, queue, temperature)
+
+    tensors = tuple(t.to(DEVICE) for t in embeddings(6, 50, 16))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = loss_and_gradient(loss, tensors), loss_and_gradient(compiled, tensors)
+    for value, other in zip(found, expected, strict=True):
+        assert other.norm() > 0
+        torch.testing.assert_close(value, other, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused(fused: ModuleType) -> None:
+    q, k, queue = (t.to(DEVICE) for t in embeddings(2, 5, 16))
+    loss = fused.info_nce(q.requires_grad_(), k, queue, TEMPERATURE)
+    (grad,) = torch.autograd.grad(loss * loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 @pytest.mark.gpu

@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 
+from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError
-from fastmoco.step.schedules import ema_momentum_at, lr_at
+from fastmoco.run.resolve import resolve
+from fastmoco.step.schedules import Rates, ema_momentum_at, lr_at
+from pipelines.data.index import ImageIndex
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
 
 
 def lr(step: int, schedule: str, **options) -> float:
@@ -17,6 +24,19 @@ def test_cosine_changes_once_an_epoch() -> None:
     wanted = [0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.2 * (1 - math.sqrt(0.5))]
     assert [lr(10 * epoch, "cosine") for epoch in range(4)] == pytest.approx(wanted)
     assert lr(19, "cosine") == lr(10, "cosine")
+
+
+def test_a_first_epoch_of_1_ends_the_cosine_where_it_is_told() -> None:
+    """As in the CIFAR demo; a run of one epoch would not learn, and counts from 0."""
+    wanted = [0.2 * (1 + math.sqrt(0.5)), 0.2, 0.2 * (1 - math.sqrt(0.5)), 0.0]
+    assert [lr(10 * epoch, "cosine", first_epoch=1) for epoch in range(4)] == pytest.approx(wanted)
+    assert [lr(10 * epoch, "step", first_epoch=1, milestones=(2,)) for epoch in range(3)] == pytest.approx(
+        [0.4, 0.04, 0.04]
+    )
+    config, images = RunConfig().replace(cos=True, lr=0.4, first_epoch=1), ImageIndex.from_pixels("noise", NOISE)
+    for epochs, rates in ((1, [0.4]), (2, [0.2, 0.0])):
+        resolved, _ = resolve(config.replace(epochs=epochs, batch_size=16), images, torch.device("cpu"))
+        assert [Rates(resolved, 1).lr(step) for step in range(epochs)] == pytest.approx(rates)
 
 
 def test_cosine_per_step() -> None:

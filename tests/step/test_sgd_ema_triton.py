@@ -83,15 +83,21 @@ def test_where_not_ok_nothing_changes(fused: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_gradients_are_zeroed_on_demand_in_every_element(fused: ModuleType, ok: bool) -> None:
-    tensors = state(2049)
-    if not ok:
-        tensors[2].fill_(float("nan"))
-    kept = state(2049)
-    fused.momentum_update(*tensors, **scalars(0.1, 0.99, ok), **SETTINGS, num_decayed=10, zero_grads=True)
-    fused.momentum_update(*kept, **scalars(0.1, 0.99, ok), **SETTINGS, num_decayed=10)
-    assert torch.equal(tensors[2], torch.zeros_like(tensors[2]))
-    assert all(torch.equal(tensors[i], kept[i]) for i in (0, 1, 3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_new_parameters_are_rounded_too(fused: ModuleType, dtype: torch.dtype, ok: bool) -> None:
+    tensors, alone = state(2049), state(2049)
+    rounded = tuple(tensor.to(dtype) for tensor in tensors[:2])
+    before = [tensor.clone() for tensor in rounded]
+    fused.momentum_update(*tensors, **scalars(0.1, 0.99, ok), **SETTINGS, num_decayed=10, rounded=rounded)
+    fused.momentum_update(*alone, **scalars(0.1, 0.99, ok), **SETTINGS, num_decayed=10)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, alone, strict=True))
+    for half, full, old in zip(rounded, tensors[:2], before, strict=True):
+        if not ok:
+            assert torch.equal(half, old)
+        elif DEVICE == "cuda":
+            assert torch.equal(half, full.to(dtype))
+        else:  # Triton's interpreter cuts bfloat16 off where a device rounds it
+            torch.testing.assert_close(half.float(), full, rtol=2**-7, atol=2**-14)
 
 
 def test_scaled_gradients_are_unscaled(fused: ModuleType) -> None:

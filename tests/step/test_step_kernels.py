@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from fastmoco.errors import BackendMissingError, ConfigError
 from fastmoco.model.batchnorm.split import SplitBatchNorm2d, use_kernels
-from fastmoco.model.resnet import BasicBlock, Bottleneck
-from fastmoco.step.kernels import check_kernels
+from fastmoco.model.resnet import BasicBlock, Bottleneck, fuse_convolutions, recomputed
+from fastmoco.step.kernels import check_kernels, own_kernels
 from fastmoco.step.sgd_ema import MomentumUpdate
 from tests.step.test_step_parity import EMA, LR, changed, make_step, random_views, relative_error, whole_state
 
@@ -76,8 +77,6 @@ def test_a_bad_batch_leaves_no_trace_with_kernels(require_backend: Callable[[str
     before = whole_state(step)
     step(views, LR, EMA)
     assert changed(before, whole_state(step)) == []
-    assert step.query.grads is not None
-    assert not step.query.grads.any()
     assert step.read_metrics()["skipped_steps"] == 1
 
 
@@ -92,7 +91,7 @@ def test_a_block_with_kernels_is_the_block_without(
     downsample = torch.nn.Sequential(torch.nn.Conv2d(8, channels, 1, 2, bias=False), SplitBatchNorm2d(channels, 2))
     layer = block(8, 4, 2, downsample, norm_layer=lambda c: SplitBatchNorm2d(c, 2)).to(DEVICE).train(training)
     x = torch.randn(4, 8, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    upstream = torch.randn(4, channels, 3, 3, device=DEVICE)
+    upstream = list(torch.randn(2, 4, channels, 3, 3, device=DEVICE))
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     found = {}
     for kernels in ("torch", "triton"):
@@ -100,20 +99,144 @@ def test_a_block_with_kernels_is_the_block_without(
         use_kernels(layer, kernels)
         layer.zero_grad()
         leaf = x.clone().requires_grad_()
-        y = layer(leaf)
-        y.backward(upstream)
+        y, again = layer((leaf, leaf))
+        assert torch.equal(y, again)
+        torch.autograd.backward([y, again], upstream)
         buffers = [b.clone() for b in layer.buffers()]
         found[kernels] = [y, leaf.grad, *(p.grad for p in layer.parameters()), *buffers]
     for ours, plain in zip(found["triton"], found["torch"], strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_encoders_keep_torchs_batch_norm(require_backend: Callable[[str], None]) -> None:
+def test_fused_bottlenecks_can_be_recomputed(require_backend: Callable[[str], None]) -> None:
+    """With activation checkpointing, gradients and statistics are the same bit for bit."""
     require_backend("triton")
-    for compile, kernels in (("off", "triton"), ("default", "torch")):
+    torch.manual_seed(0)
+    blocks = (Bottleneck(24, 6, norm_layer=lambda c: SplitBatchNorm2d(c, 2)) for _ in range(2))
+    stage = torch.nn.Sequential(*blocks).to(DEVICE)
+    fuse_convolutions(stage, True)
+    x = torch.randn(4, 24, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    state = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
+    found = []
+    for forward in (stage, partial(recomputed, stage)):
+        stage.load_state_dict(state)
+        stage.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, again = forward((leaf, leaf))
+        (y.square().sum() + again.sum()).backward()
+        gradients = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+        found.append([y.detach(), leaf.grad, *gradients, *(b.clone() for b in stage.buffers())])
+    assert all(map(torch.equal, *found))
+    assert len(found[0]) == 2 + len(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_fused_bottlenecks_are_those_without(dtype: torch.dtype, require_backend: Callable[[str], None]) -> None:
+    """Under autocast, its error is that of the block without, within a factor."""
+    require_backend("triton")
+    torch.manual_seed(0)
+    shortcut = torch.nn.Sequential(torch.nn.Conv2d(8, 24, 1, 2, bias=False), SplitBatchNorm2d(24, 2))
+    layer = torch.nn.Sequential(
+        Bottleneck(8, 6, 2, shortcut, norm_layer=lambda c: SplitBatchNorm2d(c, 2)),
+        Bottleneck(24, 6, norm_layer=lambda c: SplitBatchNorm2d(c, 2)),
+    ).to(DEVICE)
+    x = torch.randn(4, 8, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    upstream = list(torch.randn(2, 4, 24, 3, 3, device=DEVICE))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    found: dict[str, list[torch.Tensor]] = {}
+    for kernels in ("exact", "torch", "triton-fused"):
+        layer.load_state_dict(state)
+        use_kernels(layer, own_kernels(kernels) if kernels != "exact" else "torch")
+        assert fuse_convolutions(layer, kernels == "triton-fused") == 2
+        layer.zero_grad()
+        low = kernels != "exact" and dtype != torch.float32
+        leaf = x.to(dtype if low else torch.float32, copy=True).requires_grad_()
+        with torch.autocast(DEVICE, dtype, enabled=low):
+            y, again = layer((leaf, leaf))
+        assert torch.equal(y, again)
+        assert y.dtype == leaf.dtype
+        torch.autograd.backward([y, again], [grad.to(y.dtype) for grad in upstream])
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert len(gradients) == len(list(layer.parameters()))
+        assert leaf.grad is not None
+        assert all(grad.dtype == torch.float32 for grad in gradients)
+        statistics = [buffer.clone() for buffer in layer.buffers() if buffer.is_floating_point()]
+        found[kernels] = [y, leaf.grad, *gradients, *statistics]
+    for ours, plain, exact in zip(found["triton-fused"], found["torch"], found["exact"], strict=True):
+        allowed = 1e-5 + 2 * relative_error(plain.float(), exact)
+        assert relative_error(ours.float(), exact) <= allowed
+
+
+def test_convolutions_are_fused_in_bottlenecks_only(require_backend: Callable[[str], None]) -> None:
+    require_backend("triton")
+    with pytest.raises(ConfigError, match="this backbone has none: use --kernels triton"):
+        make_step(kernels="triton-fused", device=DEVICE)
+
+
+def test_fused_convolutions_need_tensor_cores_with_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, require_backend: Callable[[str], None]
+) -> None:
+    require_backend("triton")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    check_kernels("triton-fused", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    check_kernels("triton", cuda)
+    with pytest.raises(BackendMissingError, match=r"needs a GPU of compute capability 8\.0 or higher"):
+        check_kernels("triton-fused", cuda)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "stem", "backend", "dtype"),
+    [
+        ("resnet18", "cifar", "aot_eager", torch.bfloat16),  # with weights that are kept in 16 bits
+        ("resnet50", "imagenet", "aot_eager", torch.float32),
+        ("resnet18", "cifar", "inductor", torch.float32),
+    ],
+)
+def test_a_compiled_step_with_kernels_is_the_eager_one(
+    arch: str, stem: str, backend: str, dtype: torch.dtype, require_backend: Callable[[str], None]
+) -> None:
+    require_backend("triton")
+    eager, compiled = (
+        make_step(arch=arch, stem=stem, bn_splits=2, kernels="triton", dtype=dtype, device=DEVICE) for _ in range(2)
+    )
+    torch._dynamo.reset()
+    compiled.model.compile_encoders(backend=backend)
+    views = random_views(torch.Generator().manual_seed(8), device=DEVICE)
+    for step in (eager, compiled):
+        step(views, LR, EMA)
+    low = dtype != torch.float32
+    assert compiled.read_metrics()["loss"] == pytest.approx(eager.read_metrics()["loss"], rel=1e-2 if low else 1e-4)
+    momentum, expected = (step.update.state()["momentum_buffer"] for step in (compiled, eager))
+    assert relative_error(momentum, expected) <= (0.1 if low else 1e-2)
+    for ours, plain in ((compiled.query, eager.query), (compiled.key, eager.key)):
+        assert relative_error(ours.buffers, plain.buffers) <= (1e-2 if low else 1e-4)
+    assert compiled.query.is_intact()
+
+
+@pytest.mark.slow
+def test_steps_with_like_encoders_share_what_is_compiled(require_backend: Callable[[str], None]) -> None:
+    """The check, the tuning and the run compile once; results are the same bit for bit."""
+    require_backend("triton")
+    steps = [make_step(bn_splits=2, kernels="triton", device=DEVICE) for _ in range(2)]
+    views = random_views(torch.Generator().manual_seed(8), device=DEVICE)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step in steps:
+        step.model.compile_encoders(backend="aot_eager")
+        step(views, LR, EMA)
+    assert changed(*map(whole_state, steps)) == []
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "of the query and of the key encoder"
+
+
+def test_compiled_encoders_have_the_kernels_too(require_backend: Callable[[str], None]) -> None:
+    require_backend("triton")
+    for compile in ("off", "default"):
         step = make_step(kernels="triton", compile=compile, device=DEVICE)
         norms = [layer for layer in step.model.modules() if isinstance(layer, SplitBatchNorm2d)]
-        assert {norm.kernels for norm in norms} == {kernels}
+        assert {norm.kernels for norm in norms} == {"triton"}
         assert isinstance(step.update, MomentumUpdate)
         assert step.update.kernels == "triton"
 

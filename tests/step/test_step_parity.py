@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from reference import ReferenceMoCo, narrow_resnet
+from reference import LoopBatchNorm, ReferenceMoCo, narrow_resnet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +39,8 @@ def random_views(
 
 def make_step(
     *,
+    arch: str = "resnet18",
+    stem: str = "cifar",
     symmetric: bool = False,
     bn_splits: int = 1,
     head: tuple[int, ...] = (),
@@ -47,7 +50,7 @@ def make_step(
 ) -> TrainStep:
     """`precision` is that of parameters and queue; `dtype`, an option of the step, that of autocast."""
     torch.manual_seed(0)
-    encoder = build_encoder("resnet18", width=0.125, stem="cifar", head=head, dim=DIM, bn_splits=bn_splits)
+    encoder = build_encoder(arch, width=0.125, stem=stem, head=head, dim=DIM, bn_splits=bn_splits)
     queue = KeyQueue(QUEUE, DIM, torch.Generator().manual_seed(1))
     model, queue = MoCo(encoder).to(device, precision), queue.to(device, precision)
     return TrainStep(model, queue, symmetric=symmetric, **{**HYPER, **options})
@@ -73,7 +76,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 def reference_of(step: TrainStep, *, bn_splits: int, symmetric: bool, lr: float = LR) -> ReferenceMoCo:
     """The paper's algorithm from the state that `step` starts in."""
-    backbone = narrow_resnet("resnet18", 0.125, bn_splits).to(step.dictionary.keys.dtype)
+    backbone = narrow_resnet("resnet18", 0.125, partial(LoopBatchNorm, splits=bn_splits)).to(step.dictionary.keys.dtype)
     backbone.load_state_dict(step.model.query.backbone.state_dict())
     f_q = nn.Sequential(backbone, copy.deepcopy(step.model.query.head))
     return ReferenceMoCo(
@@ -313,8 +316,7 @@ def test_a_step_does_not_wait_for_the_gpu(dtype: torch.dtype) -> None:
 def test_the_encoders_compile_as_one_graph_each() -> None:
     views = random_views(torch.Generator().manual_seed(8))
     eager, compiled = make_step(bn_splits=4), make_step(bn_splits=4)
-    for encoder in (compiled.model.query, compiled.model.key):
-        encoder.compile(backend="aot_eager", fullgraph=True)
+    compiled.model.compile_encoders(backend="aot_eager")
     for step in (eager, compiled):
         step(views, LR, EMA)
     assert compiled.read_metrics()["loss"] == pytest.approx(eager.read_metrics()["loss"], rel=1e-5)

@@ -46,8 +46,8 @@ def test_a_grid_has_every_combination_in_its_own_folder(tmp_path: Path) -> None:
     axes = [Axis.parse("moco-m=0,0.9"), Axis.parse("data=/a/b,/a b")]
     cells = plan(axes, parse_train, tmp_path)
     assert [(cell.config.model.moco_m, cell.config.data.data) for cell in cells] == [
-        *((0.0, "/a/b"), (0.0, "/a b")),
-        *((0.9, "/a/b"), (0.9, "/a b")),
+        *((0.0, ("/a/b",)), (0.0, ("/a b",))),
+        *((0.9, ("/a/b",)), (0.9, ("/a b",))),
     ]
     assert [cell.name for cell in cells[:2]] == ["moco-m=0,data=-a-b", "moco-m=0,data=-a-b-2"]
     assert [cell.folder.parent for cell in cells] == [tmp_path] * 4
@@ -62,13 +62,14 @@ def test_a_grid_has_every_combination_in_its_own_folder(tmp_path: Path) -> None:
         (["shapes", "--vary", "moco-m=,"], "--vary 'moco-m=,': expected a setting and its values"),
         (["shapes", "--vary", "moco-mm=0"], "no field 'moco_mm'; did you mean 'moco_m'?"),
         (["shapes", "--vary", "moco-m=0,2"], "--moco-m is 2.0, expected a number from 0 to 1"),
-        (["shapes", "--vary", "moco-m=0,x"], "could not convert string to float: 'x'"),
+        (["shapes", "--vary", "moco-m=0,x"], "--moco-m is 'x', expected a number"),
         (["shapes", "--vary", "moco-m=0.9,0.9"], "0.9 is repeated"),
         (["shapes", "--vary", "moco-m=0,1", "--vary", "moco-m=0.5"], "--vary names a setting twice"),
         (["shapes", "--vary", "symmetric=yes"], "--vary symmetric=yes: expected true or false"),
         (["shapes", "--vary", "out=a,b"], "the sweep itself sets --out"),
         (["shapes", "--vary", "moco-m=0", "--resume"], "fastmoco sweep resumes by itself: remove --resume"),
-        (["shapse", "--vary", "moco-m=0"], "unknown recipe 'shapse'; did you mean 'shapes'"),
+        (["shapse", "--vary", "moco-m=0"], "unknown recipe, data set or folder 'shapse'; did you mean 'shapes'"),
+        (["shapes", "--vary", "moco-m=0", "--gpu", "1"], "--gpu: choose the GPU with CUDA_VISIBLE_DEVICES"),
         (["shapes", "--vary", "moco-m=0", "--epohcs", "3"], "unknown argument '--epohcs'; did you mean --epochs"),
     ],
 )
@@ -81,6 +82,17 @@ def test_bad_arguments_are_2_before_anything_runs(
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_of_other_trainers_and_data_without_a_flag(tmp_path: Path, capsys, monkeypatch) -> None:
+    assert Axis.parse("learning-rate=0.1,0.3") == Axis("lr", ("0.1", "0.3"))
+    assert Axis.parse("weight_decay=0,1e-4").field == "wd"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main(["sweep", "photos", "--vary", "lr=0.1", "-b", "8"]) == ExitCode.DATA
+    assert "photos holds no images" in capsys.readouterr().err
+    assert main(["sweep", "photos", "--vary", "lr=0.1", "--output-dir", "photos/o", "-b", "1"]) == ExitCode.CONFIG
+    assert "--batch-size is 1" in capsys.readouterr().err
 
 
 def test_help_is_printed(capsys) -> None:
@@ -103,8 +115,8 @@ def test_a_stopped_sweep_is_resumed_and_a_finished_one_is_only_read(
     def views(self: TwoViewPipeline, start: int, stop: int):
         nonlocal batches
         for batch in original(self, start, stop):
-            batches += 1
-            if batches == 14:  # one per run is for views.png, eight for its steps
+            batches += stop == 8  # the steps of a run; others are for views.png and evaluations
+            if batches == 12:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
@@ -134,14 +146,14 @@ def test_a_stopped_sweep_is_resumed_and_a_finished_one_is_only_read(
 
     capsys.readouterr()
     assert sweep(out, *vary) == ExitCode.DONE
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(": 2 runs on shapes")
     assert lines[0].split("  ")[0].strip() == "moco-m"
     assert [line.split()[0] for line in lines[1:3]] == ["0", "0.9"]
-    assert lines[1].endswith("fails")
-    assert lines[2].endswith("55.2")
+    assert all(line.endswith("done") for line in lines[1:3]), "no published results beside those of other images"
     record = json.loads((out / "sweep.json").read_text())
     assert [run["settings"] for run in record["runs"]] == [{"moco_m": "0"}, {"moco_m": "0.9"}]
-    assert [run["paper_percent"] for run in record["runs"]] == [None, 55.2]
+    assert all("paper_percent" not in run for run in record["runs"])
     assert all({"knn_before_percent", "knn_percent", "loss"} <= run.keys() for run in record["runs"])
     assert record["recipe"] == "shapes"
     assert record["command"].startswith("fastmoco sweep shapes")
@@ -179,9 +191,9 @@ class FakeTraining:
             raise error
 
 
-def cells_of(out: Path, *vary: str) -> tuple[list[Axis], list[Cell]]:
+def cells_of(out: Path, *vary: str, words: tuple[str, ...] = ()) -> tuple[list[Axis], list[Cell]]:
     axes = [Axis.parse(text) for text in vary]
-    return axes, plan(axes, parse_train, out)
+    return axes, plan(axes, lambda flags: parse_train([*words, *flags]), out)
 
 
 def test_divergence_is_an_outcome_and_other_errors_end_the_sweep(tmp_path: Path) -> None:
@@ -205,7 +217,7 @@ def test_divergence_is_an_outcome_and_other_errors_end_the_sweep(tmp_path: Path)
 
 
 def test_the_table_and_the_plot_show_failed_and_missing_runs(tmp_path: Path) -> None:
-    axes, cells = cells_of(tmp_path, "moco-m=0,0.9,0.95,0.999")
+    axes, cells = cells_of(tmp_path, "moco-m=0,0.9,0.95,0.999", words=("ablation-momentum",))
     training = FakeTraining({"moco-m=0": DivergedError("not finite")})
     run_sweep(cells[:3], training.train, lambda cell, mode: None)
     rows = table(cells, axes).splitlines()
@@ -219,6 +231,13 @@ def test_the_table_and_the_plot_show_failed_and_missing_runs(tmp_path: Path) -> 
     draw_sweep(cells, axes, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as image:
         assert image.width > 1.5 * image.height, "two panels"
+
+    axes, cells = cells_of(tmp_path / "own", "moco-m=0.9,0.999")
+    run_sweep(cells, FakeTraining({}).train, lambda cell, mode: None)
+    assert "paper" not in table(cells, axes), "of one's own images, which the paper has not used"
+    draw_sweep(cells, axes, tmp_path / "own.png")
+    with Image.open(tmp_path / "own.png") as image:
+        assert image.width < 1.5 * image.height, "one panel"
 
 
 def test_a_grid_is_one_line_per_value_of_the_second_setting(tmp_path: Path) -> None:
@@ -239,7 +258,7 @@ def test_a_grid_is_one_line_per_value_of_the_second_setting(tmp_path: Path) -> N
 
 
 def test_published_results_are_found_for_any_spelling_of_a_number() -> None:
-    config = RunConfig()
+    config = parse_train(["ablation-momentum"])
     assert paper_percent(Cell({"moco_m": "0.90"}, config)) == (True, 55.2)
     assert paper_percent(Cell({"moco_m": "0"}, config)) == (True, None)
     assert paper_percent(Cell({"mechanism": "memory-bank"}, config)) == (True, 58.0)

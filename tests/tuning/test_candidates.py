@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,25 +16,38 @@ ALL = frozenset({"amp", "kernels", "compile", "cuda_graph", "stem_format", "pref
 PREFERRED = Candidate("bf16", "triton", cuda_graph="on", prefetch="on")
 
 
+def available(monkeypatch: pytest.MonkeyPatch, missing: str | None) -> None:
+    """Triton and torch.compile, or what is missing for them."""
+    monkeypatch.setattr(candidates, "triton_missing", lambda: missing)
+    monkeypatch.setattr(candidates, "compiler_missing", lambda device: missing)
+
+
 def names(found) -> list[tuple[str, str, str]]:
     return [(c.amp, c.kernels, c.compile) for c in found]
 
 
 def test_the_order_of_preference_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    available(monkeypatch, None)
     config = PREFERRED.apply(tiny_config())
     implementations = [("triton", "off"), ("torch", "default"), ("torch", "off")]
     expected = [(amp, *rest) for amp in ("bf16", "fp32") for rest in implementations]
     assert names(without_graph(config, ALL, CUDA)) == expected
     assert names(without_graph(config, ALL - {"amp", "kernels"}, CUDA)) == [("bf16", "triton", "off")]
+    compiled = replace(PREFERRED, compile="default").apply(tiny_config())
+    expected = [(amp, *rest) for amp in ("bf16", "fp32") for rest in (("triton", "default"), *implementations)]
+    assert names(without_graph(compiled, ALL, CUDA)) == expected
+    assert names(without_graph(compiled, frozenset({"compile"}), CUDA)) == [
+        ("bf16", "triton", "default"), ("bf16", "triton", "off")]  # fmt: skip
+    assert names(without_graph(compiled, frozenset({"kernels"}), CUDA)) == [
+        ("bf16", "triton", "default"), ("bf16", "torch", "default")]  # fmt: skip
     assert names(without_graph(config, frozenset(), CUDA)) == [("bf16", "triton", "off")]
-    monkeypatch.setattr(candidates, "triton_missing", lambda: "not installed")
+    available(monkeypatch, "not installed")
     config = Candidate("bf16", "torch").apply(tiny_config())
     assert names(without_graph(config, ALL, CUDA)) == [("bf16", "torch", "off"), ("fp32", "torch", "off")]
 
 
 def test_activation_checkpointing_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    available(monkeypatch, None)
     config = PREFERRED.apply(tiny_config(checkpoint_activations=True))
     assert {c.compile for c in without_graph(config, ALL, CUDA)} == {"off"}
     found = variations(PREFERRED, config, ALL, CUDA, compiles=True)
@@ -40,7 +55,7 @@ def test_activation_checkpointing_is_never_compiled(monkeypatch: pytest.MonkeyPa
 
 
 def test_dimensions_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    available(monkeypatch, None)
     config = PREFERRED.apply(tiny_config())
     implementations, graphs, stems, loading = variations(PREFERRED, config, ALL, CUDA, compiles=True)
     assert names(implementations) == [
@@ -56,9 +71,23 @@ def test_dimensions_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(quick) == [("bf16", "torch", "off")]
 
 
+def test_fused_convolutions_are_tried_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "triton_missing", lambda: None)
+    monkeypatch.setattr(candidates, "fuses_convolutions", lambda device: True)
+    config = PREFERRED.apply(tiny_config(arch="resnet50"))
+    fused = replace(PREFERRED, kernels="triton-fused")
+    for compiles in (True, False):
+        implementations, *_ = variations(PREFERRED, config, ALL, CUDA, compiles=compiles)
+        assert fused in implementations
+    for other, auto in ((config, ALL - {"kernels"}), (PREFERRED.apply(tiny_config()), ALL)):
+        assert all(fused not in dimension for dimension in variations(PREFERRED, other, auto, CUDA, compiles=True))
+    monkeypatch.setattr(candidates, "fuses_convolutions", lambda device: False)
+    assert all(fused not in dimension for dimension in variations(PREFERRED, config, ALL, CUDA, compiles=True))
+
+
 def test_dimensions_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_thread_counts", lambda: [2, 1])
-    monkeypatch.setattr(candidates.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     best = Candidate("fp32")
     found = variations(best, tiny_config(), ALL, CPU, compiles=True)
     assert found == [
@@ -66,7 +95,7 @@ def test_dimensions_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         [Candidate("fp32", stem_format="contiguous")],
         [Candidate("fp32", cpu_threads=2), Candidate("fp32", cpu_threads=1)],
     ]
-    monkeypatch.setattr(candidates.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++")
     compiled, *_ = variations(best, tiny_config(), ALL, CPU, compiles=True)
     assert compiled == [Candidate("fp32", compile="default")]
     assert variations(best, tiny_config(), frozenset(), CPU, compiles=True) == [[]]

@@ -134,13 +134,13 @@ def tuned(path: Path, **options) -> Selection:
 
 def test_the_fastest_is_taken_and_remembered(implementation, milliseconds, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates, "_thread_counts", lambda: [2, 1])
-    milliseconds |= {"1 threads": 6.0, "2 threads": 11.0, "contiguous": 8.0}
+    milliseconds |= {"1 thread": 6.0, "2 threads": 11.0, "contiguous": 8.0}
     path = tmp_path / "new" / "tuning.json"
     selection = tuned(path)
     assert Candidate.of(selection.config) == Candidate("fp32", stem_format="contiguous", cpu_threads=1)
     assert selection.config.run.stem_format == "contiguous", "the run keeps it in its configuration"
     winners = [name for name, _, is_chosen in selection.table if is_chosen]
-    assert winners == ["fp32, torch kernels, contiguous stem, 1 threads"]
+    assert winners == ["fp32, torch kernels, contiguous stem, 1 thread"]
     key = cache.key(tiny_config(tune="now"), ALL, CPU, 1)
     assert cache.load(path, key) == Candidate.of(selection.config)
 
@@ -156,7 +156,7 @@ def test_a_faster_one_that_is_wrong_is_left_out(implementation, milliseconds, mo
 
 def test_a_gain_within_the_noise_changes_nothing(implementation, milliseconds, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates, "_thread_counts", lambda: [1])
-    milliseconds |= {"contiguous": 9.9, "1 threads": 9.9}
+    milliseconds |= {"contiguous": 9.9, "1 thread": 9.9}
     assert Candidate.of(tuned(tmp_path / "tuning.json").config) == Candidate("fp32")
 
 

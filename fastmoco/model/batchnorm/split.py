@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     (He et al. 2020, section 3.3, "Shuffling BN"). In evaluation it is `nn.BatchNorm2d`.
 
     The following operations of a block can be fused into it: `forward(x, relu, residual)` is relu(y + residual), each
-    if given, with a residual of the shape and type of x.
+    if given, with a residual of the shape and type of x. With `twice` it returns the result two times, for two uses;
+    with `pool` it is max_pool2d(relu(y), 3, stride=2, padding=1), two times.
 
     Input x (N, C, H, W) of any floating type → the same shape and type; the statistics have the type of the parameters,
     float32, under autocast too. A group of channels-last rows is itself dense and channels-last, so each group is one
@@ -56,18 +58,36 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.ranks: World | None = None
         self.updates_statistics = True
 
-    def forward(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        twice: bool = False,
+        pool: bool = False,
+    ) -> Any:  # a Tensor, or with `twice` or `pool` two of them
+        assert not (pool and residual is not None)
+        if self.training and self.ranks is None and self.kernels == "triton":
+            self.check(input)
+            # Triton comes with torch's CUDA builds only
+            if pool:
+                from fastmoco.model.batchnorm.triton_pool import split_batch_norm_pool
+
+                return self._fused(split_batch_norm_pool, input)
+            from fastmoco.model.batchnorm.triton import split_batch_norm
+
+            return self._fused(split_batch_norm, input, relu, residual, twice)
+        y = self._forward(input, relu or pool, residual)
+        y = F.max_pool2d(y, 3, stride=2, padding=1) if pool else y
+        return (y, y) if twice or pool else y
+
+    def _forward(self, input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
         if self.training:
-            self._check(input)
+            self.check(input)
             if self.ranks is not None:
                 assert self.momentum is not None
-                statistics = self._statistics()
+                statistics = self.statistics()
                 y = group_batch_norm(input, self.weight, self.bias, *statistics, self.momentum, self.eps, self.ranks)
-            elif self.kernels == "triton":
-                # Triton comes with torch's CUDA builds only
-                from fastmoco.model.batchnorm.triton import split_batch_norm
-
-                return self._fused(split_batch_norm, input, relu, residual)
             elif input.device.type == "cpu" and not torch.compiler.is_compiling():
                 return self._fused(batchnorm_cpu.split_batch_norm, input, relu, residual)
             else:
@@ -78,7 +98,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             y += residual
         return F.relu(y, inplace=True) if relu else y
 
-    def _check(self, input: Tensor) -> None:
+    def check(self, input: Tensor) -> None:
+        """Raise ConfigError if a batch of this shape cannot be normalised in training."""
         rows, rest = divmod(input.shape[0], self.num_splits)
         if rest or rows == 0:
             raise ConfigError(
@@ -91,28 +112,19 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 "use a larger batch, larger images or fewer splits"
             )
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance to update: the layer's, or copies to discard."""
         mean, variance = self.running_mean, self.running_var
         assert mean is not None
         assert variance is not None
         return (mean, variance) if self.updates_statistics else (mean.clone(), variance.clone())
 
-    def _fused(self, function: Callable[..., Tensor], input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-        return function(
-            input,
-            self.weight,
-            self.bias,
-            *self._statistics(),
-            self.num_splits,
-            self.momentum,
-            self.eps,
-            relu,
-            residual,
-        )
+    def _fused(self, function: Callable[..., Any], input: Tensor, *more: Any) -> Any:
+        statistics = self.statistics()
+        return function(input, self.weight, self.bias, *statistics, self.num_splits, self.momentum, self.eps, *more)
 
     def _groups(self, input: Tensor) -> Tensor:
-        running_mean, running_var = self._statistics()
+        running_mean, running_var = self.statistics()
         if self.num_splits == 1:
             return self._normalise(input, running_mean, running_var)
         means = running_mean.repeat(self.num_splits, 1)
@@ -158,6 +170,11 @@ def divide_groups(module: nn.Module, world: World) -> None:
                 f"{splits} batch norm splits cannot be distributed over {size} devices: one number must divide the "
                 f"other; use --bn-splits {size}, or 1 for one group over all devices"
             )
+
+
+def shares_groups(module: nn.Module) -> bool:
+    """Whether a group of its batch norms is on several ranks."""
+    return any(layer.ranks is not None for layer in _layers(module))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 R rows of a split · C channels · U chunks of its rows
 
 A channels-last batch is a matrix of s·R rows and C columns. Each kernel iterates over tiles of it: program (u, c, g)
-has chunk u of split g and block c of the channels. Two small kernels combine the partial sums of the chunks. All
-arithmetic is float32, and the large kernels are bound by memory: about ten operations per element read.
+has chunk u of split g and block c of the channels. The program that arrives last combines the partial sums of all, in
+the order of the chunks, so that the result does not depend on which one that is. All arithmetic is float32, and the
+kernels are bound by memory: about ten operations per element read.
 """
 
 # Compile-time constants are in capitals, as is usual in Triton.
@@ -15,81 +16,78 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmoco.model.batchnorm.triton_joins import join_gradients, join_statistics
+
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, mean_ptr, square_ptr, rows, channels, chunk_rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Mean and sum of squared deviations of every chunk, in one pass that is accurate for a mean far above the spread:
-    two passes over a tile in registers, and Chan's formula from tile to tile (Chan, Golub and LeVeque 1983)."""
-    chunk, split = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    square = tl.zeros((BLOCK_C,), tl.float32)
-    count = 0.0
-    first = chunk * chunk_rows
-    for start in range(first, tl.minimum(first + chunk_rows, rows), BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        inside = (row[:, None] < rows) & (channel[None, :] < channels)
-        offset = (row.to(tl.int64) + split.to(tl.int64) * rows)[:, None] * channels + channel[None, :]
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        tile_count = tl.minimum(rows - start, BLOCK_R).to(tl.float32)
-        tile_mean = tl.sum(x, axis=0) / tile_count
-        centred = tl.where(inside, x - tile_mean[None, :], 0.0)
-        delta = tile_mean - mean
-        fraction = tile_count / (count + tile_count)
-        mean += delta * fraction
-        square += tl.sum(centred * centred, axis=0) + delta * delta * (count * fraction)
-        count += tile_count
-    offset = (split * tl.num_programs(0) + chunk) * channels + channel
-    tl.store(mean_ptr + offset, mean, mask=channel < channels)
-    tl.store(square_ptr + offset, square, mask=channel < channels)
-
-
-@triton.jit
-def join_statistics_kernel(
+    x_ptr,
     chunk_mean_ptr,
     chunk_square_ptr,
     mean_ptr,
     scale_ptr,
     running_mean_ptr,
     running_var_ptr,
-    splits,
-    chunks,
+    counter_ptr,
     rows,
     channels,
     chunk_rows,
+    splits,
     momentum,
     eps,
-    SPLITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Mean and 1 / sqrt(var + eps) of every split from those of its chunks, and the running statistics."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split, chunk = tl.arange(0, SPLITS), tl.arange(0, CHUNKS)
-    offset = (split[:, None, None] * chunks + chunk[None, :, None]) * channels + channel[None, None, :]
-    inside = (split[:, None, None] < splits) & (chunk[None, :, None] < chunks) & (channel[None, None, :] < channels)
-    means = tl.load(chunk_mean_ptr + offset, mask=inside, other=0.0)
-    squares = tl.load(chunk_square_ptr + offset, mask=inside, other=0.0)
-    # rows of each chunk: the last has the remainder, those after it none
-    count = tl.minimum(tl.maximum(rows - chunk * chunk_rows, 0), chunk_rows).to(tl.float32)[None, :, None]
-    mean = tl.sum(means * count, axis=1) / rows
-    delta = means - mean[:, None, :]
-    square = tl.sum(squares + delta * delta * count, axis=1)
+    """Mean and 1 / sqrt(var + eps) of every split, and the running statistics.
 
-    split_offset = split[:, None] * channels + channel[None, :]
-    split_inside = (split[:, None] < splits) & (channel[None, :] < channels)
-    tl.store(mean_ptr + split_offset, mean, mask=split_inside)
-    tl.store(scale_ptr + split_offset, 1.0 / tl.sqrt_rn(square / rows + eps), mask=split_inside)
-
+    A chunk is summed in registers, less its first row: sums of x − x₀ and (x − x₀)² over n rows, of which x₀ is one,
+    lose at most a factor of n + 1 to cancellation, however large the mean is.
+    """
+    chunk, split = tl.program_id(0), tl.program_id(2)
+    chunks = tl.num_programs(0)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
-    batch_mean = tl.sum(tl.where(split_inside, mean, 0.0), axis=0) / splits
-    batch_var = tl.sum(tl.where(split_inside, square, 0.0), axis=0) / splits / (rows - 1)
-    running_mean = tl.load(running_mean_ptr + channel, mask=valid, other=0.0)
-    running_var = tl.load(running_var_ptr + channel, mask=valid, other=0.0)
-    tl.store(running_mean_ptr + channel, (1.0 - momentum) * running_mean + momentum * batch_mean, mask=valid)
-    tl.store(running_var_ptr + channel, (1.0 - momentum) * running_var + momentum * batch_var, mask=valid)
+    first = chunk * chunk_rows
+    last = tl.minimum(first + chunk_rows, rows)
+    row = tl.arange(0, BLOCK_R)
+    tile = row[:, None] * channels + channel[None, :]
+    at = (split.to(tl.int64) * rows + first) * channels
+    shift = tl.load(x_ptr + at + channel, mask=valid, other=0.0).to(tl.float32)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_R):
+        inside = (row[:, None] < last - start) & valid[None, :]
+        x = tl.load(x_ptr + at + tile, mask=inside, other=0.0).to(tl.float32)
+        shifted = tl.where(inside, x - shift[None, :], 0.0)
+        sums += shifted
+        squares += shifted * shifted
+        at += BLOCK_R * channels
+    count = (last - first).to(tl.float32)
+    total = tl.sum(sums, axis=0)
+    place = (split * chunks + chunk) * channels + channel
+    tl.store(chunk_mean_ptr + place, shift + total / count, mask=valid)
+    tl.store(chunk_square_ptr + place, tl.sum(squares, axis=0) - total * total / count, mask=valid)
+
+    join_statistics(
+        chunk_mean_ptr,
+        chunk_square_ptr,
+        mean_ptr,
+        scale_ptr,
+        running_mean_ptr,
+        running_var_ptr,
+        counter_ptr,
+        rows,
+        channels,
+        chunk_rows,
+        splits,
+        momentum,
+        eps,
+        BLOCK_C,
+        BLOCK_U,
+        SPLITS,
+    )
 
 
 @triton.jit
@@ -136,82 +134,86 @@ def gradient_sums_kernel(
     x_ptr,
     y_ptr,
     grad_ptr,
+    second_grad_ptr,
     before_relu_ptr,
     mean_ptr,
     scale_ptr,
     weight_ptr,
     bias_ptr,
-    sum_ptr,
-    product_ptr,
-    rows,
-    channels,
-    chunk_rows,
-    RELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Sums of dz and dz · x̂ over every chunk, where z is the input of the ReLU. With a residual, also dz itself: it is
-    the residual's gradient, and the next kernel need not read y and dy. Without a residual, z follows from x."""
-    chunk, split = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    valid = channel < channels
-    mean = tl.load(mean_ptr + split * channels + channel, mask=valid, other=0.0)
-    scale = tl.load(scale_ptr + split * channels + channel, mask=valid, other=0.0)
-    weight = tl.load(weight_ptr + channel, mask=valid, other=0.0)
-    bias = tl.load(bias_ptr + channel, mask=valid, other=0.0)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    product = tl.zeros((BLOCK_C,), tl.float32)
-    first = chunk * chunk_rows
-    for start in range(first, tl.minimum(first + chunk_rows, rows), BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        inside = (row[:, None] < rows) & (channel[None, :] < channels)
-        offset = (row.to(tl.int64) + split.to(tl.int64) * rows)[:, None] * channels + channel[None, :]
-        centred = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
-        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0)
-        if RELU:
-            if RESIDUAL:
-                inactive = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32) <= 0.0
-            else:
-                inactive = centred * (scale * weight)[None, :] + bias[None, :] <= 0.0
-            grad = tl.where(inactive, 0.0, grad.to(tl.float32)).to(grad_ptr.dtype.element_ty)
-            if RESIDUAL:
-                tl.store(before_relu_ptr + offset, grad, mask=inside)
-        grad = grad.to(tl.float32)
-        total += tl.sum(grad, axis=0)
-        product += tl.sum(grad * centred, axis=0)
-    offset = (split * tl.num_programs(0) + chunk) * channels + channel
-    tl.store(sum_ptr + offset, total, mask=valid)
-    tl.store(product_ptr + offset, product * scale, mask=valid)
-
-
-@triton.jit
-def join_gradients_kernel(
     chunk_sum_ptr,
     chunk_product_ptr,
     sum_ptr,
     product_ptr,
     weight_grad_ptr,
     bias_grad_ptr,
-    splits,
-    chunks,
+    counter_ptr,
+    rows,
     channels,
-    SPLITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    chunk_rows,
+    splits,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    TWICE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split, chunk = tl.arange(0, SPLITS), tl.arange(0, CHUNKS)
-    offset = (split[:, None, None] * chunks + chunk[None, :, None]) * channels + channel[None, None, :]
-    inside = (split[:, None, None] < splits) & (chunk[None, :, None] < chunks) & (channel[None, None, :] < channels)
-    total = tl.sum(tl.load(chunk_sum_ptr + offset, mask=inside, other=0.0), axis=1)
-    product = tl.sum(tl.load(chunk_product_ptr + offset, mask=inside, other=0.0), axis=1)
-    split_offset = split[:, None] * channels + channel[None, :]
-    split_inside = (split[:, None] < splits) & (channel[None, :] < channels)
-    tl.store(sum_ptr + split_offset, total, mask=split_inside)
-    tl.store(product_ptr + split_offset, product, mask=split_inside)
-    tl.store(bias_grad_ptr + channel, tl.sum(total, axis=0), mask=channel < channels)
-    tl.store(weight_grad_ptr + channel, tl.sum(product, axis=0), mask=channel < channels)
+    """Sums of dz and dz · x̂ over every split, where z is the input of the ReLU, and the gradients of weight and bias.
+
+    If the output is used twice, its two gradients are added here. With a residual or two gradients, also dz itself: it
+    is the residual's gradient, and the next kernel reads it alone. Without a residual, z follows from x. The last
+    program of a split to arrive joins its chunks, and the last split joins the splits.
+    """
+    chunk, split = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = channel < channels
+    mean = tl.load(mean_ptr + split * channels + channel, mask=valid, other=0.0)
+    scale = tl.load(scale_ptr + split * channels + channel, mask=valid, other=0.0)
+    slope = scale * tl.load(weight_ptr + channel, mask=valid, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=valid, other=0.0)
+    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    first = chunk * chunk_rows
+    last = tl.minimum(first + chunk_rows, rows)
+    row = tl.arange(0, BLOCK_R)
+    tile = row[:, None] * channels + channel[None, :]
+    at = (split.to(tl.int64) * rows + first) * channels
+    for start in range(first, last, BLOCK_R):
+        inside = (row[:, None] < last - start) & valid[None, :]
+        centred = tl.load(x_ptr + at + tile, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+        grad = tl.load(grad_ptr + at + tile, mask=inside, other=0.0)
+        if TWICE:
+            second = tl.load(second_grad_ptr + at + tile, mask=inside, other=0.0).to(tl.float32)
+            grad = (grad.to(tl.float32) + second).to(grad_ptr.dtype.element_ty)  # rounded as torch's addition is
+        if RELU:
+            if RESIDUAL:
+                inactive = tl.load(y_ptr + at + tile, mask=inside, other=0.0).to(tl.float32) <= 0.0
+            else:
+                inactive = centred * slope[None, :] + bias[None, :] <= 0.0
+            grad = tl.where(inactive, 0.0, grad.to(tl.float32)).to(grad_ptr.dtype.element_ty)
+        if (RELU and RESIDUAL) or TWICE:
+            tl.store(before_relu_ptr + at + tile, grad, mask=inside)
+        grad = grad.to(tl.float32)
+        sums += grad
+        products += grad * centred
+        at += BLOCK_R * channels
+    join_gradients(
+        tl.sum(sums, axis=0),
+        tl.sum(products, axis=0) * scale,
+        chunk_sum_ptr,
+        chunk_product_ptr,
+        sum_ptr,
+        product_ptr,
+        weight_grad_ptr,
+        bias_grad_ptr,
+        counter_ptr,
+        channels,
+        splits,
+        BLOCK_C,
+        BLOCK_U,
+        SPLITS,
+    )
 
 
 @triton.jit

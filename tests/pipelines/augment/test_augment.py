@@ -13,11 +13,12 @@ from torch import Tensor
 
 from pipelines.augment import torch_ops
 from pipelines.augment.params import ORDERS, Column, Op, blur_taps, sample_params
-from pipelines.augment.presets import CIFAR, V1, V2, Augmentation, with_scale
+from pipelines.augment.presets import BYOL, CIFAR, V1, V2, Augmentation
 from pipelines.augment.torch_ops import apply
 
 SOLARISING = replace(V2, name="solarising", solarise_p=0.5, blur_p=0.6)
-RECIPES = [V1, V2, CIFAR, SOLARISING]
+TURNED = replace(V2, name="turned", flip_p=0.3, vertical_flip_p=0.5)
+RECIPES = [V1, V2, CIFAR, SOLARISING, TURNED]
 JITTER = {
     Op.BRIGHTNESS: (torch_ops.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
     Op.CONTRAST: (torch_ops.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
@@ -75,6 +76,8 @@ def reference(crop: Tensor, row: np.ndarray, augmentation: Augmentation) -> Tens
         image = TF.solarize(image, 0.5)
     if row[Column.FLIP]:
         image = TF.horizontal_flip(image)
+    if row[Column.VERTICAL_FLIP]:
+        image = TF.vertical_flip(image)
     return TF.normalize(image, list(augmentation.mean), list(augmentation.std))
 
 
@@ -105,16 +108,13 @@ def test_grey_equals_torchvision() -> None:
 
 @pytest.mark.parametrize("side", [8, 17, 40, 53, 96])
 def test_blur_equals_torchvision(side: int) -> None:
-    """One sigma per view, as many taps as fit, reflection at the border; the GPU's and the CPU's implementation.
-
-    On the CPU, sides of 17 and 53 pixels, which have no suitable divisor, are one segment, and 96 is two.
-    """
+    """One sigma per view, as many taps as fit, reflection at the border; the GPU's and the CPU's implementation."""
     images, sigmas = planar(crops_of(4, side)), [0.1, 0.7, 1.3, 2.0]
     taps = blur_taps(V2, side)
     assert taps == min(15, 2 * side - 1)
     expected = torch.stack([TF.gaussian_blur(i, [taps, taps], [s, s]) for i, s in zip(images, sigmas, strict=True)])
     assert_near(torch_ops.blur_grouped_conv(images, torch.tensor(sigmas), taps), expected, 2e-6)
-    torch_ops.blur_band_matrices(images, torch.arange(4), torch.tensor(sigmas), taps)
+    torch_ops.blur_sums(images, torch.arange(4), torch.tensor(sigmas), taps)
     assert_near(images, expected, 2e-6)
 
 
@@ -134,6 +134,16 @@ def test_flip_equals_torchvision() -> None:
     actual = apply(crops, rows, V2, torch.bfloat16)
     assert torch.equal(actual[:2], plain[:2])
     assert torch.equal(actual[2:], TF.horizontal_flip(plain[2:]))
+
+
+def test_vertical_flip_equals_torchvision() -> None:
+    crops, rows = crops_of(4, 17), neutral(4)
+    plain = apply(crops, rows, V2, torch.bfloat16)
+    rows[[1, 3], Column.VERTICAL_FLIP] = rows[3, Column.FLIP] = 1
+    actual = apply(crops, rows, V2, torch.bfloat16)
+    assert torch.equal(actual[[0, 2]], plain[[0, 2]])
+    assert torch.equal(actual[1], TF.vertical_flip(plain[1]))
+    assert torch.equal(actual[3], TF.vertical_flip(TF.horizontal_flip(plain[3])))
 
 
 @pytest.mark.parametrize("order", ORDERS.tolist())
@@ -237,6 +247,7 @@ def test_frequencies_and_ranges(augmentation: Augmentation) -> None:
         Column.HUE: (jittered, a.jitter_p),
         Column.BLUR_SIGMA: (rows[:, Column.BLUR_SIGMA] > 0, a.blur_p),
         Column.SOLARISE: (rows[:, Column.SOLARISE], a.solarise_p),
+        Column.VERTICAL_FLIP: (rows[:, Column.VERTICAL_FLIP], a.vertical_flip_p),
     }
     for column, (chosen, p) in shares.items():
         assert abs(chosen.mean() - p) <= 5 * math.sqrt(p * (1 - p) / (2 * count)) + 1e-4, column
@@ -262,11 +273,11 @@ def test_a_factor_is_never_negative() -> None:
 
 
 def test_choices_are_independent() -> None:
-    """Flip, grey, jitter, blur, solarise, and the two views: no correlation above five standard deviations."""
-    rows = sample_params(0, 0, np.arange(20_000), SOLARISING)
-    columns = [Column.FLIP, Column.GREY, Column.HUE, Column.BLUR_SIGMA, Column.SOLARISE]
+    """Flips, grey, jitter, blur, solarise, and the two views: no correlation above five standard deviations."""
+    rows = sample_params(0, 0, np.arange(20_000), replace(SOLARISING, vertical_flip_p=0.5))
+    columns = [Column.FLIP, Column.GREY, Column.HUE, Column.BLUR_SIGMA, Column.SOLARISE, Column.VERTICAL_FLIP]
     chosen = np.concatenate([rows[view][:, columns].T != 0 for view in (0, 1)]).astype(float)
-    assert np.abs(np.corrcoef(chosen) - np.eye(10)).max() < 5 / math.sqrt(20_000)
+    assert np.abs(np.corrcoef(chosen) - np.eye(12)).max() < 5 / math.sqrt(20_000)
 
 
 def test_rows_depend_on_seed_epoch_sample_and_view_alone() -> None:
@@ -276,5 +287,44 @@ def test_rows_depend_on_seed_epoch_sample_and_view_alone() -> None:
         assert (other != rows[:, 2:]).any()
 
 
-def test_with_scale_changes_the_scale_alone() -> None:
-    assert with_scale(V2, 0.08) == replace(V2, scale=(0.08, 1.0))
+SWITCHES = {
+    "flip_p": Column.FLIP,
+    "vertical_flip_p": Column.VERTICAL_FLIP,
+    "grey_p": Column.GREY,
+    "blur_p": Column.BLUR_SIGMA,
+    "solarise_p": Column.SOLARISE,
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_one_switch_changes_its_own_numbers_alone(switch: str, p: float) -> None:
+    samples, full = np.arange(500), replace(SOLARISING, vertical_flip_p=0.6)
+    before = sample_params(3, 1, samples, full)
+    after = sample_params(3, 1, samples, replace(full, **{switch: p}))
+    chosen, own = after[..., SWITCHES[switch]] != 0, before[..., SWITCHES[switch]] != 0
+    assert abs(chosen.mean() - p) < 0.08
+    assert (chosen <= own).all() or (chosen >= own).all(), "a smaller probability takes some of the same views"
+    others = [column for column in Column if column != SWITCHES[switch]]
+    np.testing.assert_array_equal(after[..., others], before[..., others])
+
+
+def test_jitter_of_half_the_strength_moves_every_factor_half_as_far() -> None:
+    samples = np.arange(200)
+    half = replace(V2, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
+    full, weak = sample_params(3, 1, samples, V2), sample_params(3, 1, samples, half)
+    jitter = [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION, Column.HUE]
+    neutral_row = np.array([1, 1, 1, 0], dtype=np.float32)
+    np.testing.assert_allclose(weak[..., jitter] - neutral_row, (full[..., jitter] - neutral_row) / 2, atol=1e-6)
+    none = sample_params(3, 1, samples, replace(V2, jitter_p=0.0))
+    assert (none[..., jitter] == neutral_row).all()
+    others = [column for column in Column if column not in jitter]
+    for rows in (weak, none):
+        np.testing.assert_array_equal(rows[..., others], full[..., others])
+
+
+def test_the_numbers_of_a_seed_stay_the_same() -> None:
+    """A resumed run, and a run of an earlier version, see the views they would have seen."""
+    row = sample_params(3, 4, np.array([10]), BYOL)[0, 0]
+    expected = [1, 135, 1.3260149, 1.1211892, 0.9358627, -0.084118284, 0, 0, 0, 0]
+    np.testing.assert_array_equal(row, np.array(expected, dtype=np.float32))

@@ -162,7 +162,7 @@ def test_missing_dali_is_named_with_its_install_command(monkeypatch):
     monkeypatch.delitem(sys.modules, "pipelines.backends.dali")
     module = importlib.import_module("pipelines.backends.dali")  # needs no DALI
     index = ImageIndex.from_pixels("black", np.zeros((1, 4, 4, 3), np.uint8))
-    with pytest.raises(BackendMissingError, match=r"pip install 'fastmoco\[dali\]'"):
+    with pytest.raises(BackendMissingError, match="uv sync --inexact --extra dali"):
         module.DaliCrops(index, 4, CPU, 1)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 from torch import Tensor
 
 from fastmoco.step.cuda_graph import GraphedStep
@@ -79,8 +79,7 @@ def index(name: str, files: ImageIndex, tmp_path: Path) -> ImageIndex:
     """The images as the backend reads them."""
     if name != "ffcv":
         return files
-    with Progress(disable=True) as progress:
-        convert(files, Settings(data=files.name, out=str(tmp_path / "images.beton"), workers=2), progress)
+    convert(files, Settings(data=(files.name,), out=str(tmp_path / "images.beton"), workers=2), Console(quiet=True))
     return read_index(str(tmp_path / "images.beton"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
 from pipelines.augment.presets import CIFAR
 from pipelines.backends import ffcv as ffcv_backend
@@ -46,8 +46,7 @@ def index_of(paths: list[Path]) -> ImageIndex:
 
 def converted(index: ImageIndex, folder: Path, **changes) -> ImageIndex:
     out = str(folder / f"{len(list(folder.iterdir()))}.beton")
-    with Progress(disable=True) as progress:
-        convert(index, Settings(data=str(folder), out=out, workers=1, **changes), progress)
+    convert(index, Settings(data=(str(folder),), out=out, workers=1, **changes), Console(quiet=True))
     return read_index(out)
 
 
@@ -247,7 +246,9 @@ def test_global_settings_do_not_change(drawn):
 
 def test_without_ffcv_the_message_has_the_install_command(drawn, monkeypatch):
     monkeypatch.setattr(ffcv_backend.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendMissingError, match=r"libturbojpeg0-dev` and `pip install 'fastmoco\[ffcv\]'"):
+    with pytest.raises(
+        BackendMissingError, match="libturbojpeg0-dev` and, in a checkout of fastmoco, `uv sync --inexact --extra ffcv`"
+    ):
         FfcvCrops(drawn, 16, CPU, 1)
 
 

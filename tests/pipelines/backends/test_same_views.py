@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
 from pipelines.augment.presets import CIFAR, V1, V2, Augmentation
 from pipelines.backends.baseline import DataLoaderPipeline
@@ -26,15 +26,28 @@ from pipelines.backends.resident import ResidentCrops
 from pipelines.backends.torch import CHUNK, TorchCrops
 from pipelines.backends.two_view import TwoViewPipeline
 from pipelines.data.beton import read_index
-from pipelines.data.headers import read_headers
+from pipelines.data.decoding import Decoding
+from pipelines.data.headers import inspect_headers, read_headers
 from pipelines.data.index import ImageIndex
 from pipelines.errors import DataError
 from pipelines.plan.planner import Planner, eval_plans
 from pipelines.views import BatchPlan, CropSource, Views
-from tests.oddities import bad_files, encode, good_files, picture, write_files
+from tests.oddities import bad_files, encode, good_files, picture, png, write_files
 from tests.reference_crops import errors
+from tests.tiff_writer import tiff
 from tools.make_ffcv import Settings, convert
 
+# What --hflip 0 --vflip 0.7 --color-jitter 0 --grayscale 0 --mean --std make of v2.
+PLAIN_TURNED = replace(
+    V2,
+    name="turned",
+    flip_p=0.0,
+    vertical_flip_p=0.7,
+    jitter_p=0.0,
+    grey_p=0.0,
+    mean=(0.2, 0.5, 0.6),
+    std=(0.1, 0.2, 0.3),
+)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -57,9 +70,9 @@ def _dali(index: ImageIndex, side: int, resize_by_dali: bool, device: torch.devi
 def _ffcv(index: ImageIndex, side: int) -> CropSource:
     from pipelines.backends.ffcv import FfcvCrops
 
-    with tempfile.TemporaryDirectory() as folder, Progress(disable=True) as progress:
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "images.beton")
-        convert(index, Settings(data=index.name, out=path, workers=2), progress)
+        convert(index, Settings(data=(index.name,), out=path, workers=2), Console(quiet=True))
         return FfcvCrops(read_index(path), side, CPU, 2)  # which keeps the file open
 
 
@@ -116,6 +129,39 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
     for i, (height, width) in enumerate(sizes):
         (folder / f"{i:02}.png").write_bytes(encode(picture(height + 1, width + 1)[1:, 1:], "PNG"))
     return index_of(sorted(folder.iterdir()))
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
+    """Images whose pixels depend on choices: 12 bits in 16, signed, and truncated."""
+    folder, rgb = tmp_path_factory.mktemp("chosen"), picture(30, 44)
+    deep = rgb.astype(np.uint16) * 16
+    (folder / "0.png").write_bytes(png(deep, 16, 2))
+    (folder / "1.png").write_bytes(png(deep[..., :1], 16, 0))
+    (folder / "2.tif").write_bytes(tiff(deep.astype(np.int16), 2, planar=True, compression="lzw"))
+    (folder / "3.tif").write_bytes(tiff(deep[..., :1].astype(np.float32), 1))
+    noise = np.random.Generator(np.random.Philox(7)).integers(0, 256, rgb.shape, np.uint8)
+    (folder / "4.jpg").write_bytes(encode(noise, "JPEG", quality=95)[:-900])
+    (folder / "5.png").write_bytes(encode(noise, "PNG")[:-900])
+    (folder / "6.png").write_bytes(encode(rgb, "PNG"))
+    decoding = Decoding(value_range=(0, 4080), truncated="accept")
+    names = tuple(str(path) for path in sorted(folder.iterdir()))
+    headers = inspect_headers(names, decoding)
+    assert not headers.bad
+    assert headers.deep == [0, 1, 2, 3]
+    assert [row for row, _ in headers.tolerated] == [4, 5]
+    return ImageIndex("chosen", headers.sizes, paths=names, decoding=decoding)
+
+
+def test_choices_of_decoding_hold_on_every_pipeline(source: Source, chosen: ImageIndex):
+    """A value range and truncated images give the same views everywhere."""
+    rgb = picture(30, 44)
+    np.testing.assert_array_equal(chosen.read(0), rgb)
+    np.testing.assert_array_equal(chosen.read(2), rgb)
+    np.testing.assert_array_equal(chosen.read(6), rgb)
+    plan = next(iter(eval_plans(chosen.sizes, np.arange(7), 7, 24)))
+    (crops,) = source.open(chosen, 24).crops([plan])
+    assert_pixels_agree(source, chosen, plan, crops.images.cpu())
 
 
 def planner_of(index: ImageIndex, batch: int, augmentation: Augmentation = V2) -> Planner:
@@ -208,9 +254,12 @@ def test_views_resumed_in_the_middle_equal_the_rest(source: Source, mixed: Image
         assert_same(actual, expected)
 
 
-def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIndex) -> None:
+@pytest.mark.parametrize("augmentation", [V2, PLAIN_TURNED], ids=lambda a: a.name)
+def test_every_source_gives_the_views_of_resident(
+    source: Source, mixed: ImageIndex, augmentation: Augmentation
+) -> None:
     """The same seed gives the same crops and colours, so accuracy does not depend on the backend."""
-    planner = planner_of(mixed, 12)
+    planner = planner_of(mixed, 12, augmentation)
     resident = TwoViewPipeline(planner, SOURCES["resident"].open(mixed, 16), CPU, torch.float32)
     other = TwoViewPipeline(planner, source.open(mixed, 16), source.device, torch.float32)
     for actual, expected in zip(kept(other.views(0, 2)), resident.views(0, 2), strict=True):
@@ -218,7 +267,7 @@ def test_every_source_gives_the_views_of_resident(source: Source, mixed: ImageIn
         assert torch.equal(actual.key_order, expected.key_order)
         for a, b in ((actual.query, expected.query), (actual.key, expected.key)):
             assert a.is_contiguous(memory_format=torch.channels_last)
-            assert (a - b).abs().mean() < 2 / 255 / 0.22  # in units of the normalisation's standard deviation
+            assert (a - b).abs().mean() < 2 / 255 / np.mean(augmentation.std)  # of the normalised values
 
 
 def test_a_key_belongs_to_the_query_in_row_key_order(uniform: ImageIndex) -> None:
@@ -320,7 +369,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-@pytest.mark.parametrize("augmentation", [V1, V2, CIFAR], ids=lambda a: a.name)
+@pytest.mark.parametrize("augmentation", [V1, V2, CIFAR, PLAIN_TURNED], ids=lambda a: a.name)
 def test_dataloader_draws_from_the_same_distribution(augmentation: Augmentation) -> None:
     """Six images, 360 views of each pipeline: means, standard deviations and horizontal gradients, and all pixels."""
     pixels = np.stack(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
 from fastmoco.cli import main
 from fastmoco.errors import ExitCode
@@ -67,9 +67,8 @@ def test_ffcv_replaces_a_bad_record_by_grey(tmp_path, require_backend):
     folder.mkdir()
     for i in range(12):
         (folder / f"{i:02}.jpg").write_bytes(encode(picture(20 + i, 40), "JPEG"))
-    convert = make_ffcv.Settings(data=str(folder), out=str(beton), workers=1)
-    with Progress(disable=True) as progress:
-        make_ffcv.convert(load_dataset(str(folder), data_root=tmp_path).train, convert, progress)
+    convert = make_ffcv.Settings(data=(str(folder),), out=str(beton), workers=1)
+    make_ffcv.convert(load_dataset(str(folder), data_root=tmp_path).train, convert, Console(quiet=True))
     ledger = Ledger(str(tmp_path / "quarantine.jsonl"), most=3)
     index = load_dataset(str(beton), data_root=tmp_path).with_ledger(ledger).train
     planner = Planner(index.sizes, seed=0, batch_size=len(index), augmentation=V1, shuffle_keys=False)

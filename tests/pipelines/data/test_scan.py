@@ -18,6 +18,7 @@ from fastmoco.cli import main
 from fastmoco.errors import ExitCode
 from pipelines.data import headers, manifest
 from pipelines.data.dataset import find_files, load_dataset
+from pipelines.data.decoding import Decoding
 from pipelines.data.manifest import FILE_NAME, ScanManifest
 from pipelines.data.scan import duplicates, mean_and_std, scan
 from pipelines.errors import DataError
@@ -50,10 +51,10 @@ def load(tmp_path):
 def no_header_reads(monkeypatch):
     """Fails if an image file is opened for its size."""
 
-    def refuse(path):
+    def refuse(path, *_):
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr(headers, "read_header", refuse)
+    monkeypatch.setattr(headers, "inspect_header", refuse)
 
 
 # The result
@@ -126,7 +127,7 @@ def test_a_process_that_dies_ends_the_scan(tmp_path):
         "import os, sys\n"
         "from fastmoco.cli import main\n"
         "import pipelines.data.scan\n"
-        "pipelines.data.scan._scan_file = lambda path: os.kill(os.getpid(), 9)\n"
+        "pipelines.data.scan._scan_file = lambda path, decoding: os.kill(os.getpid(), 9)\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(main(['scan', sys.argv[1], '--workers', '1']))\n"
     )
@@ -179,8 +180,10 @@ def test_only_what_has_changed_is_read_again(tmp_path, run, load, monkeypatch):
     (folder / "2.png").unlink()
     os.utime(folder / "3.png", ns=(0, 0))
     fill(folder, "5.png")
-    opened, read = [], headers.read_header
-    monkeypatch.setattr(headers, "read_header", lambda path: (opened.append(os.path.basename(path)), read(path))[1])
+    opened, read = [], headers.inspect_header
+    monkeypatch.setattr(
+        headers, "inspect_header", lambda path, *how: (opened.append(os.path.basename(path)), read(path, *how))[1]
+    )
     dataset = load(folder)
     assert sorted(opened) == ["1.png", "3.png", "5.png"]
     assert dataset.indexing == "as scanned, but for 3 new or changed files"
@@ -230,7 +233,8 @@ def test_the_summary(tmp_path, run):
     assert code == ExitCode.DONE
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "images 5 files, 0.0 MiB (pets/train 2, pets/val 3)" in lines
-    assert "passed over 1 file (not named like an image)" in lines
+    assert "passed over 1 file: 1 .txt" in lines
+    assert "labels 2 classes (the folders in train)" in lines
     assert "size 3×4 pixels (width×height, all the same)" in lines
     assert "formats PNG RGB 5" in lines
     assert "duplicates 1 copy of 1 image (1 of them both to train and to test on)" in lines
@@ -342,3 +346,38 @@ def test_cifar_statistics(test_data):
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.02)
     np.testing.assert_allclose(std, (0.247, 0.243, 0.262), atol=0.02)
     assert not result.bad
+
+
+def test_a_rescan_finds_nothing_new_where_nothing_has_changed(tmp_path, run, load):
+    """Also of a file that is missing, and with another value range, for which deep images are read again."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(11):
+        Image.fromarray(np.full((9, 9), 1000 * i, np.uint16)).save(folder / f"{i:02}.png")
+    (folder / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    for _ in range(2):
+        assert run(folder, "--bad-images", "quarantine")[0] == ExitCode.DONE
+        assert load(folder, bad_images="quarantine").indexing == "as scanned"
+    deep = load(folder, bad_images="quarantine", decoding=Decoding(value_range=(0, 4095)))
+    assert (deep.indexing, len(deep.train)) == ("as scanned", 11)
+    Image.new("L", (9, 9)).save(tmp_path / "nowhere.png")
+    assert load(folder, bad_images="quarantine").indexing == "as scanned, but for 1 new or changed file"
+
+
+def test_other_bands_are_one_line_and_another_number_of_channels_reads_all_again(tmp_path, run, load):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(12):
+        np.save(folder / f"{i:02}.npy", np.full((9, 9, 4), 10 * i, np.uint8))
+    code, out, err = run(folder)
+    assert code == ExitCode.DATA
+    assert "12 images of 4 bands, where --channels is 3: give --channels 4 (e.g. 00.npy)" in out + err
+    with pytest.raises(DataError, match="have 4 bands, and --channels is 3: give --channels 4"):
+        load(folder)
+    assert len(load(folder, decoding=Decoding(channels=4)).train) == 12
+    code, out, _ = run(folder, "--channels", "4")
+    assert code == ExitCode.DONE
+    assert "NPY HWC;uint8 12" in out
+    known = manifest.find(str(folder), tmp_path)
+    assert known is not None
+    assert (known.decoding, known.histogram.shape) == (Decoding(channels=4), (4, 256))

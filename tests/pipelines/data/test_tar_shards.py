@@ -198,17 +198,62 @@ def test_a_compressed_archive_is_refused_with_the_remedy(tmp_path: Path) -> None
             load(path)
 
 
-def test_labels_are_for_all_images_or_for_none(tmp_path: Path) -> None:
+def test_labels_may_be_missing(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(1), "a.cls": b"0", "b.jpg": encoded(2)})
-    with pytest.raises(DataError, match=r"b\.jpg has no label"):
-        load(path)
+    dataset = load(path)
+    assert (len(dataset.train), dataset.train.labels) == (2, None)
+    assert dataset.bank is not None
+    assert (len(dataset.bank), dataset.bank.class_names) == (1, ("0",))
+    assert dataset.choices.labels == "labels in .cls files; 1 of 2 images have none"
 
 
-def test_labels_beyond_the_named_classes_are_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(1), "a.cls": b"2"})
+def test_names_of_classes_that_do_not_fit_are_not_used(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(1), "a.cls": b"2", "b.jpg": encoded(2), "b.cls": b"1"})
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(DataError, match=r"names 2 classes, and an image has the label 2"):
-        load(path)
+    dataset = load(path)
+    assert dataset.train.class_names == ("1", "2")
+    assert "classes.txt is not used: it names 2 classes, and there is a label 2" in dataset.choices.labels
+
+
+def test_links_to_members_and_content_without_a_name_are_images(tmp_path: Path) -> None:
+    link, soft, dangling = (tarfile.TarInfo(name) for name in ("copy.jpg", "b/soft.jpg", "dangling.jpg"))
+    link.type, link.linkname = tarfile.LNKTYPE, "a/1.jpg"
+    soft.type, soft.linkname = tarfile.SYMTYPE, "../a/1.jpg"
+    dangling.type, dangling.linkname = tarfile.SYMTYPE, "nowhere.jpg"
+    members = {
+        "s": soft,
+        "a/1.jpg": encoded(1),
+        "h": link,
+        "a/2": encoded(2),
+        "a/notes": b"P4 is no image",
+        "d": dangling,
+    }
+    dataset = load(write_tar(tmp_path / "x.tar", members))
+    assert dataset.train.records is not None
+    assert dataset.train.records.names == ("b/soft.jpg", "a/1.jpg", "copy.jpg", "a/2")
+    assert [dataset.train.read_bytes(i) for i in (0, 2, 3)] == [encoded(1), encoded(1), encoded(2)]
+    assert dict(dataset.choices.others) == {"": 1, "links elsewhere": 1}
+
+
+def test_images_beside_an_archive_are_the_data(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "train" / "raw.tar", {"a.jpg": encoded(1)})
+    for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(encoded(3))
+    dataset = load(tmp_path / "set")
+    assert dataset.train.paths is not None
+    assert dataset.train.class_names == ("cat", "dog")
+    assert dict(dataset.choices.others) == {".tar": 1}
+
+
+def test_archives_of_other_classes_do_not_evaluate(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", {"a.jpg": encoded(1), "a.cls": b"0", "b.jpg": encoded(2), "b.cls": b"1"})
+    write_tar(tmp_path / "val.tar", {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": encoded(2), "b.cls": b"7"})
+    dataset = load(tmp_path)
+    assert dataset.test is not None
+    assert dataset.test.labels is not None
+    assert dataset.test.labels.tolist() == [1]
+    assert dataset.choices.evaluation == "1 image is left out, of classes that are not trained on: 7"
 
 
 def test_bad_images_stop_or_are_left_out(tmp_path: Path) -> None:

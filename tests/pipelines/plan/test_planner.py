@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.augment.params import Column
 from pipelines.augment.presets import CIFAR, V2
 from pipelines.plan.order import epoch_order, shard, steps_per_epoch
 from pipelines.plan.planner import Planner, eval_plans
@@ -85,7 +86,7 @@ def test_shapes_and_types() -> None:
     plan = planner_of(20, 6).plan(2)
     assert (plan.indices.shape, plan.indices.dtype) == ((6,), np.int64)
     assert (plan.boxes.shape, plan.boxes.dtype) == ((2, 6, 4), np.int32)
-    assert (plan.params.shape, plan.params.dtype) == ((2, 6, 9), np.float32)
+    assert (plan.params.shape, plan.params.dtype) == ((2, 6, len(Column)), np.float32)
     assert (plan.key_order.shape, plan.key_order.dtype) == ((6,), np.int64)
 
 
@@ -184,12 +185,13 @@ def test_evaluation_covers_every_position_once(count: int, batch: int, side: int
 
 
 def test_evaluation_crops_the_centre() -> None:
-    """The largest square of small images, 224/256 of it of large ones, as after a resize to 256 pixels."""
+    """The largest square for small crops; the shorter side is resized to 256 for crops of 224 pixels."""
     sizes = np.array([[32, 32], [31, 48], [1, 1], [300, 256]], dtype=np.int32)
     (small,) = eval_plans(sizes, np.arange(4), 4, 32)
     assert small.boxes[0].tolist() == [[0, 0, 32, 32], [0, 8, 31, 31], [0, 0, 1, 1], [22, 0, 256, 256]]
     (large,) = eval_plans(sizes, np.arange(4), 4, 224)
-    assert large.boxes[0].tolist() == [[2, 2, 28, 28], [2, 10, 27, 27], [0, 0, 1, 1], [38, 16, 224, 224]]
+    assert (small.shorter, large.shorter) == (0, 256)
+    assert [next(eval_plans(sizes, np.arange(4), 4, side)).shorter for side in (64, 65, 96, 128)] == [0, 74, 110, 146]
 
 
 def test_plans_of_a_recipe_use_its_scale() -> None:

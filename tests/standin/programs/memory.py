@@ -30,7 +30,7 @@ def peak_bytes(variant: Variant, config: str) -> int:
     del step, views
     gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() == 0
+    assert torch.cuda.memory_allocated() <= 8192, "more than the counters that kernels keep"
     return peak
 
 

@@ -31,7 +31,10 @@ from tests.standin import compiler, operators, runtime
 from tests.standin.runtime import CallLog, Calls, texts
 
 CIFAR, IMAGENET = "cifar10-demo", "imagenet-v2"
-SETTINGS: dict[str, Any] = {"knn_every": 0, "workers": 0, "amp": "bf16", "kernels": "triton", "compile": "off"}
+SETTINGS: dict[str, Any] = {
+    **{"knn_every": 0, "workers": 0, "amp": "bf16", "kernels": "triton", "compile": "off"},
+    "stem_format": "channels-last",
+}
 TIED: dict[str, Any] = {"moco_m": 0.0}  # there is no momentum encoder
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar": (CIFAR, {}),
@@ -50,9 +53,14 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "contiguous-stem": (CIFAR, {"stem_format": "contiguous"}),
     "deterministic": (CIFAR, {"deterministic": True}),
     "torch-deterministic": (CIFAR, {"deterministic": True, "kernels": "torch"}),
-    "compiled": (CIFAR, {"compile": "default", "kernels": "torch", "bn_splits": 1}),  # half a minute
+    "compiled": (CIFAR, {"compile": "default"}),
+    "compiled-torch": (CIFAR, {"compile": "default", "kernels": "torch", "bn_splits": 1}),
+    "compiled-symmetric": (CIFAR, {"compile": "default", "symmetric": True}),
+    "compiled-contiguous-stem": (CIFAR, {"compile": "default", "stem_format": "contiguous"}),
+    "imagenet-compiled": (IMAGENET, {"compile": "default"}),
     "imagenet": (IMAGENET, {}),
     "imagenet-fp16": (IMAGENET, {"amp": "fp16"}),
+    "imagenet-fused": (IMAGENET, {"kernels": "triton-fused"}),
     "imagenet-torch": (IMAGENET, {"kernels": "torch"}),
     "imagenet-checkpointed": (IMAGENET, {"checkpoint_activations": True}),
 }
