@@ -27,6 +27,7 @@ from benchmarks.measure.resources import memory_sources, nvml_device
 from fastmoco.errors import ConfigError, exit_code
 from fastmoco.run.environment import git_commit, versions
 from pipelines.files import write_atomically
+from pipelines.platforms import processor_name
 
 Reading = dict[str, float]
 _DALI, _FFCV = ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), ("ffcv",)

@@ -175,7 +175,7 @@ def embed(
     Raises ConfigError, DataError, CheckpointError, BackendMissingError or DeviceError, with a message of one line.
     """
     sources = [data] if isinstance(data, str | os.PathLike) else data
-    paths = tuple(map(os.fspath, sources))
+    paths = tuple(os.fspath(source) for source in sources)
     options = EmbedOptions(data=paths, backbone=os.fspath(backbone), out="embeddings.npz", **settings)
     with (
         own_model(backbone.model if isinstance(backbone, Run) else None),

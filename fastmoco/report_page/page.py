@@ -20,6 +20,7 @@ from fastmoco.report_page.render import render
 from fastmoco.report_page.run_files import RunFiles
 from fastmoco.report_page.settings import all_settings, differing_settings
 from fastmoco.run.environment import version
+from fastmoco.run.verdict import last_verdict
 from pipelines.files import write_atomically
 
 MARK = '<meta name="generator" content="fastmoco report">'  # by which a page of ours may be replaced

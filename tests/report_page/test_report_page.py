@@ -17,12 +17,12 @@ from fastmoco.commands.report_options import parse_report
 from fastmoco.errors import ConfigError, ExitCode
 from fastmoco.evaluation.options import parse_eval
 from fastmoco.report_page.commands import commands
-from fastmoco.report_page.figures import verdict
 from fastmoco.report_page.page import make_page, write_page
 from fastmoco.report_page.pictures import embedded
 from fastmoco.report_page.render import TEMPLATES
 from fastmoco.report_page.run_files import read_run
 from fastmoco.run.directory import RunDirectory
+from fastmoco.run.verdict import last_verdict
 from tests.report_page.parsed_page import checked, page_of
 from tests.report_page.sample_run import picture, records, write_run
 
@@ -86,7 +86,7 @@ def test_the_latest_verdict_is_shown_with_its_remedy(tmp_path: Path) -> None:
     assert "verdict input-bound: 41 % waiting kNN" in page_of(tmp_path / "run", other).text
     run = read_run(other)
     run.metrics.extend([{"step": 40, "verdict": "collapsed", "remedy": "raise --moco-m"}, {"step": 41, "loss": 1.0}])
-    assert verdict(run) == ("collapsed", "raise --moco-m")
+    assert last_verdict([run.status, *run.metrics]) == ("collapsed", "raise --moco-m")
 
 
 def test_a_run_that_has_just_begun_and_one_that_failed(tmp_path: Path) -> None:
