@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 from fastmoco.config import RunConfig, differences
 from fastmoco.config.checks import flag
 from fastmoco.config.flags import HELP
 from fastmoco.errors import ConfigError
+from fastmoco.output import Form, output_form, write_event
 from fastmoco.recipes import RECIPES, Recipe, entry
 
 USAGE = """usage: fastmoco recipes [NAME]
@@ -28,7 +30,25 @@ def recipes_command(argv: list[str]) -> None:
         raise ConfigError(f"unknown argument {flags[0]!r}: fastmoco recipes takes a name or nothing")
     if len(argv) > 1:
         raise ConfigError(f"fastmoco recipes takes at most one name, got {' '.join(argv)!r}")
-    print(in_full(argv[0]) if argv else table())
+    if output_form() == Form.JSON:
+        write_event("result", {"recipes": [values(name) for name in argv or RECIPES]})
+    else:
+        print(in_full(argv[0]) if argv else table())
+
+
+def values(name: str) -> dict[str, Any]:
+    """What --json prints of a recipe."""
+    recipe = entry(name)
+    return {
+        "name": name,
+        "description": RECIPES[name].__doc__,
+        "data": recipe.data,
+        "settings": {field: value for field, value, _ in differences(recipe.config, RunConfig())},
+        "evaluate": recipe.evaluate,
+        "vary": recipe.vary,
+        "expected": [accuracy._asdict() for accuracy in recipe.expected],
+        "measured": [accuracy._asdict() for accuracy in recipe.measured],
+    }
 
 
 def table() -> str:

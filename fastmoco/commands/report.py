@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastmoco.commands.report_options import ReportOptions
-from fastmoco.console import make_console, say, shown_path
+from fastmoco.console import Fact, make_console, say, show_result, shown_path
 from fastmoco.report_page.page import make_page, write_page
 from fastmoco.report_page.run_files import read_run
 
@@ -20,4 +20,5 @@ def report_command(options: ReportOptions) -> None:
             say(console, f"{run.name}: {note}" if len(runs) > 1 else note, "yellow")
     page = make_page(runs)
     write_page(page, options.path)
-    say(console, f"written {shown_path(options.path)}, {len(page.encode()) / 2**20:.1f} MiB: open it in a browser")
+    written = Fact("written", shown_path(options.path), f"{len(page.encode()) / 2**20:.1f} MiB; open it in a browser")
+    show_result(console, "fastmoco report", [written], out=str(options.path), runs=[str(run.folder) for run in runs])

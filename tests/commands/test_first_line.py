@@ -41,6 +41,8 @@ sys.exit(main(sys.argv[1:]))
         ("scan photos", "scanning photos"),
         ("views photos", "drawing views of photos"),
         ("export run --to timm -o b.pth", "exporting run"),
+        ("embed photos --backbone run -o e.npz", "embedding photos"),
+        ("report run", "reading run"),
         ("doctor", "trying what this machine has"),
     ],
 )

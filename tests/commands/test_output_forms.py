@@ -6,18 +6,36 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fastmoco.cli import main
 from fastmoco.console import make_console
 from fastmoco.errors import ExitCode
 from fastmoco.output import Form, output_form, take_form
+from fastmoco.registry import COMMAND_OPTIONS
 from fastmoco.trainer import Trainer
+from pipelines.data.shapes import make_shapes
 from tests.commands.test_cli import TINY
+
+RESULTS = {
+    "train": (f"train {' '.join(TINY)} --out RUN-2", "run"),
+    "sweep": (f"sweep {' '.join(TINY)} --vary moco-m=0.9 --out SWEEP", "runs"),
+    "recipes": ("recipes", "recipes"),
+    "scan": ("scan PHOTOS", "images"),
+    "views": ("views PHOTOS --crop-size 16 -o views.png", "out"),
+    "watch": ("watch RUN", "steps"),
+    "eval": ("eval RUN --probes knn --no-pictures --no-feature-cache", "probes"),
+    "report": ("report RUN", "runs"),
+    "export": ("export RUN --to safetensors -o b.safetensors", "arch"),
+    "embed": ("embed PHOTOS --backbone RUN -o e.npz", "feature_dim"),
+}
+WITHOUT_A_RESULT = {"doctor", "completion"}  # one object, a script
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -53,6 +71,34 @@ def test_train_with_json_writes_events_and_logs_elsewhere(tmp_path: Path, capsys
     assert main(["export", str(run), "--to", "safetensors", "-o", str(out), "--json"]) == ExitCode.DONE
     (result,) = events(capsys.readouterr().out)
     assert (result["out"], result["arch"]) == (str(out), "resnet18")
+
+
+@pytest.fixture
+def in_a_folder_with_run_and_photos(shapes_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes_run, "RUN")
+    Path("PHOTOS").mkdir()
+    for number, pixels in enumerate(make_shapes(4, start=0)[0]):
+        Image.fromarray(pixels).save(f"PHOTOS/{number}.png")
+
+
+@pytest.mark.parametrize("command", sorted(COMMAND_OPTIONS.keys() - WITHOUT_A_RESULT))
+@pytest.mark.usefixtures("in_a_folder_with_run_and_photos")
+def test_every_command_ends_with_a_result(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line, key = RESULTS[command]
+    assert main([*line.split(), "--json"]) == ExitCode.DONE
+    result = events(capsys.readouterr().out)[-1]
+    assert result["event"] == "result"
+    assert result[key]
+
+
+@pytest.mark.parametrize("command", ["scan", "views", "watch", "eval", "report", "export", "embed"])
+@pytest.mark.usefixtures("in_a_folder_with_run_and_photos")
+def test_every_command_says_its_result_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RESULTS[command][0].split(), "--quiet"]) == ExitCode.DONE
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
 
 
 def test_train_with_quiet_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from fastmoco.backbones.pickles import Named, Object, read_pickle
 from fastmoco.backbones.read import read_backbone
 from fastmoco.backbones.torch_files import read_torch
 from fastmoco.errors import CheckpointError
-from tests.export.test_other_trainers import assert_same, resnet
+from tests.backbones.test_other_trainers import assert_same, resnet
 
 
 class Call:

@@ -24,7 +24,7 @@ from fastmoco.backbones.write import TOLERANCE, export
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.model.encoder import Encoder
-from tests.export.test_read import trained_encoder
+from tests.backbones.test_read import trained_encoder
 
 MODELS = {
     "r18": ("resnet18", 1.0, "imagenet"),

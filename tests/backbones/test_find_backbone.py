@@ -14,7 +14,7 @@ from fastmoco import load_backbone
 from fastmoco.backbones.read import read_backbone
 from fastmoco.cli import main
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
-from tests.export.test_other_trainers import assert_same, resnet, under
+from tests.backbones.test_other_trainers import assert_same, resnet, under
 
 
 def refusal(path: Path, content: Any, **options: Any) -> str:

@@ -27,7 +27,7 @@ from fastmoco.model.encoder import feature_dim
 from fastmoco.model.resnet import ResNetFamily
 from fastmoco.registry import ARCHITECTURES, EXPORT_TARGETS
 from pipelines.augment.presets import IMAGENET_MEAN, IMAGENET_STD
-from tests.export.test_read import trained_encoder
+from tests.backbones.test_read import trained_encoder
 
 SIDE = 32
 QUICK = ("resnet18", "resnext50_32x8d")
