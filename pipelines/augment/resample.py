@@ -25,8 +25,10 @@ def filter_matrix(start: Tensor, length: Tensor, source: int, side: int, *, beyo
     outputs = torch.arange(side, device=start.device, dtype=torch.float32) + 0.5
     pixels = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
     centre = (start + outputs * scale) / reach
-    inside = (pixels > start) & (pixels < start + length)
-    pixels = pixels / reach if beyond else torch.where(inside, pixels / reach, torch.inf)  # outside of every triangle
+    if not beyond:
+        inside = (pixels > start) & (pixels < start + length)
+        pixels = torch.where(inside, pixels, torch.inf)  # outside of every triangle
+    pixels = pixels / reach
     weights = (pixels[:, None, :] - centre[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
     return weights.div_(weights.sum(-1, keepdim=True))
 

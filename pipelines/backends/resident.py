@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.augment.presets import Augmentation
 from pipelines.augment.resample import crop_resize
-from pipelines.augment.resize import resize_boxes, resize_centre
+from pipelines.augment.resize import resize_boxes, resize_centre, resize_centres
 from pipelines.cpu_threads import parallel_for
 from pipelines.data.index import ImageIndex
 from pipelines.data.resident_pixels import load
@@ -74,18 +74,17 @@ class ResidentCrops:
         return crop(self._resident, boxes, self._side, images).view(views, count, self._side, self._side, 3)
 
     def _centred(self, plan: BatchPlan) -> Tensor:
-        """Views of the centre, image by image on the device that has them."""
+        """Views of the centre, on the device that has the images."""
         pixels, side = self._resident.pixels, self._side
         out = torch.empty((1, len(plan.indices), side, side, self._channels), dtype=torch.uint8, device=pixels.device)
         images = self._whole(plan.indices)
+        if pixels.is_cuda:
+            resize_centres(images, plan.shorter, out[0])
+            return out
 
         def crop(row: int) -> None:
             resize_centre(images[row], plan.shorter, out[0, row])
 
-        if pixels.is_cuda:
-            for row in range(len(images)):
-                crop(row)
-            return out
         parallel_for(crop, range(len(images)))
         return out.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else out
 

@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 MAP, RULES = PAGE.split("## Rules between layers")
 RULES = RULES.split("## Adding to it")[0]
-SOURCES = [
-    path for top in ("fastmoco", "pipelines", "benchmarks", "tools", "tests") for path in (ROOT / top).rglob("*")
-]
+PACKAGES = ("fastmoco", "pipelines", "benchmarks", "tools", "tests")
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
 
 
 def layers_of(package: str) -> list[set[str]]:
