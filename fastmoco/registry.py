@@ -26,9 +26,10 @@ ARCHITECTURES = {
 }
 """Backbones, `--arch`: a `fastmoco.model.family.BackboneFamily` for each."""
 
+TIMM_PREFIX, OWN_PREFIX = "timm/", "own/"
 FAMILIES = {
-    "timm/": "fastmoco.model.timm_family:TimmFamily",
-    "own/": "fastmoco.model.own:OwnFamily",
+    TIMM_PREFIX: "fastmoco.model.timm_family:TimmFamily",
+    OWN_PREFIX: "fastmoco.model.own:OwnFamily",
 }
 """Backbones of other hands, `--arch PREFIX/NAME`: a `fastmoco.model.family.NamedFamily` of all names with a prefix."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmoco.backbones.preprocessing import Preprocessing
 from fastmoco.config import RunConfig
-from fastmoco.config.resume import run_of
+from fastmoco.config.resume import as_settings, run_of
 from fastmoco.errors import ConfigError
 from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.metrics import FILE_NAME, read_metrics
@@ -47,7 +47,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """Its settings, resolved: `run.config.optim.lr`; `run.config.flat()` is all of them by name."""
-        return read_config(self.path)
+        return as_settings(read_config(self.path))
 
     @property
     def status(self) -> dict[str, Any]:

@@ -36,8 +36,7 @@ from fastmoco.backbones.onnx_file import load_onnx, write_onnx
 from fastmoco.backbones.read import LoadedBackbone, read_backbone, record
 from fastmoco.model.family import COUNTERS
 from fastmoco.model.resnet import SHAPES, set_cifar_stem
-from fastmoco.model.timm_family import PREFIX as TIMM_PREFIX
-from fastmoco.registry import EXPORT_TARGETS
+from fastmoco.registry import EXPORT_TARGETS, TIMM_PREFIX
 from fastmoco.run.sealed import sealed_bytes
 from pipelines.errors import BackendMissingError
 from pipelines.registry import load

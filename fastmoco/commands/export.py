@@ -10,7 +10,7 @@ from fastmoco.backbones.options import ExportOptions
 from fastmoco.backbones.read import LoadedBackbone, read_backbone
 from fastmoco.backbones.write import IMAGES, export
 from fastmoco.console import Fact, make_console, show_result, shown_path
-from fastmoco.model.timm_family import PREFIX
+from fastmoco.registry import TIMM_PREFIX
 
 
 def export_command(options: ExportOptions) -> None:
@@ -58,7 +58,7 @@ def load_lines(backbone: LoadedBackbone, target: str, name: str) -> str:
     Python code runs as it is, except that `batch`, the images for ONNX, must be defined.
     """
     if target == "timm" and loads_whole(backbone):
-        model = backbone.arch.removeprefix(PREFIX)
+        model = backbone.arch.removeprefix(TIMM_PREFIX)
         channels = f", in_chans={backbone.channels}" if backbone.channels != 3 else ""
         return f"import timm; model = timm.create_model({model!r}, checkpoint_path={name!r}, num_classes=0{channels})"
     if target in ("torchvision", "timm"):

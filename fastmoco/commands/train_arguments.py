@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fastmoco.config import RunConfig
 from fastmoco.config.arguments import parse, read, written
 from fastmoco.config.flags import Argument, flags_of
+from fastmoco.config.resume import as_settings
 from fastmoco.config.resume_flags import read_config_file, replanned, saved_config, without_path
 from fastmoco.errors import ConfigError
 from fastmoco.model.architectures import is_named
@@ -83,7 +84,7 @@ def _parse(argv: list[str], default: RunConfig) -> RunConfig:
         command="train",
         usage="[RECIPE] [DATA ...] [--config FILE] [FLAGS]",
         description=TRAIN_DESCRIPTION,
-        default=default.replace(resume=False, overwrite=False, allow_changed=(), allow_changed_data=False),
+        default=as_settings(default),
     )
 
 

@@ -40,6 +40,11 @@ def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     return [(name, value, other[name]) for name, value in a.flat().items() if value != other[name]]
 
 
+def as_settings(config: RunConfig) -> RunConfig:
+    """What a run is made of, without the switches that hold for one start: --resume, --overwrite, --allow-changed."""
+    return config.replace(resume=False, overwrite=False, allow_changed=(), allow_changed_data=False)
+
+
 def absolute_data(data: Sequence[str]) -> tuple[str, ...]:
     """`--data` with absolute paths, so that it means the same in every working directory; names stay as they are."""
     return tuple(name if name in NAMES else os.path.abspath(os.path.expanduser(name)) for name in data)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastmoco.errors import BackendMissingError, ConfigError
-from fastmoco.registry import ARCHITECTURES, FAMILIES, STEMS
+from fastmoco.registry import ARCHITECTURES, FAMILIES, STEMS, TIMM_PREFIX
 from pipelines.errors import how_to_install
 from pipelines.registry import load
 from pipelines.suggest import closest
@@ -45,7 +45,7 @@ def is_named(arch: str | None) -> bool:
 
 def check_installed(arch: str | None) -> None:
     """Raise BackendMissingError if timm is needed and not installed, without importing it."""
-    if _prefix(arch) == "timm/" and importlib.util.find_spec("timm") is None:
+    if _prefix(arch) == TIMM_PREFIX and importlib.util.find_spec("timm") is None:
         raise BackendMissingError(
             f"--arch {arch} needs timm, which is not installed: {how_to_install('timm')} in a checkout, or pip install "
             "timm"

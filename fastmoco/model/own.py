@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fastmoco.errors import ConfigError
 from fastmoco.model.batchnorm.convert import convert_batch_norm
 from fastmoco.model.family import Layout, NormLayer, layout_of
+from fastmoco.registry import OWN_PREFIX
 
-PREFIX = "own/"
 _SIDE = 64  # of the images that the number of features is found with
 
 
@@ -46,7 +46,7 @@ def own_model(module: nn.Module | None, side: int | None = None) -> Iterator[str
     _check_trainable(module)
     token = _GIVEN.set(_Given(module, _feature_dim(module, side or _SIDE)))
     try:
-        yield f"{PREFIX}{type(module).__name__}"
+        yield f"{OWN_PREFIX}{type(module).__name__}"
     finally:
         _GIVEN.reset(token)
 
@@ -85,7 +85,7 @@ class OwnFamily:
 def _given(arch: str) -> _Given:
     given = _GIVEN.get()
     if given is None:
-        name = arch.removeprefix(PREFIX)
+        name = arch.removeprefix(OWN_PREFIX)
         raise ConfigError(
             f"{arch} is a model of your own, which only Python can give: fastmoco.train(model={name}(), ...), "
             f"fastmoco.load_backbone(RUN, model={name}())"

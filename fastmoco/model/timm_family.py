@@ -17,8 +17,8 @@ from fastmoco.errors import ConfigError
 from fastmoco.model.architectures import check_installed
 from fastmoco.model.batchnorm.convert import convert_batch_norm
 from fastmoco.model.family import Layout, ModelSettings, NormLayer, layout_of
+from fastmoco.registry import TIMM_PREFIX
 
-PREFIX = "timm/"
 # Parameters and modules of self-attention and of token mixing: these are no convolutional networks.
 _TOKENS = re.compile(
     r"(.*\.)?(qkv|qkv_proj|q|k|q_proj|kv|query|to_q|to_qkv|pos_embed|cls_token|attention_biases|"
@@ -31,7 +31,7 @@ class TimmFamily:
 
     @staticmethod
     def check(arch: str) -> None:
-        name = arch.removeprefix(PREFIX)
+        name = arch.removeprefix(TIMM_PREFIX)
         check_installed(arch)
         import timm
 
@@ -78,7 +78,7 @@ class TimmFamily:
 def _create(arch: str) -> nn.Module:
     import timm
 
-    return timm.create_model(arch.removeprefix(PREFIX), pretrained=False, num_classes=0)
+    return timm.create_model(arch.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
 
 
 @lru_cache(maxsize=8)

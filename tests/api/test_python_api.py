@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from fastmoco.api.arguments import arguments
 from fastmoco.cli import main
 from fastmoco.config import RunConfig
 from fastmoco.errors import CheckpointError, ConfigError
+from fastmoco.report_page.commands import commands
+from fastmoco.report_page.run_files import read_run
 from pipelines.errors import DataError
 from tests.oddities import encode, picture
 
@@ -195,6 +198,27 @@ def test_it_is_evaluated_and_exported(own: Run, tmp_path: Path) -> None:
     assert torch.equal(module.get_parameter("first.weight"), own.backbone()[0].get_parameter("first.weight"))
     assert preprocess.side == 16
     file.unlink()
+
+
+def test_the_report_says_how_to_go_on_in_python(own: Run, net: Net, tmp_path: Path) -> None:
+    shutil.copytree(own.path, tmp_path / "own")
+    first, report = commands(read_run(tmp_path / "own"))
+    assert (first.language, report.text) == ("Python", f"fastmoco report {tmp_path}/own")
+    assert "net = Net(...)" in first.text
+    lines = first.text.replace("Net(...)", "given").replace(
+        "evaluate(run)", "evaluate(run, probes='knn', limit=64, pictures=False)"
+    )
+    names: dict[str, Any] = {"given": net}
+    exec(lines, names)
+    assert names["run"].status["epoch"] == 4
+    assert names["metrics"]["backbone"]["feature_dim"] == 16
+    assert names["file"].is_file()
+    assert names["backbone"](torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+    for file in (tmp_path / "own" / "checkpoints").iterdir():
+        file.unlink()
+    (again, _) = commands(read_run(tmp_path / "own"))
+    exec(again.text.replace("Net(...)", "given"), names)
+    assert Run(tmp_path / "own").status["state"] == "done"
 
 
 @pytest.mark.slow
