@@ -214,10 +214,10 @@ def test_the_report_says_how_to_go_on_in_python(own: Run, net: Net, tmp_path: Pa
     assert names["metrics"]["backbone"]["feature_dim"] == 16
     assert names["file"].is_file()
     assert names["backbone"](torch.zeros(1, 3, 16, 16)).shape == (1, 16)
-    for file in (tmp_path / "own" / "checkpoints").iterdir():
+    for file in [names["file"], *(tmp_path / "own" / "checkpoints").iterdir()]:
         file.unlink()
-    (again, _) = commands(read_run(tmp_path / "own"))
-    exec(again.text.replace("Net(...)", "given"), names)
+    again, _ = commands(read_run(tmp_path / "own"))
+    exec(again.text.replace("net = Net(...)", ""), names)
     assert Run(tmp_path / "own").status["state"] == "done"
 
 
