@@ -66,8 +66,7 @@ def train(config: RunConfig, console: Console, from_recipe: Collection[str] = ()
         show_advice(context.console, trainer.config, len(context.dataset.train), trainer.steps_per_epoch)
         show_selection(context.console, trainer.selection.notes, trainer.selection.table)
         if trainer.recorder is not None:
-            steps = (trainer.steps_per_epoch, trainer.total_steps)
-            trainer.recorder.start = StartRecord.of(facts, trainer.chance_loss, *steps, context.dataset.train)
+            trainer.recorder.start = StartRecord(facts)
         trainer.run()
         return context.folder
 

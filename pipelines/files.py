@@ -99,6 +99,11 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """An absolute path, with ~ for the home folder, and links as they are."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def is_full(error: OSError) -> bool:
     """Whether a file could not be written because the disk is full, or the user's share of it."""
     return error.errno in _FULL

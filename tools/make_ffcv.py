@@ -49,7 +49,7 @@ from pipelines.data.index import ImageIndex
 from pipelines.data.notes import decoding_lines
 from pipelines.data.space import check_space, pixel_bytes, stored_bytes
 from pipelines.errors import DataError
-from pipelines.files import is_full
+from pipelines.files import absolute, is_full
 from pipelines.platforms import usable_cpus
 from pipelines.randomness import Domain, philox, uniform
 
@@ -165,7 +165,7 @@ def relative_names(index: ImageIndex, data: Sequence[str]) -> list[str]:
         return list(index.records.names)
     if index.paths is None:
         return [f"image {i}" for i in range(len(index))]
-    root = os.path.abspath(os.path.expanduser(data[0]))
+    root = absolute(data[0])
     inside = os.path.isdir(root) and all(path.startswith(root + os.sep) for path in index.paths)
     base = root if inside else os.path.commonpath([os.path.dirname(path) for path in index.paths])
     return [os.path.relpath(path, base) for path in index.paths]

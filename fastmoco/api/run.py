@@ -15,6 +15,7 @@ from fastmoco.config.resume import as_settings, run_of
 from fastmoco.errors import ConfigError
 from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.metrics import FILE_NAME, read_metrics
+from pipelines.files import absolute
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +40,7 @@ class Run:
     model: nn.Module | None = field(default=None, compare=False)
 
     def __init__(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        given = Path(os.path.abspath(os.path.expanduser(path)))
+        given = Path(absolute(path))
         object.__setattr__(self, "path", run_of(given) or given)
         object.__setattr__(self, "model", model)
         _ = self.config  # raises if it is no run

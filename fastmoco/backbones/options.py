@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from fastmoco.config.choices import ExportTo
 from fastmoco.config.resume import run_of
 from fastmoco.errors import ConfigError
 from fastmoco.registry import EXPORT_TARGETS
+from pipelines.files import absolute
 
 DESCRIPTION = (
     "Write the backbone of a run, without its projection head, for another library. The file is loaded back, by that "
@@ -46,19 +46,15 @@ class ExportOptions:
     @property
     def path(self) -> Path:
         """Of the file to write, absolute."""
-        return default_path(self.run, self.to) if self.out is None else _absolute(self.out)
+        return default_path(self.run, self.to) if self.out is None else Path(absolute(self.out))
 
 
 def default_path(run: str, target: str) -> Path:
     """`RUN/RUN-timm.pth` for a run or one of its checkpoints, `backbone-timm.pth` beside a file `backbone.ckpt`."""
-    path, suffix = _absolute(run), EXPORT_TARGETS[target].suffixes[0]
+    path, suffix = Path(absolute(run)), EXPORT_TARGETS[target].suffixes[0]
     folder = run_of(path) or (path if path.is_dir() else None)
     name, folder = (path.name.split(".")[0], path.parent) if folder is None else (folder.name, folder)
     return folder / f"{name or 'backbone'}-{target}{suffix}"
-
-
-def _absolute(path: str) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def parse_export(argv: list[str]) -> ExportOptions:

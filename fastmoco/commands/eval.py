@@ -39,6 +39,7 @@ from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from fastmoco.run.thread_count import threads_restored
 from pipelines.data.dataset import Dataset
 from pipelines.data.notes import file_name
+from pipelines.files import absolute
 from pipelines.randomness import Domain, permutation
 
 NEIGHBOURS, ROWS = 8, 10  # of the retrieval picture
@@ -152,7 +153,7 @@ def _folder(options: EvalOptions) -> Path:
 
     Raises ConfigError, and CheckpointError if the disk is full.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(options.out))) if options.out else _default_folder(options.run)
+    folder = Path(absolute(options.out)) if options.out else _default_folder(options.run)
     check_outside(folder, options.data)
     if options.out is None and folder.is_symlink():
         raise ConfigError(f"{folder} is a symbolic link, which is not followed: name the folder with --out")
@@ -170,7 +171,7 @@ def _default_folder(run: str) -> Path:
     folder = run_folder(run)
     if folder is not None:
         return folder / "eval"
-    name = os.path.basename(os.path.abspath(os.path.expanduser(run)))
+    name = os.path.basename(absolute(run))
     return Path("runs").absolute() / f"eval-{name.split('.')[0] or 'file'}"
 
 

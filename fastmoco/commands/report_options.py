@@ -12,6 +12,7 @@ import tyro
 from fastmoco.config.arguments import parse
 from fastmoco.config.checks import check_types, require
 from fastmoco.errors import ConfigError
+from pipelines.files import absolute
 
 DESCRIPTION = (
     "Write one HTML page on a run: data, settings, curves, views, evaluation and the commands to go on with; with "
@@ -40,13 +41,13 @@ class ReportOptions:
     @property
     def folders(self) -> list[Path]:
         """Of the runs, absolute, each once."""
-        return list(dict.fromkeys(Path(os.path.abspath(os.path.expanduser(run))) for run in self.runs))
+        return list(dict.fromkeys(Path(absolute(run)) for run in self.runs))
 
     @property
     def path(self) -> Path:
         """Of the page, absolute."""
         if self.out is not None:
-            return Path(os.path.abspath(os.path.expanduser(self.out)))
+            return Path(absolute(self.out))
         if len(self.folders) == 1:
             return self.folders[0] / FILE_NAME
         try:

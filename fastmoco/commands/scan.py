@@ -26,7 +26,7 @@ from pipelines.data.notes import lines_of
 from pipelines.data.scan import duplicates, mean_and_std, scan
 from pipelines.data.splits import within
 from pipelines.errors import DataError
-from pipelines.files import is_full
+from pipelines.files import absolute, is_full
 
 MIN_FILES_FOR_WORKERS = 4_000  # fewer are read before worker processes have started, which takes seconds
 MAX_BAD_SHOWN, MAX_DUPLICATES_SHOWN = 10, 3
@@ -91,7 +91,7 @@ def _save(scanned: ScanManifest, data: str, options: ScanOptions) -> Path:
         except OSError:  # a read-only folder or a full disk
             path = in_cache
     else:
-        path = Path(os.path.abspath(os.path.expanduser(options.out)))
+        path = Path(absolute(options.out))
     try:
         manifest.write(scanned, path, data)
     except OSError as error:

@@ -5,7 +5,6 @@ B images · S side of a view in pixels
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from fastmoco.run.stuck_reads import ended_by_stuck_reads
 from pipelines.augment.presets import Augmentation
 from pipelines.backends.select import open_pipeline, open_source
 from pipelines.data.index import ImageIndex
+from pipelines.files import absolute
 from pipelines.plan.planner import Planner
 from pipelines.views import BatchPlan
 
@@ -42,7 +42,7 @@ def views_command(options: ViewsOptions) -> None:
     Raises ConfigError, DataError, CheckpointError for a full disk, BackendMissingError and DeviceError.
     """
     names, console = options.pipelines, make_console()
-    path = Path(os.path.abspath(os.path.expanduser(options.out)))
+    path = Path(absolute(options.out))
     check_picture(path, options.data)
     dataset = load_reported(options, console)
     device = pick_device(options.device)

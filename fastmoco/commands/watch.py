@@ -20,6 +20,7 @@ from fastmoco.errors import AlreadyReportedError, ConfigError, ExitCode, Interru
 from fastmoco.run.follow import FollowedRun, is_run, runs_in
 from fastmoco.run.sparkline import sparkline
 from pipelines.data.printable import printable
+from pipelines.files import absolute
 
 _SILENT_S = 120.0  # a running run that has written nothing for so long may have been killed
 _LABEL, _SPARK = 10, 32  # width in characters
@@ -29,7 +30,7 @@ def watch_command(
     options: WatchOptions, sleep: Callable[[float], None] = time.sleep, console: Console | None = None
 ) -> None:
     """Follow until the run ends or Ctrl-C. Raises ConfigError, and AlreadyReportedError with the run's exit code."""
-    console, folder = console or make_console(), Path(os.path.abspath(os.path.expanduser(options.run)))
+    console, folder = console or make_console(), Path(absolute(options.run))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{options.run} is a file, expected the folder of a run, or one of several runs")
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmoco.config.run_config import RunConfig
 from pipelines.data.names import NAMES
+from pipelines.files import absolute
 
 FREE_ON_RESUME = frozenset(
     {"data_root", "workers", "bad_images", "truncated", "train_folder", "no_labels"}  # the images are compared
@@ -47,7 +47,7 @@ def as_settings(config: RunConfig) -> RunConfig:
 
 def absolute_data(data: Sequence[str]) -> tuple[str, ...]:
     """`--data` with absolute paths, so that it means the same in every working directory; names stay as they are."""
-    return tuple(name if name in NAMES else os.path.abspath(os.path.expanduser(name)) for name in data)
+    return tuple(name if name in NAMES else absolute(name) for name in data)
 
 
 def rescaled(schedule: tuple[int, ...], epochs: int, wanted: int) -> tuple[int, ...]:

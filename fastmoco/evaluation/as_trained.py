@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ from fastmoco.backbones.read import LoadedBackbone
 from fastmoco.config.data import ImagesConfig
 from fastmoco.errors import ConfigError
 from fastmoco.run.directory import read_config
+from pipelines.files import absolute
 
 Options = TypeVar("Options", bound=ImagesConfig)
 
@@ -38,6 +38,6 @@ def decoded_as_trained(options: Options, backbone: LoadedBackbone, path: str) ->
 
 def run_folder(run: str) -> Path | None:
     """The run folder that `run` is or is a file of."""
-    path = Path(os.path.abspath(os.path.expanduser(run)))
+    path = Path(absolute(run))
     candidates = [path, path.parent, *([path.parent.parent] if path.parent.name == "checkpoints" else [])]
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastmoco.errors import ConfigError
 from fastmoco.evaluation.extraction_options import ExtractionOptions
 from fastmoco.model.architectures import check_wanted
 from pipelines.errors import how_to_install
+from pipelines.files import absolute
 
 DESCRIPTION = (
     "Write the features of every image, with their paths and labels, as Parquet or NumPy. With --neighbours also the "
@@ -59,7 +59,7 @@ class EmbedOptions(ExtractionOptions):
     @property
     def path(self) -> Path:
         """Of the file to write, absolute."""
-        return Path(os.path.abspath(os.path.expanduser(self.out)))
+        return Path(absolute(self.out))
 
     @property
     def beside(self) -> dict[str, Path]:

@@ -15,6 +15,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastmoco.report_page import svg
 from fastmoco.report_page.run_files import RunFiles
+from fastmoco.run.metrics import finite_number
+from fastmoco.run.metrics import points as recorded
 
 COLOURS = 8  # lines that can be told apart
 _MAX_POINTS = 240  # of a line; of more, means are drawn
@@ -124,9 +126,9 @@ def _is_constant(lines: Sequence[Line]) -> bool:
 
 
 def points(run: RunFiles, metric: Metric) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric; a value that is not finite is NaN."""
-    found = [(r["step"], float(r[metric.field]) * metric.scale) for r in run.metrics if metric.field in r]
-    return [step for step, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+    """Steps and values of a metric as they are shown; a value that is not finite is NaN."""
+    steps, values = recorded(run.metrics, metric.field)
+    return steps, [value * metric.scale for value in values]
 
 
 def _lines(panel: Panel, run: RunFiles, number: int, runs: int, in_epochs: bool) -> list[Line]:
@@ -167,8 +169,8 @@ def _level(panel: Panel, run: RunFiles) -> tuple[str, float] | None:
 
 def chance_loss(run: RunFiles) -> float | None:
     """The loss at chance level, as recorded; of earlier runs ln(candidates), which is that of InfoNCE."""
-    if run.start is not None:
-        return run.start.chance_loss
+    if (known := finite_number(run.status.get("chance_loss"))) is not None:
+        return known
     model = run.config.model
     if model.objective != "info-nce" or not model.moco_k:
         return None

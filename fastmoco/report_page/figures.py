@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from fastmoco.console import duration
 from fastmoco.report_page.charts import Metric, chance_loss, points
 from fastmoco.report_page.run_files import RunFiles
+from fastmoco.run.metrics import finite_number, finite_values
 
 PROBES = {"knn": "kNN", "linear": "linear", "logistic": "logistic regression", "few-label": "few labels"}
 
@@ -36,17 +36,17 @@ def probe_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
         name = _probe_name(probe) + (f", {amount} of the labels" if amount else "")
         settings = probe.get("settings")
         shown = ", ".join(f"{_words(n)} {_text(v)}" for n, v in settings.items()) if isinstance(settings, dict) else ""
-        spread = _number(probe.get("spread_percent"))
+        spread = finite_number(probe.get("spread_percent"))
         top1 = _percent(probe.get("top1_percent")) + (f" ± {spread:.1f}" if spread is not None else "")
         rows.append((name, shown, top1, _percent(probe.get("top5_percent"))))
     return rows
 
 
 def _knn(run: RunFiles) -> Figure | None:
-    values = _finite(run, "knn_top1_percent")
+    values = finite_values(run.metrics, "knn_top1_percent")
     if not values:
         return None
-    pixels, notes = _finite(run, "knn_pixels_top1_percent"), []
+    pixels, notes = finite_values(run.metrics, "knn_pixels_top1_percent"), []
     if len(values) > 1:
         notes.append(f"before training {values[0]:.1f} %")
     if pixels:
@@ -56,7 +56,7 @@ def _knn(run: RunFiles) -> Figure | None:
 
 def _probes(run: RunFiles) -> Iterable[Figure]:
     for probe in run.evaluation.get("probes", []):
-        if probe["probe"] != "knn" and not probe.get("amount") and _number(probe.get("top1_percent")) is not None:
+        if probe["probe"] != "knn" and not probe.get("amount") and finite_number(probe.get("top1_percent")) is not None:
             yield Figure(f"{_probe_name(probe)} top-1", _percent(probe["top1_percent"]), "fastmoco eval")
 
 
@@ -66,14 +66,14 @@ def _probe_name(probe: Mapping[str, Any]) -> str:
 
 
 def _loss(run: RunFiles) -> Figure | None:
-    values, chance = _finite(run, "loss"), chance_loss(run)
+    values, chance = finite_values(run.metrics, "loss"), chance_loss(run)
     if not values:
         return None
     return Figure("loss", f"{values[-1]:.3f}", "" if chance is None else f"chance {chance:.2f}")
 
 
 def _rank(run: RunFiles) -> Figure | None:
-    values = _finite(run, "effective_rank")
+    values = finite_values(run.metrics, "effective_rank")
     if not values:
         return None
     before = f"before training {values[0]:.1f}, " if len(values) > 1 else ""
@@ -84,7 +84,7 @@ def _cost(run: RunFiles) -> Iterable[Figure]:
     steps, rates = points(run, Metric("images_per_s"))
     batch = run.config.optim.batch_size
     if rates:
-        wait = _finite(run, "data_wait_percent")
+        wait = finite_values(run.metrics, "data_wait_percent")
         note = f"median; waits {statistics.median(wait):.0f} % for data" if wait else "median"
         yield Figure("speed", f"{statistics.median(rates):,.0f} images/s", note)
     if rates and isinstance(batch, int):
@@ -93,23 +93,15 @@ def _cost(run: RunFiles) -> Iterable[Figure]:
         epochs = run.config.optim.epochs
         note = f"{run.step:,} of {run.steps:,} steps, {epochs:,} epochs" if run.steps and epochs else ""
         yield Figure("time of training", duration(sum(seconds)), note)
-    if memory := _finite(run, "device_memory_bytes"):
+    if memory := finite_values(run.metrics, "device_memory_bytes"):
         yield Figure("memory of the device", f"{max(memory) / 2**30:.1f} GiB", "at most")
-    if power := _finite(run, "device_power_w"):
+    if power := finite_values(run.metrics, "device_power_w"):
         yield Figure("power of the device", f"{statistics.fmean(power):.0f} W", "on average")
 
 
-def _finite(run: RunFiles, name: str) -> list[float]:
-    return [value for value in points(run, Metric(name))[1] if math.isfinite(value)]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _percent(value: Any) -> str:
-    number = _number(value)
-    return "" if number is None else f"{number:.1f} %"
+    percent = finite_number(value)
+    return "" if percent is None else f"{percent:.1f} %"
 
 
 def _words(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from fastmoco.report_page.render import render
 from fastmoco.report_page.run_files import RunFiles
 from fastmoco.report_page.settings import all_settings, differing_settings
 from fastmoco.run.environment import version
+from fastmoco.run.metrics import finite_number
 from fastmoco.run.verdict import last_verdict
 from pipelines.files import write_atomically
 
@@ -201,5 +201,5 @@ def _evaluations(run: RunFiles) -> tuple[list[str], list[list[str]]]:
 
 
 def _cell(record: dict[str, Any], name: str, text: Any) -> str:
-    value = record.get(name)
-    return text(value) if isinstance(value, int | float) and math.isfinite(value) else ""
+    value = finite_number(record.get(name))
+    return "" if value is None else text(value)

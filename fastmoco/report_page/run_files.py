@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +14,9 @@ from fastmoco.console import duration
 from fastmoco.errors import ConfigError
 from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
-from fastmoco.run.metrics import Record, read_metrics
+from fastmoco.run.metrics import Record, finite_number, read_metrics
 from fastmoco.run.start_record import StartRecord, read_start
-from pipelines.files import read_file
+from pipelines.files import absolute, read_file
 
 SILENT_S = 1800.0  # after which a run that is not said to have ended may have been killed
 STATES = ("running", "done", "preempted", "failed")
@@ -52,9 +51,9 @@ class RunFiles:
 
     @cached_property
     def steps_per_epoch(self) -> float | None:
-        """From start.json, or from a record at the end of an epoch; None before the first has ended."""
-        if self.start is not None:
-            return self.start.steps_per_epoch or None
+        """As status.json says, or of an earlier run a record at the end of an epoch; None if neither is there."""
+        if known := finite_number(self.status.get("steps_per_epoch")):
+            return known
         ends = [r["step"] / r["epoch"] for r in self.metrics if "loss" not in r and r.get("epoch", 0) >= 1]
         return ends[0] if ends else None
 
@@ -87,7 +86,7 @@ class RunFiles:
 
 def read_run(folder: Path) -> RunFiles:
     """Read a run. Raises ConfigError if it is none, or if its config.json cannot be read."""
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(absolute(folder))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: expected that of a run, such as runs/NAME")
     if not (folder / "config.json").is_file():

@@ -29,7 +29,7 @@ from fastmoco.run.environment import git_commit, versions
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 from fastmoco.run.overwrite import LOCK_NAME, delete_run, foreign_entry
 from fastmoco.run.verdict import Verdict, last_verdict
-from pipelines.files import is_full, open_to_append, read_file, write_atomically
+from pipelines.files import absolute, is_full, open_to_append, read_file, write_atomically
 from pipelines.platforms import lock, open_folder
 
 _RESERVED_BYTES = 16_384  # of the disk, in the lock file: enough for status.json
@@ -58,7 +58,7 @@ class RunDirectory:
         `overwrite`, has no run to resume, is to be overwritten and is not recognisably a run, or has links for folders;
         CheckpointError if the run to resume has no checkpoint, or if the disk is full.
         """
-        path = Path(os.path.abspath(path.expanduser()))
+        path = Path(absolute(path))
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{path} is a file, expected a folder for the run: choose another with --out")

@@ -6,13 +6,12 @@ Imports no torch.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fastmoco.run.metrics import FILE_NAME
+from fastmoco.run.metrics import FILE_NAME, finite_number
 
 _MAX_BYTES = 64 * 2**20  # read at a time
 _SERIES = ("loss", "knn_top1_percent", "effective_rank")
@@ -85,8 +84,7 @@ class FollowedRun:
 
     def number(self, name: str, values: dict[str, Any] | None = None) -> float | None:
         """A metric as a finite number, else None."""
-        value = (self.latest if values is None else values).get(name)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return finite_number((self.latest if values is None else values).get(name))
 
     def text(self, name: str) -> str:
         """A text such as `verdict`, of the metrics or the status; empty without."""

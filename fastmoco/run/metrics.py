@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[Record]:
         elif number < len(lines) or line.endswith(b"\n"):
             raise CheckpointError(f"{path} line {number} is not valid: delete that line to read the others")
     return records
+
+
+def finite_number(value: object) -> float | None:
+    """A value as a finite number, else None; JSON's true and false are none."""
+    return float(value) if isinstance(value, int | float) and _is_number(value) and math.isfinite(value) else None
+
+
+def finite_values(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+    """The finite values of a metric, oldest first."""
+    return [value for record in records if (value := finite_number(record.get(field))) is not None]
+
+
+def points(records: Sequence[Record], field: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric where it was recorded; a value that is not finite is NaN."""
+    found = [(record["step"], finite_number(record[field])) for record in records if record.get(field) is not None]
+    return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
 
 
 def _parse(line: bytes) -> Record | None:

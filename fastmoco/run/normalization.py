@@ -17,6 +17,7 @@ from pipelines.data.names import NAMES
 from pipelines.data.notes import evenly_spaced
 from pipelines.data.scan import channel_histogram, mean_and_std
 from pipelines.errors import DataError
+from pipelines.files import absolute
 
 SAMPLED = 256
 _DIGITS = 4  # as `fastmoco scan` prints them, so that --mean and --std with those numbers are the same run
@@ -62,7 +63,7 @@ def scanned_normalization(
     """
     total = None
     for name in data:
-        path = os.path.abspath(os.path.expanduser(name))
+        path = absolute(name)
         if name in NAMES and not os.path.exists(path):
             raise ConfigError(
                 f"--normalization scan is for folders and lists of images, not for {name}: give --mean and --std"

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from fastmoco.console import short
-from fastmoco.run.metrics import Record
+from fastmoco.run.metrics import Record, points
 from fastmoco.run.png import save_figure, save_image, shown_bands
 
 # ---- views -----------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
     """
     labelled = any("knn_top1_percent" in record for record in metrics)
     panels = (_PANELS[0], _LABELLED if labelled else _UNLABELLED, *_PANELS[1:])
-    series = [(panel, *_points(metrics, panel.field)) for panel in panels]
+    series = [(panel, *points(metrics, panel.field)) for panel in panels]
     series = [(panel, steps, values) for panel, steps, values in series if any(map(math.isfinite, values))]
     columns, rows = min(2, max(1, len(series))), max(1, -(-len(series) // 2))
     figure = Figure(figsize=(1 + 5 * columns, 0.3 + 2.9 * rows), dpi=110)
@@ -185,7 +185,7 @@ def curves(metrics: Sequence[Record], path: Path, chance_loss: float) -> None:
         if panel.field == "loss":
             _draw_level(axes, chance_loss, f"chance {chance_loss:.2f}")
         elif panel is _LABELLED:
-            for level in _points(metrics, "knn_pixels_top1_percent")[1][:1]:
+            for level in points(metrics, "knn_pixels_top1_percent")[1][:1]:
                 _draw_level(axes, level, f"raw pixels {level:.1f} %")
     save_figure(figure, path)
 
@@ -206,11 +206,6 @@ def _draw_level(axes: Axes, level: float, text: str) -> None:
         fontsize=8,
     )
     axes.margins(y=0.12)
-
-
-def _points(metrics: Sequence[Record], field: str) -> tuple[list[int], list[float]]:
-    points = [(record["step"], float(record[field])) for record in metrics if record.get(field) is not None]
-    return [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
 
 
 def _draw(axes: Axes, panel: _Panel, steps: list[int], values: list[float]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastmoco.run.thread_count import default_threads
 from fastmoco.step.kernels import check_kernels, compiler_missing, triton_missing
 from pipelines.backends.select import choose, default_workers
 from pipelines.data.index import ImageIndex
+from pipelines.files import absolute
 
 GROUP = 16  # smallest batch norm group; with 32 images in 8 groups, shapes reaches 63 % instead of 83 %
 COMPILE_WORTH_STEPS = 100_000  # ten minutes to two hours of training, of which compiling takes about one minute
@@ -81,7 +81,7 @@ def resolve(
 
     batch = _batch_size(given["batch_size"], values["batch_size"], len(images), rank_info.size)
     if given["resume_from"] is not None:
-        filled["resume_from"] = os.path.abspath(os.path.expanduser(given["resume_from"]))
+        filled["resume_from"] = absolute(given["resume_from"])
     filled |= {"data": absolute_data(given["data"]), "crop_size": side, "batch_size": batch}
     if given["lr"] is None and batch != values["batch_size"] and given["lr_scaling"] == "linear":
         filled["lr"] = values["lr"] * batch / values["batch_size"]

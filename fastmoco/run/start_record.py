@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastmoco.console import Fact
 from pipelines import host_memory
 from pipelines.files import read_file, write_atomically
 from pipelines.platforms import processor_name, usable_cpus
-
-if TYPE_CHECKING:  # it imports torch, which readers do not need
-    from pipelines.data.index import ImageIndex
 
 FILE_NAME = "start.json"
 
@@ -26,26 +23,12 @@ FILE_NAME = "start.json"
 class StartRecord:
     """What the other files of a run do not say.
 
-    facts            the rows printed at the start: settings, and the reason for each that was not given
-    chance_loss      the loss at chance level
-    steps            of the whole run
-    images, classes  of the training split; 0 classes without labels
-    machine          processor, usable cores, memory in bytes, operating system
+    facts    the rows printed at the start: settings, and the reason for each that was not given
+    machine  processor, usable cores, memory in bytes, operating system
     """
 
     facts: Sequence[Fact]
-    chance_loss: float
-    steps_per_epoch: int
-    steps: int
-    images: int
-    classes: int
     machine: dict[str, Any] = field(default_factory=lambda: machine())
-
-    @classmethod
-    def of(
-        cls, facts: Sequence[Fact], chance_loss: float, steps_per_epoch: int, steps: int, images: ImageIndex
-    ) -> StartRecord:
-        return cls(facts, chance_loss, steps_per_epoch, steps, len(images), len(images.class_names))
 
     def write(self, run: Path) -> None:
         """Write start.json. A resumed run keeps the reasons that it no longer knows. Raises OSError."""
@@ -61,10 +44,7 @@ def read_start(run: Path) -> StartRecord | None:
     try:
         content = json.loads(read_file(run / FILE_NAME))
         facts = [Fact(*(str(fact[name]) for name in Fact._fields)) for fact in content.pop("facts")]
-        counts: list[int] = [content[name] for name in ("steps_per_epoch", "steps", "images", "classes")]
-        if not all(type(count) is int for count in counts) or not isinstance(content["machine"], dict):
-            return None
-        return StartRecord(facts, float(content["chance_loss"]), *counts, machine=content["machine"])
+        return StartRecord(facts, content["machine"]) if isinstance(content["machine"], dict) else None
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
 

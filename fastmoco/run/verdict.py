@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastmoco.run.metrics import finite_number, finite_values
+
 # Uniformity is about -2 times the mean squared distance of two images, if that is small: 0.005 is a distance of 0.05.
 # Untrained encoders have -0.06, and after an epoch that learns -0.44 (drawn shapes).
 COLLAPSED_UNIFORMITY = -0.005
@@ -140,31 +142,22 @@ def signs_of(
     last = records[evaluations[-1]] if evaluations else {}
     end = evaluations[-1] if evaluations else len(records)
     begin = evaluations[-2] if len(evaluations) > 1 else 0
-    waits = [
-        wait for wait in (_number(record, "data_wait_percent") for record in records[begin:end]) if wait is not None
-    ]
-    losses = [loss for loss in (_number(record, "loss") for record in records[:end]) if loss is not None]
+    waits, losses = finite_values(records[begin:end], "data_wait_percent"), finite_values(records[:end], "loss")
     knn = next((name for name in ("knn_top1_percent", "knn_output_top1_percent") if name in last), "knn_top1_percent")
-    firsts = [value for value in (_number(record, knn) for record in records[:end]) if value is not None]
-    pixels = [value for value in (_number(r, "knn_pixels_top1_percent") for r in records) if value is not None]
+    firsts, pixels = finite_values(records[:end], knn), finite_values(records, "knn_pixels_top1_percent")
     return Signs(
         loss=losses[-1] if losses else None,
         chance_loss=chance_loss,
         keys_replaced=last.get("step", 0) * batch_size / queue if queue else math.inf,
-        alignment=_number(last, "alignment"),
-        uniformity=_number(last, "uniformity"),
-        effective_rank=_number(last, "effective_rank"),
+        alignment=finite_number(last.get("alignment")),
+        uniformity=finite_number(last.get("uniformity")),
+        effective_rank=finite_number(last.get("effective_rank")),
         most_directions=most_directions,
-        knn_percent=_number(last, knn),
+        knn_percent=finite_number(last.get(knn)),
         knn_first_percent=firsts[0] if firsts else None,
         knn_pixels_percent=pixels[0] if pixels else None,
         data_wait_percent=sum(waits) / len(waits) if waits else None,
     )
-
-
-def _number(record: Mapping[str, Any], name: str) -> float | None:
-    value = record.get(name)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def last_verdict(records: Sequence[Mapping[str, Any]]) -> Verdict | None:

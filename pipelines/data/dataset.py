@@ -39,6 +39,7 @@ from pipelines.data.splits import (
 from pipelines.data.tar_classes import named_classes
 from pipelines.data.tar_shards import Members, Shards, find_shards, inspect_members, list_members
 from pipelines.errors import DataError
+from pipelines.files import absolute
 
 __all__ = [
     "MAX_BAD_FRACTION",
@@ -157,7 +158,7 @@ def _find_shards(data: str, train_folder: str | None, test_folder: str | None) -
     shards = None if data in NAMES else find_shards(data)
     if shards is None or (train_folder, test_folder) == (None, None):
         return shards
-    folder = os.path.abspath(os.path.expanduser(data))
+    folder = absolute(data)
     if not os.path.isdir(folder):
         refuse_folders(data, train_folder, test_folder)
     parts = []

@@ -15,6 +15,7 @@ from pipelines.data.lists import read_list
 from pipelines.data.named import imagenette_folders
 from pipelines.data.names import ARRAYS, NAMES
 from pipelines.errors import DataError
+from pipelines.files import absolute
 from pipelines.suggest import closest
 
 
@@ -59,7 +60,7 @@ def find_files(
     if data == "imagenette":
         folder, class_names = imagenette_folders(root)
         return replace(_in_folder(str(folder), data, labels, train_folder, test_folder), class_names=class_names)
-    path = os.path.abspath(os.path.expanduser(data))
+    path = absolute(data)
     if data.endswith(".beton"):
         raise DataError(f"{printable(data)} holds records, checked when written; expected the original images")
     if os.path.isdir(path):

@@ -33,6 +33,7 @@ from pipelines.data.index import PackedRecords
 from pipelines.data.layout import TESTS, TRAIN, find_splits
 from pipelines.data.tar_classes import classes_of
 from pipelines.errors import DataError
+from pipelines.files import absolute
 from pipelines.reads import Timed
 
 MAX_LABEL_BYTES = 256
@@ -72,7 +73,7 @@ def find_shards(data: str) -> Shards | None:
 
     Raises DataError if an archive of a pattern is missing, or a folder contains both plain and compressed archives.
     """
-    path = os.path.abspath(os.path.expanduser(data))
+    path = absolute(data)
     if _RANGE.search(data):
         return Shards(_expand(path))
     if os.path.isfile(path):

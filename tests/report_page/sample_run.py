@@ -69,11 +69,12 @@ def write_run(
         "git_commit": "0123456",
         "versions": {"torch": "2.11"},
     }
+    content |= {"steps": 40, "steps_per_epoch": 10, "chance_loss": 6.24} if started else {}
     (folder / "status.json").write_text(json.dumps(content | (status or {})))
     lines = records() if metrics is None else metrics
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if started:
-        StartRecord(facts, 6.24, 10, 40, 160, 10, MACHINE).write(folder)
+        StartRecord(facts, MACHINE).write(folder)
     picture(folder / "views.png")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-000000040.safetensors").write_bytes(b"")

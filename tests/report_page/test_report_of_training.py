@@ -26,15 +26,12 @@ def test_the_last_line_of_a_run_names_the_command_of_its_page(
     assert last == "fastmoco report 'a run' shows all of it on one page"
     start = read_start(tmp_path / "a run")
     assert start is not None
-    assert (start.steps_per_epoch, start.steps, start.images, start.classes) == (4, 4, 32, 10)
-    assert start.chance_loss == pytest.approx(math.log(17))
     reasons = {fact.name: fact.why for fact in start.facts if fact.why}
     assert reasons["stem"] == "crops of 8 pixels"
 
     assert main(["train", "--resume", "a run", "--epochs", "2"]) == ExitCode.DONE
     resumed = read_start(tmp_path / "a run")
     assert resumed is not None
-    assert resumed.steps == 8
     assert {fact.name: fact.why for fact in resumed.facts}["stem"] == "crops of 8 pixels"
 
     assert main(shlex.split(last)[1:3]) == ExitCode.DONE
