@@ -9,8 +9,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -36,14 +38,39 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place.folder / "runs" / "NAME"
 
 
+class Installed(NamedTuple):
+    """What the commands of a page are checked with.
+
+    require   skips or fails the test without a package, of tests/conftest.py
+    flags_of  the flags that a program explains: under --help-all, where it has that
+    """
+
+    require: Callable[[str], None]
+    flags_of: Callable[[tuple[str, ...]], frozenset[str]]
+
+
+@pytest.fixture(scope="module")
+def installed(require_backend: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    place = Workplace(tmp_path_factory.mktemp("help"))
+
+    @cache
+    def flags_of(program: tuple[str, ...]) -> frozenset[str]:
+        short, full = (place.run([*program, flag]) for flag in ("--help", "--help-all"))
+        return frozenset(re.findall(r"--[a-z][\w-]*", short.stdout + full.stdout * (full.returncode == 0)))
+
+    return Installed(require_backend, flags_of)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", PAGES)
-def test_every_command_and_example_of_the_page_works(name: str, trained: Path, tmp_path: Path) -> None:
+def test_every_command_and_example_of_the_page_works(
+    name: str, trained: Path, installed: Installed, tmp_path: Path
+) -> None:
     place, output = Workplace(tmp_path / "place", trained), ""
     for block in blocks(PAGES[name]):
         if block.language in RUN:
-            output += run_block(place, block)
+            output += run_block(place, block, installed)
         if block.language == SHOWN and first_line(block) not in treatments.NOT_PRINTED_HERE:
             missing = missing_lines(block.code, output)
             assert missing == [], f"{block}: these lines are not printed:\n{missing}\nin\n{output}"
@@ -53,7 +80,7 @@ def first_line(block: Block) -> str:
     return " ".join(block.code.splitlines()[0].split())
 
 
-def run_block(place: Workplace, block: Block) -> str:
+def run_block(place: Workplace, block: Block, installed: Installed) -> str:
     """What the commands or the code print. Fails at the first that does."""
     if block.language == "python":
         done = place.run([sys.executable, "-c", block.code])
@@ -61,8 +88,11 @@ def run_block(place: Workplace, block: Block) -> str:
         return done.stdout
     printed = ""
     for command in commands(block):
+        for part, package in treatments.NEEDS.items():
+            if part in command:
+                installed.require(package)
         if treatments.reason_not_run(command):
-            assert_known(place, command)
+            assert_known(command, installed)
             continue
         if re.fullmatch(r'[A-Z_]+=(\S*|"[^"]*")', command):
             place.variables.append(command)
@@ -80,7 +110,7 @@ def missing_lines(shown: str, output: str) -> list[str]:
     return [line for line in shown.splitlines() if line.strip() not in SKIPPED_OUTPUT and shape_of(line) not in printed]
 
 
-def assert_known(place: Workplace, command: str) -> None:
+def assert_known(command: str, installed: Installed) -> None:
     """The scripts of a command exist, and its flags are in their help."""
     for part in re.split(r"&&|\||-m (?=fastmoco)", command):
         words = [word for word in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=.*", word)]
@@ -89,14 +119,7 @@ def assert_known(place: Workplace, command: str) -> None:
         assert all((ROOT / file).exists() for file in files), f"{command}: no such file"
         flags = {word.partition("=")[0] for word in words if word.startswith("--")}
         program = words[:2] if words[0] in ("python", "fastmoco", "mkdocs", "ruff") else words[:1]
-        assert not flags or flags <= flags_in_help(place, tuple(program)), f"{command}: unknown flag"
-
-
-@cache
-def flags_in_help(place: Workplace, program: tuple[str, ...]) -> frozenset[str]:
-    """The flags that a program explains: under --help-all, where it has that."""
-    short, full = (place.run([*program, flag]) for flag in ("--help", "--help-all"))
-    return frozenset(re.findall(r"--[a-z][\w-]*", short.stdout + full.stdout * (full.returncode == 0)))
+        assert not flags or flags <= installed.flags_of(tuple(program)), f"{command}: unknown flag"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -184,10 +207,9 @@ SCRIPTS = ("tools/make_ffcv.py", "tools/make_shards.py", "benchmarks/scaling.py"
 
 
 @pytest.fixture(scope="module")
-def known_flags(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
-    place = Workplace(tmp_path_factory.mktemp("help"))
+def known_flags(installed: Installed) -> frozenset[str]:
     programs = [("fastmoco", command) for command in COMMANDS] + [("python", script) for script in SCRIPTS]
-    helps = [flags_in_help(place, program) for program in programs]
+    helps = [installed.flags_of(program) for program in programs]
     assert all(helps)
     of_all = re.findall(r"--[a-z][a-z0-9-]*", USAGE)
     return frozenset().union(*helps, of_all, " ".join(FLAGS_OF_OTHERS).split())

@@ -71,6 +71,17 @@ TESTED_SCRIPTS = {
     "mkdocs": "tests/docs/test_site.py builds the site",
 }
 
+# Part of a command: the package, of tests/conftest.py, without which the rest of its page is skipped.
+NEEDS: dict[str, str] = {
+    "mkdocs": "site",
+    "--pipeline dali": "dali",
+    "--pipeline ffcv": "ffcv",
+    "--to onnx": "onnx",
+    ".parquet": "parquet",
+    "--wandb": "wandb",
+    "--mlflow": "mlflow",
+}
+
 # First line, single-spaced, of a `text` block that is not output of the commands of its page: what it is.
 NOT_PRINTED_HERE: dict[str, str] = {
     "step on R GPUs = T + last bucket of gradients ready only at the end of the backward": "formulas",
