@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 
-from fastmoco.commands.train_arguments import parse_train, train_arguments
+from fastmoco.commands.train_arguments import train_arguments
 from fastmoco.config import RunConfig
 from fastmoco.config.arguments import suggestion
 from fastmoco.config.flags import HELP
@@ -134,7 +134,7 @@ def _recipes(argv: list[str]) -> None:
 def _sweep(argv: list[str]) -> None:
     from fastmoco.commands.sweep import sweep_command
 
-    sweep_command(argv, parse_train)
+    sweep_command(argv)
 
 
 def _export(argv: list[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from fastmoco.commands.train_arguments import train_arguments
 from fastmoco.config import RunConfig
 from fastmoco.config.arguments import read, written
 from fastmoco.config.checks import flag
@@ -38,8 +39,8 @@ own setting.
 All flags: fastmoco sweep --help-all, or fastmoco train --help"""
 
 
-def sweep_command(argv: list[str], parse_train: Callable[[list[str]], RunConfig]) -> None:
-    """Run a sweep; `parse_train` parses the flags of `fastmoco train`.
+def sweep_command(argv: list[str]) -> None:
+    """Run a sweep.
 
     Raises ConfigError, and any error of a run except divergence; the same command then resumes the sweep.
     """
@@ -60,7 +61,12 @@ def sweep_command(argv: list[str], parse_train: Callable[[list[str]], RunConfig]
     if len({axis.field for axis in axes}) < len(axes):
         raise ConfigError("--vary names a setting twice: give all its values at once, such as moco-m=0,0.9,0.99")
     folder = Path(out or Path("runs") / "-".join(["sweep", recipe, *(axis.field.replace("_", "-") for axis in axes)]))
-    cells = plan(axes, lambda cell_flags: parse_train([*words, *flags, *cell_flags]), folder)
+
+    def parse(of_cell: list[str]) -> tuple[RunConfig, frozenset[str]]:
+        given = train_arguments([*words, *flags, *of_cell])
+        return given.config, given.from_recipe
+
+    cells = plan(axes, parse, folder)
     if name is not None:
         check_data(name, cells[0].config)
     announce(f"{len(cells)} runs on {', '.join(cells[0].config.data.data)}", is_log=True)
@@ -92,7 +98,7 @@ def _train(cells: list[Cell], axes: Sequence[Axis], recipe: str, command: str, f
                 console.print(Text(table(cells, axes)), soft_wrap=True)
 
     try:
-        run_sweep(cells, lambda config: train(config, console), on_start, redo=overwrite)
+        run_sweep(cells, lambda config, from_recipe: train(config, console, from_recipe), on_start, redo=overwrite)
     except BaseException as ended:
         try:
             report()

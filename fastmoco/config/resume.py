@@ -33,6 +33,9 @@ COMPARED_BY_EFFECT = frozenset(
 `fastmoco.run.changes` compares them. The weights depend on each of the other settings.
 """
 
+ADAPTED_TO_IMAGES = frozenset({"moco_k", "batch_size", "lr", "bn_splits"})
+"""Settings of a recipe that may be reduced where there are fewer images (`fastmoco.run.resolve`)."""
+
 
 def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """All fields that differ, as (field, value in a, value in b), in the order of --help."""

@@ -19,7 +19,7 @@ from fastmoco.config import FREE_ON_RESUME, RunConfig, differences
 from fastmoco.config.checks import flag, known
 from fastmoco.config.flags import flags_of
 from fastmoco.config.peers import own_name
-from fastmoco.config.resume import absolute_data
+from fastmoco.config.resume import ADAPTED_TO_IMAGES, absolute_data
 from fastmoco.errors import CheckpointError, ConfigError, DivergedError, ExitCode
 from fastmoco.recipes import PUBLISHED, recipe
 from fastmoco.run.directory import read_config, read_status
@@ -65,12 +65,14 @@ class Axis:
 class Cell:
     """One combination of a sweep: values by setting, configuration of the run, outcome and results.
 
-    outcome  "done", "diverged" or "not run"
-    results  knn_before_percent, knn_percent, loss, images_per_s and others, if measured
+    from_recipe  fields that only the recipe sets
+    outcome      "done", "diverged" or "not run"
+    results      knn_before_percent, knn_percent, loss, images_per_s and others, if measured
     """
 
     values: dict[str, str]
     config: RunConfig
+    from_recipe: frozenset[str] = frozenset()
     outcome: str = "not run"
     results: dict[str, float] = field(default_factory=dict)
 
@@ -89,8 +91,10 @@ class Cell:
         return self.results.get("knn_percent")
 
 
-def plan(axes: Sequence[Axis], config_of: Callable[[list[str]], RunConfig], out: Path) -> list[Cell]:
-    """The runs of a sweep, the last axis varying fastest. `config_of` parses arguments into a configuration.
+def plan(axes: Sequence[Axis], parse: Callable[[list[str]], tuple[RunConfig, frozenset[str]]], out: Path) -> list[Cell]:
+    """The runs of a sweep, the last axis varying fastest.
+
+    parse  reads arguments of `fastmoco train`: the configuration, and the fields that only the recipe sets
 
     Raises ConfigError for an invalid combination, before anything runs.
     """
@@ -99,7 +103,7 @@ def plan(axes: Sequence[Axis], config_of: Callable[[list[str]], RunConfig], out:
         values = {axis.field: value for axis, value in zip(axes, combination, strict=True)}
         flags = [argument for axis in axes for argument in axis.flags(values[axis.field])]
         name = _folder_name(values, {cell.name for cell in cells})
-        cells.append(Cell(values, config_of([*flags, "--out", str(out / name)])))
+        cells.append(Cell(values, *parse([*flags, "--out", str(out / name)])))
     return cells
 
 
@@ -112,14 +116,15 @@ def _folder_name(values: dict[str, str], taken: set[str]) -> str:
 
 def run_sweep(
     cells: Sequence[Cell],
-    train: Callable[[RunConfig], object],
+    train: Callable[[RunConfig, frozenset[str]], object],
     on_start: Callable[[Cell, str], None],
     *,
     redo: bool = False,
 ) -> None:
     """Finish every run, and fill in the outcome and results of its cell.
 
-    train     trains one run; its errors end the sweep, except DivergedError, which is an outcome
+    train     trains a configuration, given the fields that only the recipe sets; its errors end the sweep, except
+              DivergedError, which is an outcome
     on_start  called before each run is trained, with "run" or "resume"
     redo      train all runs again
 
@@ -133,7 +138,8 @@ def run_sweep(
         on_start(cell, "resume" if resumable else "run")
         exists = (cell.folder / "config.json").exists() or (cell.folder / "status.json").exists()
         try:
-            train(cell.config.replace(resume=resumable, overwrite=exists and not resumable))
+            config = cell.config.replace(resume=resumable, overwrite=exists and not resumable)
+            train(config, cell.from_recipe)
         except DivergedError:
             pass  # recorded in status.json
         except CheckpointError as error:
@@ -151,6 +157,7 @@ def _has_ended(cell: Cell) -> bool:
         f"{name} is {requested!r} and was {recorded!r}"
         for name, requested, recorded in differences(_located(cell.config), _located(read_config(cell.folder)))
         if (name not in FREE_ON_RESUME or name in ("init", "init_prefix")) and _is_explicit(name, requested)
+        if name not in ADAPTED_TO_IMAGES & cell.from_recipe
     ]
     if changed:
         raise ConfigError(

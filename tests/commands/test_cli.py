@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError, ExitCode
 from pipelines.augment.presets import CIFAR

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import ExitCode
 
 MISTAKES = {

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastmoco.backbones.options import ExportOptions
-from fastmoco.cli import COMMANDS, main, parse_train
+from fastmoco.cli import COMMANDS, main
 from fastmoco.commands.doctor_options import DoctorOptions
 from fastmoco.commands.scan_options import ScanOptions
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.commands.views_options import ViewsOptions, parse_views
 from fastmoco.commands.watch_options import WatchOptions
 from fastmoco.config import RunConfig

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from fastmoco import trainer
-from fastmoco.cli import parse_train
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.console import shown_path
 from fastmoco.distributed.world import World
 from fastmoco.errors import AlreadyReportedError, ExitCode

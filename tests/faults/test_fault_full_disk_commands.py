@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
 from fastmoco.commands import eval as eval_module
 from fastmoco.commands import sweep as sweep_module
 from fastmoco.errors import DivergedError, ExitCode
@@ -161,9 +161,9 @@ def test_the_results_of_a_sweep_on_a_full_disk(
     second = RuntimeError("the error of a run") if diverges else DivergedError("not finite")
     training = FakeTraining({"moco-m=0.9": second})
 
-    def train(config: Any, _: Any) -> None:
+    def train(config: Any, _: Any, from_recipe: frozenset[str]) -> None:
         try:
-            training.train(config)
+            training.train(config, from_recipe)
         finally:
             if config.model.moco_m:
                 fill(disk)
@@ -172,7 +172,7 @@ def test_the_results_of_a_sweep_on_a_full_disk(
     arguments = ["--vary", "moco-m=0,0.9", "--out", str(disk / "sweep")]
     if diverges:
         with pytest.raises(RuntimeError, match="the error of a run"):
-            sweep_module.sweep_command(arguments, parse_train)
+            sweep_module.sweep_command(arguments)
     else:
         assert main(["sweep", *arguments]) == ExitCode.CHECKPOINT
     output, error = capsys.readouterr()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torchvision import datasets
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
 from fastmoco.commands.recipes import in_full
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import ExitCode
 from fastmoco.evaluation.options import EvalOptions
 from fastmoco.recipes import PUBLISHED, RECIPES, entry, recipe

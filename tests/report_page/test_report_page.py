@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fastmoco.backbones.options import parse_export
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
 from fastmoco.commands.report_options import parse_report
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import ConfigError, ExitCode
 from fastmoco.evaluation.options import parse_eval
 from fastmoco.report_page.commands import commands

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from fastmoco import load_backbone
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import CheckpointError, ExitCode
 from fastmoco.run.directory import read_status
 from fastmoco.run.metrics import read_metrics

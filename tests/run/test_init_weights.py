@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastmoco import load_backbone
 from fastmoco.backbones.read import read_init
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError, ExitCode
 from fastmoco.model.encoder import Encoder, build_encoder

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import CheckpointError, ConfigError, ExitCode
 from fastmoco.step.schedules import Rates
 from tests.oddities import encode, picture

@@ -14,7 +14,7 @@ from test_checkpoint import assert_same, tensors_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmoco.cli import parse_train
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.run.snapshot import HostBuffers
 from fastmoco.run.start import run_context
 from fastmoco.run.state import TrainState, build_state

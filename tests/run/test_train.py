@@ -26,7 +26,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.errors import ExitCode, Preempted
 from fastmoco.run.metrics import read_metrics
 from fastmoco.run.preemption import StopFlag

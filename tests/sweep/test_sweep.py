@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.cli import main, parse_train
+from fastmoco.cli import main
 from fastmoco.commands.sweep import table
+from fastmoco.commands.train_arguments import parse_train, train_arguments
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError, DivergedError, ExitCode
-from fastmoco.run.directory import RunDirectory, read_status
+from fastmoco.run.directory import RunDirectory, read_config, read_status
 from fastmoco.sweep.plot import draw_sweep
 from fastmoco.sweep.runs import Axis, Cell, paper_percent, plan, run_sweep, write_json
 from pipelines.backends.two_view import TwoViewPipeline
@@ -26,6 +27,11 @@ FLAGS = [*RESIDENT, "--no-tensorboard", "--knn-every", "1", "--log-every", "1", 
 
 def sweep(out: Path, *arguments: str) -> int:
     return main(["sweep", "shapes", *FLAGS, "--out", str(out), *arguments])
+
+
+def arguments_of_train(flags: list[str]) -> tuple[RunConfig, frozenset[str]]:
+    given = train_arguments(flags)
+    return given.config, given.from_recipe
 
 
 # ---- axes ----------------------------------------------------------------------------------------------------------
@@ -44,7 +50,7 @@ def test_values_become_flags() -> None:
 
 def test_a_grid_has_every_combination_in_its_own_folder(tmp_path: Path) -> None:
     axes = [Axis.parse("moco-m=0,0.9"), Axis.parse("data=/a/b,/a b")]
-    cells = plan(axes, parse_train, tmp_path)
+    cells = plan(axes, arguments_of_train, tmp_path)
     assert [(cell.config.model.moco_m, cell.config.data.data) for cell in cells] == [
         *((0.0, ("/a/b",)), (0.0, ("/a b",))),
         *((0.9, ("/a/b",)), (0.9, ("/a b",))),
@@ -174,7 +180,7 @@ class FakeTraining:
         self.outcomes = outcomes
         self.calls: list[tuple[str, bool, bool]] = []
 
-    def train(self, config: RunConfig) -> None:
+    def train(self, config: RunConfig, from_recipe: frozenset[str]) -> None:
         assert config.run.out is not None
         path = Path(config.run.out)
         self.calls.append((path.name, config.run.resume, config.run.overwrite))
@@ -193,7 +199,23 @@ class FakeTraining:
 
 def cells_of(out: Path, *vary: str, words: tuple[str, ...] = ()) -> tuple[list[Axis], list[Cell]]:
     axes = [Axis.parse(text) for text in vary]
-    return axes, plan(axes, lambda flags: parse_train([*words, *flags]), out)
+    return axes, plan(axes, lambda flags: arguments_of_train([*words, *flags]), out)
+
+
+@pytest.mark.slow
+def test_a_recipes_queue_is_reduced_to_the_images_as_in_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again finds the run, which has another queue than the recipe."""
+    line = ["sweep", "shapes", "--limit", "64", "--epochs", "1", "--width", "0.125", "--crop-size", "8"]
+    line += ["--no-tensorboard", "--cpu-threads", "1", "--knn-every", "0", "--vary", "moco-m=0.9"]
+    for _ in range(2):
+        assert main([*line, "--out", str(tmp_path)]) == ExitCode.DONE
+    assert read_config(tmp_path / "moco-m=0.9").model.moco_k == 64
+    output = capsys.readouterr().out
+    assert output.count("the recipe's 512 are more than the 64 images") == 1
+    assert main([*line, "--moco-k", "512", "--out", str(tmp_path)]) == ExitCode.CONFIG
+    assert "moco_k is 512 and was 64" in capsys.readouterr().err
 
 
 def test_divergence_is_an_outcome_and_other_errors_end_the_sweep(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastmoco.cli import parse_train
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.distributed.world import World
 from fastmoco.errors import CheckpointError, ConfigError
 from fastmoco.run.directory import read_config

@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from fastmoco.cli import parse_train
+from fastmoco.commands.train_arguments import parse_train
 from fastmoco.run.recorder import RunRecorder
 from fastmoco.run.start import run_context
 from fastmoco.run.state import build_state
