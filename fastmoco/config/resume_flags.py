@@ -77,6 +77,8 @@ def read_config_file(path: Path) -> RunConfig:
         raise ConfigError(
             f"--config {path} cannot be read ({error}): expected the JSON of a run's config.json"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
 
 
 def value_of(argv: list[str], flag: str) -> str | None:

@@ -222,7 +222,10 @@ def read_config(run: Path) -> RunConfig:
         text = read_file(run / "config.json").decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{run} has no readable config.json ({error}): expected the folder of a run") from None
-    return RunConfig.from_json(text)
+    try:
+        return RunConfig.from_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{run / 'config.json'}: {error}") from None
 
 
 def read_status(run: Path) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def test_a_bad_config_file_is_2(run, tmp_path: Path, content: str | bytes, messa
     code, line = run("--config", path, "--out", tmp_path / "run")
     assert code == ExitCode.CONFIG
     assert message in line
+    assert f"--config {path}" in line
 
 
 def test_flags_override_file_recipe_and_defaults(tmp_path: Path) -> None:
