@@ -12,6 +12,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipelines import platforms
 from pipelines.platforms import sync
@@ -93,10 +94,32 @@ def open_to_append(path: Path) -> BinaryIO:
     return os.fdopen(_regular(platforms.open_to_append(str(path)), path), "a+b", buffering=0)
 
 
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a regular file; whatever else has that name is not waited for. Raises OSError."""
+    return os.fdopen(_regular(platforms.open_to_read(str(path)), path), "rb")
+
+
 def read_file(path: Path) -> bytes:
-    """The content of a regular file; whatever else has that name is not waited for. Raises OSError."""
-    with os.fdopen(_regular(platforms.open_to_read(str(path)), path), "rb") as file:
+    """The content of a regular file, opened as by `open_to_read`. Raises OSError."""
+    with open_to_read(path) as file:
         return file.read()
+
+
+def json_object(content: str | bytes) -> dict[str, Any] | None:
+    """The object in a JSON text; None if it is damaged or anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """`json_object` of a regular file; None also if there is none or it cannot be read."""
+    try:
+        return json_object(read_file(path))
+    except OSError:
+        return None
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from fastmoco.run.directory import read_config, read_status
 from fastmoco.run.metrics import FILE_NAME as METRICS_NAME
 from fastmoco.run.metrics import Record, finite_number, read_metrics
 from fastmoco.run.start_record import StartRecord, read_start
-from pipelines.files import absolute, read_file
+from pipelines.files import absolute, read_json_object
 
 SILENT_S = 1800.0  # after which a run that is not said to have ended may have been killed
 STATES = ("running", "done", "preempted", "failed")
@@ -130,11 +129,8 @@ def _last_written(folder: Path) -> float:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     """The results of `fastmoco eval`; empty if they are damaged."""
-    try:
-        content = json.loads(read_file(path))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    probes = content.get("probes") if isinstance(content, dict) else None
+    content = read_json_object(path) or {}
+    probes = content.get("probes")
     if not isinstance(probes, list) or not all(isinstance(p, dict) and isinstance(p.get("probe"), str) for p in probes):
         return {}
     return content if isinstance(content.get("label_free", {}), dict) else {}

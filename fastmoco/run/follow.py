@@ -5,13 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fastmoco.run.metrics import FILE_NAME, finite_number
+from pipelines.files import json_object, open_to_read, read_json_object
 
 _MAX_BYTES = 64 * 2**20  # read at a time
 _SERIES = ("loss", "knn_top1_percent", "effective_rank")
@@ -38,10 +38,10 @@ class FollowedRun:
 
     def update(self) -> bool:
         """Read what is new. Whether there was anything."""
-        status = _json_object(_content(self.folder / "status.json"))
+        status = read_json_object(self.folder / "status.json")
         changed = status is not None and status != self.status
         if changed:  # a run writes its settings before its status
-            self.settings = _json_object(_content(self.folder / "config.json")) or self.settings
+            self.settings = read_json_object(self.folder / "config.json") or self.settings
         self.status = status or self.status
         return self._read_metrics() or changed
 
@@ -117,7 +117,7 @@ class FollowedRun:
         """Read the lines since the last time; all again if the file is another one, as after a resume."""
         path = self.folder / FILE_NAME
         try:
-            with path.open("rb") as file:
+            with open_to_read(path) as file:
                 start = file.read(len(self._start) or 256)
                 size = file.seek(0, 2)
                 if size < self._read or start[: len(self._start)] != self._start:
@@ -128,7 +128,7 @@ class FollowedRun:
             return False
         end = data.rfind(b"\n") + 1  # a line that is being written is read when it is whole
         for line in data[:end].splitlines():
-            self._add(_json_object(line))
+            self._add(json_object(line))
         self._start = self._start or start[: self._read + end]
         self._read += end
         return end > 0
@@ -161,18 +161,3 @@ def runs_in(folder: Path) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run that has begun."""
     return (folder / "status.json").is_file() and (folder / "config.json").is_file()
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _json_object(text: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

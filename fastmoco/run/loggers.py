@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from fastmoco.config import RunConfig
 from fastmoco.errors import ConfigError
 from pipelines.errors import how_to_install
-from pipelines.files import write_atomically
+from pipelines.files import read_json_object, write_atomically
 
 FILE_NAME = "loggers.json"
 PROJECT = "fastmoco"  # unless the environment names another
@@ -220,11 +220,8 @@ class BackgroundLoggers:
 
 
 def _known(folder: Path) -> dict[str, str]:
-    try:
-        known = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(name): str(value) for name, value in known.items()} if isinstance(known, dict) else {}
+    known = read_json_object(folder / FILE_NAME) or {}
+    return {name: str(value) for name, value in known.items()}
 
 
 def _remember(folder: Path, known: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from fastmoco.config import ResolvedConfig
 from fastmoco.device import describe
 from fastmoco.run.environment import versions
 from fastmoco.tuning.candidates import FIELDS, Auto, Candidate
-from pipelines.files import cache_folder, write_atomically
+from pipelines.files import cache_folder, read_json_object, write_atomically
 
 FORMAT = 1
 _SHAPES = ("arch", "width", "stem", "head", "mlp", "moco_dim", "moco_k", "bn_splits", "symmetric", "mechanism")
@@ -52,11 +52,8 @@ def store(path: Path, key: str, choice: Candidate, milliseconds: dict[str, float
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json_object(path)
+    if content is None or content.get("format") != FORMAT:
         return {}
     entries = content.get("entries")
     return entries if isinstance(entries, dict) else {}

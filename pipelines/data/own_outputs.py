@@ -6,11 +6,11 @@ pictures outside of such folders by a note in the PNG.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection
 
+from pipelines.files import json_object
 from pipelines.reads import Timed, open_regular, read_file, read_up_to
 
 SOFTWARE = "fastmoco"
@@ -64,10 +64,9 @@ def is_own_picture(path: str) -> bool:
 
 def _keys(path: str) -> set[str]:
     try:
-        content = json.loads(read_file(path, _MAX_JSON_BYTES))
-    except (OSError, ValueError, RecursionError):
+        return set(json_object(read_file(path, _MAX_JSON_BYTES)) or ())
+    except OSError:
         return set()
-    return set(content) if isinstance(content, dict) else set()
 
 
 def _has_checkpoint(folder: str) -> bool:

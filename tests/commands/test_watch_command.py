@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_damaged_and_foreign_files_are_passed_over(run: Run) -> None:
     (run.folder / "status.json").write_text('{"state": "run')
     followed.update()
     assert followed.state == "running"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "status.json", "metrics.jsonl"])
+def test_a_pipe_with_the_name_of_a_file_is_not_waited_for(run: Run, name: str) -> None:
+    run.begin()
+    run.log(4, loss=1.5)
+    (run.folder / name).unlink()
+    os.mkfifo(run.folder / name)
+    followed = FollowedRun(run.folder)
+    assert followed.update()
+    assert followed.exists == (name != "status.json")
+    assert followed.series["loss"] == ([] if name == "metrics.jsonl" else [1.5])
 
 
 def test_a_resumed_run_is_read_again(run: Run) -> None:
