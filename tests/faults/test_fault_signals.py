@@ -112,7 +112,7 @@ def test_an_evaluation_that_a_signal_stops_is_done_on_resume(
     [
         (["eval", "run", "--device", "cpu"], "fastmoco.commands.eval.read_backbone"),
         (["export", "run", "--to", "torchvision", "--out", "backbone.pth"], "fastmoco.commands.export.read_backbone"),
-        (["views", "shapes"], "fastmoco.commands.views.load_dataset"),
+        (["views", "shapes"], "fastmoco.run.loading.load_dataset"),
         (["scan", "photos"], "fastmoco.commands.scan.find_files"),
     ],
     ids=["eval", "export", "views", "scan"],
