@@ -55,8 +55,10 @@ def installed(require_backend: Callable[[str], None], tmp_path_factory: pytest.T
 
     @cache
     def flags_of(program: tuple[str, ...]) -> frozenset[str]:
-        short, full = (place.run([*program, flag]) for flag in ("--help", "--help-all"))
-        return frozenset(re.findall(r"--[a-z][\w-]*", short.stdout + full.stdout * (full.returncode == 0)))
+        shown = place.run([*program, "--help-all"])
+        if shown.returncode != 0:
+            shown = place.run([*program, "--help"])
+        return frozenset(re.findall(r"--[a-z][\w-]*", shown.stdout))
 
     return Installed(require_backend, flags_of)
 
