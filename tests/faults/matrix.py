@@ -87,9 +87,9 @@ MATRIX: dict[str, tuple[Row, ...]] = {
             (
                 "run/test_checkpoint.py::test_a_pickle_is_not_executed",
                 "run/test_checkpoint.py::test_a_hostile_or_foreign_header_is_rejected_before_allocation",
-                "export/test_read.py::test_nothing_executes",
-                "export/test_pickles.py::test_nothing_is_called",
-                "export/test_pickles.py::test_costs_are_bounded",
+                "backbones/test_read.py::test_nothing_executes",
+                "backbones/test_pickles.py::test_nothing_is_called",
+                "backbones/test_pickles.py::test_costs_are_bounded",
             ),
         ),
     ),
