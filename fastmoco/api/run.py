@@ -47,7 +47,11 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """Its settings, resolved: `run.config.optim.lr`; `run.config.flat()` is all of them by name."""
+        """Its settings, resolved: `run.config.optim.lr`; `run.config.flat()` is all of them by name.
+
+        Without the switches that hold for one start (resume, overwrite, allow_changed): `train(run.config, out=...)`
+        repeats the run.
+        """
         return as_settings(read_config(self.path))
 
     @property
